@@ -1,0 +1,10 @@
+# octomoe_fmt: {fmt} inside our own objects, without a shared library at run time. See fmt_instances.cpp.
+find_package(fmt 9 REQUIRED)
+if(fmt_VERSION VERSION_LESS 10)
+  get_target_property(OCTOMOE_FMT_INCLUDE fmt::fmt INTERFACE_INCLUDE_DIRECTORIES)
+  add_library(octomoe_fmt STATIC cmake/fmt_instances.cpp)
+  target_include_directories(octomoe_fmt SYSTEM PUBLIC ${OCTOMOE_FMT_INCLUDE})
+else()
+  add_library(octomoe_fmt INTERFACE)
+  target_link_libraries(octomoe_fmt INTERFACE fmt::fmt-header-only)
+endif()

@@ -1,0 +1,132 @@
+// MoeLayer, grouped_gemm, route: the three things a user calls.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "octomoe/export.h"
+#include "octomoe/scheme.h"
+#include "octomoe/tensor.h"
+#include "octomoe/weights.h"
+
+namespace octomoe OCTOMOE_API {
+
+using Stream = void*;  // cudaStream_t of a CUDA device; ignored on the CPU
+
+struct LayerOptions {
+  float swiglu_alpha = 1.702f;         // swigluoai
+  std::optional<float> swiglu_limit;   // swigluoai (default 7 there) and swiglu (default: no clamp)
+  bool router_weight_on_input = false; // multiply x instead of the output row
+  std::optional<MoeWeights> shared_expert;  // E = 1 weights, same H and scheme kind; I may differ
+  Tensor shared_gate;                  // [H] float32/bf16/fp16: the shared expert's weight is sigmoid(x . gate)
+  Tensor expert_map;                   // int32 [global experts] -> local expert, -1 = not on this rank
+  int threads = 0;                     // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
+  bool keep_weights = false;           // CPU: keep the natural layout beside the packed one (weights() stays usable)
+};
+
+struct ForwardOptions {
+  bool accumulate = false;  // out += result instead of out = result
+};
+
+class MoeLayer {
+ public:
+  // Prepares (CPU: packs) the weights. Error if they do not fit together or the device cannot run the scheme.
+  MoeLayer(Device device, MoeWeights weights, LayerOptions options = {});
+  ~MoeLayer();
+  MoeLayer(MoeLayer&&) noexcept;
+  MoeLayer& operator=(MoeLayer&&) noexcept;
+
+  // Allocates the workspace for calls of up to max_tokens x top_k; later calls within it do not allocate.
+  void reserve(std::int64_t max_tokens, int top_k);
+  std::size_t workspace_bytes(std::int64_t tokens, int top_k) const;  // a pure function of the shapes
+
+  // x [T, H] bf16/fp16/float32, rows with any stride; topk_ids [T, k] int32 or int64, -1 = skipped (with an expert_map:
+  // global ids); topk_weights [T, k] float32; out [T, H] bf16/fp16/float32. Nothing is written if an argument is wrong.
+  // Calls on one layer from several threads are serialised; different layers run side by side.
+  void forward(TensorView x, TensorView topk_ids, TensorView topk_weights, TensorView out,
+               const ForwardOptions& options = {}, Stream stream = nullptr);
+
+  std::int64_t experts() const;       // local
+  std::int64_t hidden() const;
+  std::int64_t intermediate() const;
+  const Scheme& scheme() const;
+  Device device() const;
+  std::size_t weight_bytes() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// How rows belong to groups.
+struct Groups {
+  enum class Layout : std::uint8_t { offsets, masked };
+  Layout layout = Layout::offsets;
+  TensorView index;  // offsets: int32 or int64 [E+1] prefix sums; masked: int32 [E] rows used of each group
+  static Groups offsets(TensorView expert_offsets) { return {Layout::offsets, expert_offsets}; }
+  static Groups masked(TensorView rows_per_expert) { return {Layout::masked, rows_per_expert}; }
+};
+
+// A matrix stack made ready for a device (CPU: packed). Reuse it across calls.
+class PreparedMatrix {
+ public:
+  PreparedMatrix(Device device, QuantizedMatrix matrix, int threads = 0);
+  ~PreparedMatrix();
+  PreparedMatrix(PreparedMatrix&&) noexcept;
+  PreparedMatrix& operator=(PreparedMatrix&&) noexcept;
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+// Activations of a grouped GEMM. Either floating point (quantised inside as the scheme says; scale, q, zero undefined),
+// or already quantised with everything the scheme needs:
+//   int8_channel  values int8 [R, K], scale float32 [R] (static: [1]), asymmetric: zero int32 [R]
+//   int8_block    scale [R, KB]      int8_hybrid  scale F [R, SG], q uint8 [R, KB]
+//   w4a8_fp8      values float8_e4m3, scale [R] (static: [E]; none: undefined)
+// Masked layout: [E, max_rows, ...] in place of [R, ...].
+struct Activations {
+  TensorView values, scale, q, zero;
+};
+
+struct GemmOptions {
+  TensorView bias;  // float32 [E, N]
+};
+
+// d[r, :] = a[r, :] . b[expert of r]^T for every row; d [R, N] bf16, fp16 or float32 ([E, max_rows, N] when masked, rows
+// past the count are not written). Offsets must start at 0, not decrease and end at R.
+void grouped_gemm(const Activations& a, const PreparedMatrix& b, TensorView d, const Groups& groups,
+                  const GemmOptions& options = {}, Stream stream = nullptr);
+
+enum class Scoring : std::uint8_t { softmax, sigmoid };
+enum class Renormalize : std::uint8_t {
+  none,
+  divide,  // w / max(sum, renormalize_min)
+  add_eps, // w / (sum + renormalize_min)
+};
+
+struct RouteOptions {
+  Scoring scoring = Scoring::softmax;
+  Renormalize renormalize = Renormalize::divide;
+  float renormalize_min = 0.0f;
+  float scaling_factor = 1.0f;
+  int groups = 1;             // > 1: grouped top-k
+  int topk_groups = 1;
+  TensorView correction_bias; // float32 [E], used for selection only
+
+  static RouteOptions qwen3() { return {}; }
+  static RouteOptions ernie45(TensorView bias);      // softmax, bias, sum clamped at 1e-12
+  static RouteOptions deepseek_v3(TensorView bias);  // sigmoid, 8 groups of which 4, bias, sum + 1e-20, x 2.5
+  static RouteOptions mixtral() { return {}; }       // top-k softmax = softmax, top-k, renormalise
+};
+
+// logits [T, E] float32/bf16/fp16 -> topk_weights [T, k] float32, topk_ids [T, k] int32. Ties go to the lower id. A token
+// whose logits hold a NaN or +Inf gets NaN weights and the ids 0..k-1.
+void route(TensorView logits, TensorView topk_weights, TensorView topk_ids, const RouteOptions& options = {},
+           Stream stream = nullptr);
+
+}  // namespace octomoe

@@ -1,0 +1,10 @@
+// The whole public API. See README.md for an example.
+#pragma once
+
+#include "octomoe/checkpoint.h"
+#include "octomoe/error.h"
+#include "octomoe/layer.h"
+#include "octomoe/scheme.h"
+#include "octomoe/tensor.h"
+#include "octomoe/version.h"
+#include "octomoe/weights.h"

@@ -1,0 +1,88 @@
+// GemmConfig: everything a grouped GEMM kernel is specialised by, and the arguments it takes. Shared by host and
+// device. Never N, K, E, T or the number of SMs (docs/design.md).
+#pragma once
+
+#include "core/types.h"
+
+namespace octomoe::kernels {
+
+// How integer partial sums become v (docs/schemes.md section 3).
+enum class Promotion : int {
+  channel,       // one int32 sum over K, scale per weight row
+  asymmetric,    // the same, minus zero point times column sum
+  block,         // float step per K-block: fma(float(partial), s_w * s_a, v)
+  hybrid,        // integer step per K-block: total += (Q_w * Q_a) * partial; one float step at the end
+  hybrid_flush,  // the same with a float step per chunk, for weights whose int32 bound asks for it
+};
+
+// What happens to v.
+enum class Epilogue : int {
+  store,     // (+ bias) -> out [R, N]
+  activate,  // (+ bias), gate and up -> h bf16 [R, I]
+};
+
+enum class OutType : int { bf16, fp16, f32 };
+
+// Values of octomoe::Activation; the epilogue switches on it once per tile, outside the element loops.
+enum class Act : int { swiglu, geglu_tanh, geglu_erf, swigluoai, silu, gelu_tanh, gelu_erf, relu, relu2, none };
+
+struct GemmConfig {
+  Promotion promotion;
+  Epilogue epilogue;
+  bool gated;  // activate: w holds gate and up halves
+  OutType out;
+  int block_m;  // weight rows of a tile (gated: half of them gate, half up)
+  int block_n;  // tokens of a tile
+  int block_k;  // bytes of K a pipeline stage holds
+  int stages;
+  int warps_m, warps_n;
+  bool fine_groups;  // scale blocks of any multiple of 32 columns; otherwise of block_k
+  int min_blocks;    // CTAs per SM that registers must allow
+  int buffers;  // fragment buffers: 2 = the next step's are loaded beside this step's mma, 1 = other warps hide them
+
+  OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
+  // Per stage and token: s_a (block) or Q_a (hybrid) of the K-blocks that the stage touches.
+  OCTOMOE_HD constexpr int scales_per_stage() const { return !has_blocks() ? 0 : fine_groups ? block_k / 32 : 1; }
+  OCTOMOE_HD constexpr int threads() const { return warps_m * warps_n * 32; }
+  OCTOMOE_HD constexpr int warp_m() const { return block_m / warps_m; }
+  OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
+  OCTOMOE_HD constexpr int features() const { return gated ? block_m / 2 : block_m; }  // output columns of a tile
+  OCTOMOE_HD constexpr int stage_bytes() const {
+    return (block_m + block_n) * block_k + scales_per_stage() * block_n * 4;
+  }
+  OCTOMOE_HD constexpr int pipeline_bytes() const { return stages * stage_bytes(); }
+};
+
+inline constexpr int kMaxExperts = 1024;
+
+struct GemmArgs {
+  const int8_t* a;                // [rows of a, K]
+  const int8_t* w;                // [E, N, K], natural layout
+  int64_t a_rows;                 // rows of a: the leading dimension of the transposed scales
+  const float* a_scale;           // channel: [rows of a]; block: [KB, rows of a]; hybrid: [SG, rows of a]
+  const float* w_scale;           // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
+  const int32_t* a_q;             // hybrid: [KB, rows of a]
+  const uint8_t* w_q;             // hybrid: [E, NB, KB]
+  const int32_t* a_zero;          // asymmetric: [rows of a]
+  const int32_t* column_sum;      // asymmetric: [E, N]
+  const int32_t* expert_offsets;  // [E + 1]; masked: rows used of each expert, [E]
+  const int32_t* row_source;      // row -> row of a; null: the row itself
+  const float* row_factor;        // multiplies a's scales, indexed like rows; null: 1
+  const float* bias;              // [E, N] or null
+  void* out;                      // [R, N] or h [R, I]
+  int64_t out_stride;             // elements between rows of out
+  int32_t experts;
+  int32_t n;                   // weight rows of an expert (gated: 2I)
+  int32_t k;                   // bytes of a row, a multiple of 16
+  int32_t masked_rows;         // masked layout: rows per expert in a and out; 0 = offsets layout
+  int32_t w_scale_per_tensor;  // channel: 1 = [E]
+  int32_t block_n, block_k;    // scale blocks: weight rows, columns
+  int32_t blocks_n, blocks_k;  // NB, KB
+  int32_t super_group;         // hybrid: K-blocks per float
+  int32_t flush_blocks;        // hybrid: K-blocks per chunk
+  int32_t up_first;            // gated: the first half of w is up
+  Act act;
+  float alpha, limit;  // swigluoai; limit = +Inf: none
+};
+
+}  // namespace octomoe::kernels

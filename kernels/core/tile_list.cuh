@@ -1,0 +1,95 @@
+// Which tile a persistent CTA works on next. Tiles of all experts are numbered one after another: expert, then weight
+// tile groups, then token tiles inside a group, so that CTAs that run together share weights and tokens in L2.
+#pragma once
+
+#include "core/gemm_config.h"
+
+namespace octomoe::kernels {
+
+struct Tile {
+  int32_t expert;
+  int32_t row_begin;  // first row of the tile, in the row order of out (offsets layout: also of the gather list)
+  int32_t rows;       // 1 .. block_n
+  int32_t m_tile;     // weight tile
+};
+
+// In shared memory: exclusive prefix sums of the token tiles of each expert, and where its rows begin.
+struct TileList {
+  int32_t first_tile[kMaxExperts + 1];
+  int32_t row_begin[kMaxExperts + 1];
+  int32_t scan[32];
+};
+
+// All threads call it; ends with a barrier. Any number of threads that is a multiple of 32.
+template <int kBlockN, int kThreads>
+__device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& args) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int32_t carry = 0;
+  for (int base = 0; base < args.experts; base += kThreads) {
+    const int e = base + static_cast<int>(threadIdx.x);
+    int32_t begin = 0, count = 0;
+    if (e < args.experts) {
+      if (args.masked_rows > 0) {
+        begin = e * args.masked_rows;
+        count = args.expert_offsets[e];
+      } else {
+        begin = args.expert_offsets[e];
+        count = args.expert_offsets[e + 1] - begin;
+      }
+    }
+    const int32_t tiles = (count + kBlockN - 1) / kBlockN;
+    int32_t sum = tiles;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t other = __shfl_up_sync(0xffffffffu, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) list.scan[warp] = sum;
+    __syncthreads();
+    int32_t before = carry, total = carry;
+    for (int i = 0; i < kThreads / 32; ++i) {
+      if (i < warp) before += list.scan[i];
+      total += list.scan[i];
+    }
+    if (e < args.experts) {
+      list.first_tile[e] = before + sum - tiles;
+      list.row_begin[e] = begin;
+    }
+    carry = total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    list.first_tile[args.experts] = carry;
+    list.row_begin[args.experts] = args.masked_rows > 0 ? 0 : args.expert_offsets[args.experts];
+  }
+  __syncthreads();
+}
+
+template <int kBlockN>
+__device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index, int32_t m_tiles) {
+  // Tiles are grouped by expert: expert e owns [first_tile[e], first_tile[e+1]) * m_tiles.
+  const int32_t wanted = index / m_tiles;
+  int32_t lo = 0, hi = args.experts;  // first_tile[lo] <= wanted < first_tile[hi]
+  while (hi - lo > 1) {
+    const int32_t mid = (lo + hi) >> 1;
+    if (list.first_tile[mid] <= wanted) {
+      lo = mid;
+    } else {
+      hi = mid;
+    }
+  }
+  const int32_t first = list.first_tile[lo], count = list.first_tile[lo + 1] - first;
+  const int32_t local = index - first * m_tiles;
+  // Weight tiles outside, token tiles inside: the token tiles of one weight tile run side by side.
+  Tile t;
+  t.expert = lo;
+  t.m_tile = local / count;
+  const int32_t n_tile = local % count;
+  const int32_t begin = list.row_begin[lo];
+  const int32_t end = args.masked_rows > 0 ? begin + args.expert_offsets[lo] : list.row_begin[lo + 1];
+  t.row_begin = begin + n_tile * kBlockN;
+  t.rows = min(kBlockN, end - t.row_begin);
+  return t;
+}
+
+}  // namespace octomoe::kernels

@@ -1,0 +1,214 @@
+"""Pictures of results: `python -m octomoe.plot bench.json out.png`.
+
+Draws what `octomoe bench --json` wrote: the time of a layer over the number of tokens, one line per
+scheme and peer, above the floor that memory and arithmetic set. Missing fields are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# One colour per scheme in every picture (Okabe-Ito: distinct for colour-blind readers).
+COLOURS = {
+    "int8_channel": "#0072B2",
+    "int8_block": "#009E73",
+    "int8_hybrid": "#D55E00",
+    "w4a8_fp8": "#CC79A7",
+    "bf16": "#444444",
+    "fp16": "#999999",
+}
+_SPARE = ("#56B4E9", "#E69F00", "#8C564B", "#17BECF")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files only, in the house style; ends the program if absent."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("octomoe.plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10,
+            "text.color": INK,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.titlepad": 10,
+            "axes.axisbelow": True,
+            "grid.color": GRID,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "legend.frameon": False,
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+        }
+    )
+    return plt
+
+
+def colour_of(name: str, index: int = 0) -> str:
+    """The colour of a scheme (its parameters do not matter) or of anything else by position."""
+    return COLOURS.get(name.split(":")[0], _SPARE[index % len(_SPARE)])
+
+
+def format_us(us: float) -> str:
+    """ "12.3 us", "4.56 ms", "1.23 s"."""
+    if us < 1000:
+        return f"{us:.3g} us" if us >= 1 else f"{us:.2g} us"
+    return f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return float(value) if good else None
+
+
+def _series(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """name -> {"peer": bool, "points": [(tokens, us, low, high)], "floor": {tokens: us}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in report.get("results") or []:
+        if not isinstance(row, dict):
+            continue
+        tokens, us = _number(row.get("tokens")), _number(row.get("median_us"))
+        if tokens is None or us is None:
+            continue
+        name = str(row.get("name") or row.get("scheme") or "layer")
+        entry = found.setdefault(
+            name, {"peer": row.get("kind") == "peer", "points": [], "floor": {}}
+        )
+        low, high = _number(row.get("p10_us")) or us, _number(row.get("p90_us")) or us
+        entry["points"].append((tokens, us, min(low, us), max(high, us)))
+        if (floor := _number(row.get("floor_us"))) is not None:
+            entry["floor"][tokens] = floor
+    for entry in found.values():
+        entry["points"].sort()
+    return found
+
+
+def _subtitle(report: dict[str, Any]) -> str:
+    problem = report.get("problem") or {}
+    machine = report.get("machine") or {}
+    sizes = [
+        f"{letter} {problem[key]}"
+        for letter, key in (
+            ("E", "experts"),
+            ("k", "top_k"),
+            ("H", "hidden"),
+            ("I", "intermediate"),
+        )
+        if problem.get(key)
+    ]
+    parts = [", ".join(sizes)]
+    if problem.get("routing"):
+        parts.append(f"{problem['routing']} routing")
+    if machine.get("cpu"):
+        isa = f", {machine['isa']}" if machine.get("isa") else ""
+        parts.append(f"{machine['cpu']}{isa}")
+    if machine.get("threads"):
+        parts.append(f"{machine['threads']} threads")
+    return "  |  ".join(part for part in parts if part)
+
+
+def draw_bench(report: dict[str, Any], path: str | Path) -> None:
+    """Draw a bench report (the parsed JSON) into a .png, .svg or .pdf file.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    series = _series(report)
+    if not series:
+        raise ValueError("no result with tokens and median_us")
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8.6, 5.6))
+    tokens = sorted({point[0] for entry in series.values() for point in entry["points"]})
+    spare = 0
+    handles = []
+    for index, (name, entry) in enumerate(series.items()):
+        colour = colour_of(name, spare)
+        spare += name.split(":")[0] not in COLOURS
+        x = [point[0] for point in entry["points"]]
+        y = [point[1] for point in entry["points"]]
+        low = [point[1] - point[2] for point in entry["points"]]
+        high = [point[3] - point[1] for point in entry["points"]]
+        line = axes.errorbar(
+            x,
+            y,
+            yerr=(low, high),
+            color=colour,
+            linestyle="--" if entry["peer"] else "-",
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.8,
+            elinewidth=1,
+            capsize=2,
+            label=name,
+            zorder=3,
+        )
+        handles.append((y[-1], line))
+        if entry["floor"] and not entry["peer"]:
+            floor = sorted(entry["floor"].items())
+            axes.plot(
+                [t for t, _ in floor],
+                [us for _, us in floor],
+                color=colour,
+                linestyle=":",
+                linewidth=1.2,
+                alpha=0.75,
+                marker="_" if len(floor) == 1 else None,
+                zorder=2,
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: format_us(value))
+    axes.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    if len(tokens) == 1:
+        axes.set_xlim(tokens[0] / 2, tokens[0] * 2)
+    axes.grid(axis="y", linewidth=0.8)
+    axes.set_xlabel("tokens in the call")
+    axes.set_ylabel("time of one layer (median, p10 to p90)")
+    model = (report.get("problem") or {}).get("model")
+    title = f"One MoE layer{f' of {model}' if model else ''}"
+    axes.text(0, 1.09, title, transform=axes.transAxes, fontsize=13, fontweight="bold")
+    axes.set_title(_subtitle(report), fontsize=9, fontweight="normal", color=MUTED)
+    handles.sort(key=lambda item: -item[0])  # the order of the lines' right ends
+    lines = [line for _, line in handles]
+    if any(entry["floor"] for entry in series.values()):
+        (dotted,) = axes.plot([], [], color=MUTED, linestyle=":", label="floor of each scheme")
+        lines.append(dotted)
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 2 or arguments[0] in ("-h", "--help"):
+        raise SystemExit("usage: python -m octomoe.plot bench.json out.png")
+    source, target = arguments
+    try:
+        report = json.loads(Path(source).read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise ValueError("expected a JSON object")
+        draw_bench(report, target)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"octomoe.plot: {source}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

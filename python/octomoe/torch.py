@@ -1,0 +1,282 @@
+"""PyTorch custom operators: octomoe::fused_moe, octomoe::route, octomoe::grouped_gemm.
+
+They work eagerly, under torch.compile and with fake tensors, on any build of PyTorch. Weights reach
+an operator as a *handle*: a zero-dimensional int64 tensor on the CPU that names an entry of a weak
+registry. torch.compile sees an ordinary graph input: layers that differ only in their weights
+share one compiled graph, where an integer would be burnt into it: one graph for each layer. Whoever
+made a handle keeps the weights alive; they are freed with their owner.
+
+    layer = octomoe.torch.FusedMoe(weights)            # a module: holds weights and handle
+    y = layer(x, topk_weights, topk_ids)
+
+    h = octomoe.torch.handle(weights)                  # or by hand
+    y = torch.ops.octomoe.fused_moe(x, h, topk_weights, topk_ids)
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+from octomoe._native import InvalidArgument, Unsupported
+from octomoe.gemm import PreparedMatrix
+from octomoe.gemm import grouped_gemm as _grouped_gemm
+from octomoe.layer import MoeLayer, RouteOptions, layer_of
+from octomoe.layer import route as _route
+from octomoe.weights import MoeWeights
+
+_registry: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_handles: weakref.WeakKeyDictionary[Any, torch.Tensor] = weakref.WeakKeyDictionary()
+_next_id = itertools.count(1)
+_lock = threading.Lock()
+
+
+def handle(owner: MoeWeights | MoeLayer | PreparedMatrix) -> torch.Tensor:
+    """The handle of a layer (or of the layer that fused_moe makes of weights) or of a matrix.
+
+    Returns:
+        An int64 tensor of no dimensions on the CPU, the same one for each call. It does not keep
+        its owner alive.
+    """
+    target = layer_of(owner) if isinstance(owner, MoeWeights) else owner
+    if not isinstance(target, (MoeLayer, PreparedMatrix)):
+        raise InvalidArgument(
+            "owner: expected MoeWeights, a MoeLayer or a PreparedMatrix, "
+            f"got {type(owner).__name__}"
+        )
+    with _lock:
+        found = _handles.get(target)
+        if found is None:
+            number = next(_next_id)
+            _registry[number] = target
+            found = _handles[target] = torch.tensor(number, dtype=torch.int64)
+        return found
+
+
+def _lookup(number: torch.Tensor, kind: type) -> Any:
+    target = _registry.get(int(number))
+    if target is None:
+        raise InvalidArgument(
+            f"handle: {int(number)} names nothing: its weights have been freed (keep a reference "
+            "to them), or it comes from another process"
+        )
+    if not isinstance(target, kind):
+        raise InvalidArgument(
+            f"handle: expected one of a {kind.__name__}, got one of a {type(target).__name__}"
+        )
+    return target
+
+
+_library = torch.library.Library("octomoe", "DEF")
+_library.define(
+    "fused_moe(Tensor x, Tensor handle, Tensor topk_weights, Tensor topk_ids, *, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "route(Tensor logits, int top_k, Tensor? correction_bias=None, *, str scoring='softmax', "
+    "str renormalize='divide', float renormalize_min=0.0, float scaling_factor=1.0, int groups=1, "
+    "int topk_groups=1) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "grouped_gemm(Tensor a, Tensor handle, int n, Tensor index, Tensor? a_scale=None, "
+    "Tensor? a_q=None, Tensor? a_zero=None, Tensor? bias=None, *, bool masked=False, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _fused_moe_cpu(x, number, topk_weights, topk_ids, *, out_dtype=None):
+    layer = _lookup(number, MoeLayer)
+    return layer.forward(x, topk_ids, topk_weights, out_dtype=out_dtype)
+
+
+def _route_cpu(
+    logits,
+    top_k,
+    correction_bias=None,
+    *,
+    scoring="softmax",
+    renormalize="divide",
+    renormalize_min=0.0,
+    scaling_factor=1.0,
+    groups=1,
+    topk_groups=1,
+):
+    return _route(
+        logits,
+        top_k,
+        correction_bias=correction_bias,
+        scoring=scoring,
+        renormalize=renormalize,
+        renormalize_min=renormalize_min,
+        scaling_factor=scaling_factor,
+        groups=groups,
+        topk_groups=topk_groups,
+    )
+
+
+def _grouped_gemm_cpu(
+    a,
+    number,
+    n,
+    index,
+    a_scale=None,
+    a_q=None,
+    a_zero=None,
+    bias=None,
+    *,
+    masked=False,
+    out_dtype=None,
+):
+    matrix = _lookup(number, PreparedMatrix)
+    if matrix.shape[1] != n:
+        raise InvalidArgument(f"n: expected the matrix's {matrix.shape[1]}, got {n}")
+    return _grouped_gemm(
+        a,
+        matrix,
+        None if masked else index,
+        rows_per_expert=index if masked else None,
+        a_scale=a_scale,
+        a_q=a_q,
+        a_zero=a_zero,
+        bias=bias,
+        out_dtype=torch.bfloat16 if out_dtype is None else out_dtype,
+    )
+
+
+def _no_cuda(name):
+    def refuse(*args, **kwargs):
+        raise Unsupported(f"octomoe::{name}: this version computes on the CPU; CUDA is to come")
+
+    return refuse
+
+
+def _fake_fused_moe(x, number, topk_weights, topk_ids, *, out_dtype=None):
+    torch._check(x.dim() == 2, lambda: f"x: expected [T, H], got {list(x.shape)}")
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+
+
+def _fake_route(logits, top_k, correction_bias=None, **_):
+    torch._check(logits.dim() == 2, lambda: f"logits: expected [T, E], got {list(logits.shape)}")
+    size = (logits.shape[0], top_k)
+    weights = logits.new_empty(size, dtype=torch.float32)
+    return weights, logits.new_empty(size, dtype=torch.int32)
+
+
+def _fake_grouped_gemm(a, number, n, index, *_, out_dtype=None, **__):
+    return a.new_empty((*a.shape[:-1], n), dtype=out_dtype or torch.bfloat16)
+
+
+def _no_backward(ctx, *grads):
+    raise NotImplementedError("OctoMoE's operators have no gradients: they are for inference")
+
+
+for _name, _cpu, _fake in (
+    ("fused_moe", _fused_moe_cpu, _fake_fused_moe),
+    ("route", _route_cpu, _fake_route),
+    ("grouped_gemm", _grouped_gemm_cpu, _fake_grouped_gemm),
+):
+    _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _no_cuda(_name), "CUDA")
+    torch.library.register_fake(f"octomoe::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"octomoe::{_name}", _no_backward, lib=_library)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    weights: MoeWeights | MoeLayer | torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A whole MoE layer: x [T, H], topk_weights float32 [T, k], topk_ids int32/int64 [T, k].
+
+    `weights` may be a handle: inside torch.compile take it outside of the compiled code
+    (:func:`handle`), or use :class:`FusedMoe`.
+    """
+    number = weights if isinstance(weights, torch.Tensor) else handle(weights)
+    return torch.ops.octomoe.fused_moe(x, number, topk_weights, topk_ids, out_dtype=out_dtype)
+
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    correction_bias: torch.Tensor | None = None,
+    options: RouteOptions | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(topk_weights float32 [T, k], topk_ids int32 [T, k]) of logits [T, E]."""
+    o = options or RouteOptions()
+    renormalize = {True: "divide", False: "none"}.get(o.renormalize, o.renormalize)
+    return torch.ops.octomoe.route(
+        logits,
+        top_k,
+        correction_bias,
+        scoring=o.scoring,
+        renormalize=renormalize,
+        renormalize_min=o.renormalize_min,
+        scaling_factor=o.scaling_factor,
+        groups=o.groups,
+        topk_groups=o.topk_groups,
+    )
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    matrix: PreparedMatrix,
+    expert_offsets: torch.Tensor | None = None,
+    *,
+    rows_per_expert: torch.Tensor | None = None,
+    a_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``a[r] @ matrix[expert of r].T``: see :func:`octomoe.grouped_gemm`."""
+    if (expert_offsets is None) == (rows_per_expert is None):
+        raise InvalidArgument("expert_offsets: give it or rows_per_expert, and not both")
+    masked = rows_per_expert is not None
+    return torch.ops.octomoe.grouped_gemm(
+        a,
+        handle(matrix),
+        matrix.shape[1],
+        rows_per_expert if masked else expert_offsets,
+        a_scale,
+        bias=bias,
+        masked=masked,
+        out_dtype=out_dtype,
+    )
+
+
+class FusedMoe(torch.nn.Module):
+    """A module around the weights of one MoE layer, for torch.compile and Hugging Face models.
+
+    Args:
+        weights: MoeWeights, or a MoeLayer made with other options.
+
+    The layer is not a parameter: it is neither moved by ``.to()`` nor part of the state dict.
+    """
+
+    def __init__(self, weights: MoeWeights | MoeLayer) -> None:
+        super().__init__()
+        self.layer = MoeLayer(weights) if isinstance(weights, MoeWeights) else weights
+        self.number = handle(self.layer)  # a plain attribute: `.to()` and `.half()` leave it alone
+
+    def forward(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """x [T, H] -> [T, H]."""
+        return torch.ops.octomoe.fused_moe(x, self.number, topk_weights, topk_ids)
+
+    def extra_repr(self) -> str:
+        layer = self.layer
+        return (
+            f"{layer.scheme}, experts={layer.experts}, hidden={layer.hidden}, "
+            f"intermediate={layer.intermediate}"
+        )

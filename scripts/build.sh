@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Configures and builds into a folder: scripts/build.sh build [-DNAME=VALUE ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=$1
+shift
+jobs=${JOBS:-$(nproc)}
+
+mkdir -p "$build"
+if ! cmake -S . -B "$build" -G Ninja "$@" >"$build/configure.log" 2>&1 </dev/null; then
+  cat "$build/configure.log" >&2
+  exit 1
+fi
+if [[ -t 1 ]]; then
+  ninja -C "$build" -j "$jobs"
+else
+  # One line when all is well; ninja prints a failed command's output in full.
+  ninja -C "$build" -j "$jobs" --quiet </dev/null
+  echo "built $build"
+fi

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Builds and runs the C++ tests under sanitizers: scripts/sanitize.sh address,undefined|thread [ctest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+sanitizers=$1
+shift
+case $sanitizers in
+  address*) build=build-asan ;;
+  thread) build=build-tsan ;;
+  *) build=build-$sanitizers ;;
+esac
+
+scripts/build.sh $build -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1" \
+  "-DOCTOMOE_SANITIZE=$sanitizers" -DOCTOMOE_INSTALL=OFF
+export ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1
+export UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=second_deadlock_stack=1
+ctest --test-dir $build -j "${JOBS:-$(nproc)}" --output-on-failure --no-tests=error "$@" </dev/null

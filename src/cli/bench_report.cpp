@@ -1,0 +1,138 @@
+#include "cli/bench_report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cli/table.h"
+#include "octomoe/version.h"
+
+namespace octomoe::cli {
+
+using Json = nlohmann::ordered_json;
+
+const BenchRow* BenchBlock::peer() const {
+  const BenchRow* best = nullptr;
+  for (const BenchRow& r : rows) {
+    if (r.is_peer && (!best || r.timing.median_us < best->timing.median_us)) best = &r;
+  }
+  return best;
+}
+const BenchRow* BenchBlock::find(const std::string& name) const {
+  for (const BenchRow& r : rows) {
+    if (r.name == name) return &r;
+  }
+  return nullptr;
+}
+
+double worst_spread(const BenchReport& report) {
+  double worst = 0;
+  for (const BenchBlock& b : report.blocks) {
+    for (const BenchRow& r : b.rows) worst = r.is_peer ? worst : std::max(worst, r.timing.spread());
+  }
+  return worst;
+}
+
+std::string render_header(const BenchReport& r, bool colour) {
+  const ProblemShape& s = r.shape;
+  const std::string local = s.experts_local < s.experts ? fmt::format(" ({} here)", s.experts_local) : "";
+  return fmt::format(
+      "{}: E {}{}, k {}, H {}, I {}, routing {}\n"
+      "CPU engine ({}), {} thread{}; ceilings: read {:.1f} GB/s, int8 {:.3f} TOPS\n",
+      styled(r.model, Style::bold, colour), s.experts, local, s.top_k, s.hidden, s.intermediate, r.routing,
+      r.machine.isa, r.threads, r.threads == 1 ? "" : "s", r.ceilings.read_bytes_per_s / 1e9,
+      r.ceilings.int8_ops_per_s / 1e12);
+}
+
+std::string render(const BenchBlock& b, bool colour) {
+  const BenchRow* const peer = b.peer();
+  const BenchRow* const bf16 = b.find("bf16");
+  std::vector<Table::Column> columns = {{fmt::format("T = {}", b.tokens), true},
+                                        {"time"},
+                                        {"spread"},
+                                        {"floor"},
+                                        {"limit", true},
+                                        {"of floor"},
+                                        {"GB/s"},
+                                        {"TOPS"}};
+  if (bf16) columns.push_back({"vs bf16"});
+  if (peer) columns.push_back({"vs peer"});
+  columns.push_back({"workspace"});
+  Table table(columns);
+  for (const BenchRow& r : b.rows) {
+    std::vector<Table::Cell> cells = {Table::Cell(r.name, r.is_peer ? Style::dim : Style::plain),
+                                      {format_us(r.timing.median_us), Style::bold},
+                                      fmt::format("+-{:.1f} %", 100 * r.timing.spread()),
+                                      format_us(r.floor.us),
+                                      r.floor.by_memory ? "memory" : "compute",
+                                      fmt::format("{:.0f} %", 100 * r.floor.us / r.timing.median_us),
+                                      fmt::format("{:.1f}", r.gb_per_s()),
+                                      fmt::format("{:.3f}", r.tops())};
+    const auto ratio = [&](const BenchRow* other) {
+      if (!other) return;
+      const double x = other->timing.median_us / r.timing.median_us;
+      cells.emplace_back(format_ratio(x), x > 1.005 ? Style::good : Style::plain);
+    };
+    ratio(bf16);
+    ratio(peer);
+    cells.emplace_back(r.workspace_bytes ? format_bytes(*r.workspace_bytes) : "-");
+    table.add(cells);
+  }
+  return fmt::format("{} routes to {} experts, {} rounds\n{}", b.routes, b.touched_experts,
+                     b.rows.empty() ? 0 : b.rows.front().timing.rounds, table.render(colour));
+}
+
+Json to_json(const BenchReport& r) {
+  const auto or_null = [](const auto& value) { return value ? Json(*value) : Json(nullptr); };
+  Json results = Json::array();
+  for (const BenchBlock& b : r.blocks) {
+    for (const BenchRow& row : b.rows) {
+      const auto ratio = [&](const BenchRow* other) {
+        return other ? Json(other->timing.median_us / row.timing.median_us) : Json(nullptr);
+      };
+      results.push_back({{"tokens", b.tokens},
+                         {"name", row.name},
+                         {"kind", row.is_peer ? "peer" : "scheme"},
+                         {"device", "cpu"},
+                         {"median_us", row.timing.median_us},
+                         {"p10_us", row.timing.p10_us},
+                         {"p90_us", row.timing.p90_us},
+                         {"min_us", row.timing.min_us},
+                         {"rounds", row.timing.rounds},
+                         {"floor_us", row.floor.us},
+                         {"floor_by", row.floor.by_memory ? "memory" : "compute"},
+                         {"bytes", row.bytes},
+                         {"ops", row.ops},
+                         {"gb_per_s", row.gb_per_s()},
+                         {"tops", row.tops()},
+                         {"routes", b.routes},
+                         {"touched_experts", b.touched_experts},
+                         {"speedup_over_bf16", ratio(b.find("bf16"))},
+                         {"speedup_over_peer", ratio(b.peer())},
+                         {"weight_bytes", row.weight_bytes},
+                         {"workspace_bytes", or_null(row.workspace_bytes)}});
+    }
+  }
+  const ProblemShape& s = r.shape;
+  return {
+      {"version", OCTOMOE_VERSION},
+      {"date", date_utc()},
+      {"commit", commit()},
+      {"machine", to_json(r.machine, r.threads)},
+      {"ceilings", {{"read_bytes_per_s", r.ceilings.read_bytes_per_s}, {"int8_ops_per_s", r.ceilings.int8_ops_per_s}}},
+      {"problem",
+       {{"model", r.model},
+        {"experts", s.experts},
+        {"experts_local", s.experts_local},
+        {"hidden", s.hidden},
+        {"intermediate", s.intermediate},
+        {"top_k", s.top_k},
+        {"activation", "swiglu"},
+        {"routing", r.routing},
+        {"seed", r.seed}}},
+      {"peer", r.peer_version.empty() ? Json(nullptr) : Json{{"name", "torch"}, {"version", r.peer_version}}},
+      {"python_overhead_us", or_null(r.python_overhead_us)},
+      {"results", results}};
+}
+
+}  // namespace octomoe::cli

@@ -1,0 +1,143 @@
+#include "cli/judge.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "base/thread_pool.h"
+#include "quant/matrix.h"
+#include "quant/reference.h"
+
+namespace octomoe::cli {
+namespace {
+
+// The references take one row at a time, and a token's result depends on that token only: so tokens go in parallel.
+template <class Fn>
+void for_token_runs(std::int64_t tokens, int threads, const Fn& fn) {
+  constexpr std::int64_t kRun = 8;
+  ThreadPool::shared(threads).parallel_for(
+      ceil_div(tokens, kRun), [&](std::int64_t i, int) { fn(i * kRun, std::min(kRun, tokens - i * kRun)); });
+}
+
+// x . routerᵀ in float32.
+Tensor compute_logits(const Tensor& x, const Tensor& router, int threads) {
+  const std::int64_t hidden = x.dim(1), experts = router.dim(0);
+  const Tensor w = to_float32(router, "router", router.shape(), false);
+  Tensor logits = Tensor::empty(DType::float32, {x.dim(0), experts});
+  for_token_runs(x.dim(0), threads, [&](std::int64_t begin, std::int64_t count) {
+    const TensorView rows = x.view().slice(begin, count);
+    const Tensor floats = to_float32(rows, "hidden_states", rows.shape(), false);
+    for (std::int64_t t = 0; t < count; ++t) {
+      for (std::int64_t e = 0; e < experts; ++e) {
+        float sum = 0;
+        for (std::int64_t i = 0; i < hidden; ++i)
+          sum += floats.as<float>()[t * hidden + i] * w.as<float>()[e * hidden + i];
+        logits.as<float>()[(begin + t) * experts + e] = sum;
+      }
+    }
+  });
+  return logits;
+}
+
+struct FloatLayer {
+  Tensor w13, w2;
+  reference::FloatWeights view;
+};
+
+FloatLayer float_layer(const MoeWeights& w, int threads) {
+  const bool plain = w.scheme.kind == SchemeKind::bf16 || w.scheme.kind == SchemeKind::fp16;
+  FloatLayer f{plain ? w.w13.values : dequantize(w.w13, threads), plain ? w.w2.values : dequantize(w.w2, threads), {}};
+  f.view = {f.w13, f.w2, w.b13, w.b2, w.activation, w.gate_up_order};
+  return f;
+}
+
+// In the scheme asked for: as it is, or quantised from floats.
+MoeWeights in_scheme(const Scheme& scheme, const MoeWeights& own, const FloatLayer& floats, int threads) {
+  if (scheme == own.scheme) return own;
+  QuantizeOptions options;
+  options.activation = own.activation;
+  options.gate_up_order = own.gate_up_order;
+  options.b13 = own.b13;
+  options.b2 = own.b2;
+  options.threads = threads;
+  return quantize(scheme, floats.w13, floats.w2, options);
+}
+
+}  // namespace
+
+Judgement judge(const JudgeInput& in) {
+  const std::int64_t tokens = in.x.dim(0), judged = in.judged_tokens, hidden = in.config.hidden;
+  const int k = in.config.top_k;
+  const double steps = static_cast<double>(in.schemes.size()) + 2;  // the float reference, each scheme, the timing
+  const auto step = [&](double done, const std::string& what) { in.on_step(done / steps, what); };
+
+  step(0, "reference");
+  Tensor ids = Tensor::empty(DType::int32, {tokens, k}), weights = Tensor::empty(DType::float32, {tokens, k});
+  RouteOptions rule = in.config.route;
+  rule.correction_bias = in.layer.correction_bias;
+  route(in.logits.defined() ? in.logits : compute_logits(in.x, in.layer.router, in.threads), weights, ids, rule);
+
+  LayerOptions base;
+  base.threads = in.threads;
+  base.shared_gate = in.layer.shared_gate;
+  const FloatLayer experts = float_layer(in.layer.experts, in.threads);
+  FloatLayer shared;
+  if (in.layer.shared_expert) shared = float_layer(*in.layer.shared_expert, in.threads);
+
+  std::vector<double> exact(static_cast<std::size_t>(judged * hidden));
+  for_token_runs(judged, in.threads, [&](std::int64_t begin, std::int64_t count) {
+    const std::vector<double> part = reference::moe_forward_float64(
+        experts.view, base, in.layer.shared_expert ? &shared.view : nullptr, in.x.view().slice(begin, count),
+        ids.view().slice(begin, count), weights.view().slice(begin, count));
+    std::copy(part.begin(), part.end(), exact.begin() + begin * hidden);
+  });
+
+  // The bf16 layer is timed even if nobody asked for it: it is the yardstick.
+  std::vector<Scheme> schemes = in.schemes;
+  auto yardstick =
+      static_cast<std::size_t>(std::find(schemes.begin(), schemes.end(), Scheme::bf16()) - schemes.begin());
+  if (yardstick == schemes.size()) schemes.push_back(Scheme::bf16());
+
+  Judgement result;
+  std::vector<std::unique_ptr<MoeLayer>> layers;
+  std::vector<Contender> contenders;
+  Tensor out = Tensor::empty(DType::float32, {tokens, hidden});
+  Tensor expected = Tensor::empty(DType::float32, {judged, hidden});
+  for (std::size_t s = 0; s < schemes.size(); ++s) {
+    const std::string name = to_string(schemes[s]);
+    step(1 + static_cast<double>(std::min(s, in.schemes.size() - 1)), name);
+    const MoeWeights w = in_scheme(schemes[s], in.layer.experts, experts, in.threads);
+    LayerOptions options = base;
+    if (in.layer.shared_expert)
+      options.shared_expert = in_scheme(schemes[s], *in.layer.shared_expert, shared, in.threads);
+    layers.push_back(std::make_unique<MoeLayer>(Device::cpu(), w, options));
+    MoeLayer* layer = layers.back().get();
+    layer->reserve(tokens, k);
+    contenders.push_back({name, [=, &in] { return time_us([&] { layer->forward(in.x, ids, weights, out); }); }});
+    if (s >= in.schemes.size()) continue;
+
+    LayerJudgement j;
+    j.weight_bytes = static_cast<double>(layer->weight_bytes());
+    std::memset(out.view().data(), 0xff, out.bytes());  // NaN: a row that is not written shows
+    layer->forward(in.x, ids, weights, out);
+    for_token_runs(judged, in.threads, [&](std::int64_t begin, std::int64_t count) {
+      reference::moe_forward(w, options, in.x.view().slice(begin, count), ids.view().slice(begin, count),
+                             weights.view().slice(begin, count), expected.view().slice(begin, count));
+    });
+    const TensorView got = out.view().slice(0, judged);
+    j.error_vs_float = reference::relative_error(got, exact);
+    j.error_vs_quantised = reference::relative_error(got, expected);
+    j.bit_equal = std::memcmp(got.data(), expected.view().data(), expected.bytes()) == 0;
+    result.schemes.push_back(j);
+  }
+
+  step(1 + static_cast<double>(in.schemes.size()), "timing");
+  const std::vector<Timing> timings = interleave(contenders, in.timing);
+  for (std::size_t s = 0; s < in.schemes.size(); ++s) result.schemes[s].us = timings[s].median_us;
+  result.bf16_us = timings[yardstick].median_us;
+  return result;
+}
+
+}  // namespace octomoe::cli

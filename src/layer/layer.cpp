@@ -1,0 +1,99 @@
+// The public calls: check -> engine.
+#include "octomoe/layer.h"
+
+#include <mutex>
+#include <utility>
+
+#include "layer/backend.h"
+#include "layer/check.h"
+#include "tensor/check.h"
+
+namespace octomoe {
+
+struct MoeLayer::Impl {
+  LayerShape shape;
+  std::int64_t intermediate;
+  Scheme scheme;
+  std::size_t weight_bytes;
+  std::unique_ptr<LayerBackend> backend;
+  std::mutex mutex;
+};
+
+MoeLayer::MoeLayer(Device device, MoeWeights weights, LayerOptions options) {
+  check_layer(device, weights, options);
+  impl_ = std::make_unique<Impl>();
+  const std::int64_t limit = options.expert_map.defined() ? options.expert_map.elems() : weights.experts();
+  impl_->shape = {device, weights.experts(), weights.hidden(), limit};
+  impl_->intermediate = weights.intermediate();
+  impl_->scheme = weights.scheme;
+  impl_->weight_bytes = weights.bytes() + (options.shared_expert ? options.shared_expert->bytes() : 0);
+  impl_->backend = cpu::make_layer(std::move(weights), std::move(options));
+}
+MoeLayer::~MoeLayer() = default;
+MoeLayer::MoeLayer(MoeLayer&&) noexcept = default;
+MoeLayer& MoeLayer::operator=(MoeLayer&&) noexcept = default;
+
+namespace {
+
+void check_capacity(std::int64_t tokens, int top_k, std::int64_t experts) {
+  if (tokens < 0) bad_argument("tokens: expected at least 0, got {}", tokens);
+  if (top_k < 1 || top_k > experts) bad_argument("top_k: expected 1..{} (the number of experts), got {}", experts, top_k);
+}
+
+}  // namespace
+
+void MoeLayer::reserve(std::int64_t max_tokens, int top_k) {
+  check_capacity(max_tokens, top_k, impl_->shape.id_limit);
+  const std::lock_guard lock(impl_->mutex);
+  impl_->backend->reserve(max_tokens, top_k);
+}
+
+std::size_t MoeLayer::workspace_bytes(std::int64_t tokens, int top_k) const {
+  check_capacity(tokens, top_k, impl_->shape.id_limit);
+  return impl_->backend->workspace_bytes(tokens, top_k);
+}
+
+void MoeLayer::forward(TensorView x, TensorView topk_ids, TensorView topk_weights, TensorView out,
+                       const ForwardOptions& options, Stream stream) {
+  const ForwardArgs args{x, topk_ids, topk_weights, out, options.accumulate, stream};
+  check_forward(impl_->shape, args);
+  const std::lock_guard lock(impl_->mutex);
+  impl_->backend->forward(args);
+}
+
+std::int64_t MoeLayer::experts() const { return impl_->shape.experts; }
+std::int64_t MoeLayer::hidden() const { return impl_->shape.hidden; }
+std::int64_t MoeLayer::intermediate() const { return impl_->intermediate; }
+const Scheme& MoeLayer::scheme() const { return impl_->scheme; }
+Device MoeLayer::device() const { return impl_->shape.device; }
+std::size_t MoeLayer::weight_bytes() const { return impl_->weight_bytes; }
+
+struct PreparedMatrix::Impl {
+  MatrixShape shape;
+  std::unique_ptr<MatrixBackend> backend;
+  mutable std::mutex mutex;
+};
+
+PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads) {
+  if (device.type != DeviceType::cpu) {
+    fail(ErrorCode::unsupported, "device: expected cpu (this build has no CUDA engine), got {}", to_string(device));
+  }
+  if (threads < 0 || threads > 1024) bad_argument("threads: expected 0..1024, got {}", threads);
+  check_matrix(matrix, "b");
+  impl_ = std::make_unique<Impl>();
+  impl_->shape = {device, matrix.scheme, matrix.experts, matrix.n, matrix.k, matrix.activation_scale.defined()};
+  impl_->backend = cpu::make_matrix(std::move(matrix), threads);
+}
+PreparedMatrix::~PreparedMatrix() = default;
+PreparedMatrix::PreparedMatrix(PreparedMatrix&&) noexcept = default;
+PreparedMatrix& PreparedMatrix::operator=(PreparedMatrix&&) noexcept = default;
+
+void grouped_gemm(const Activations& a, const PreparedMatrix& b, TensorView d, const Groups& groups,
+                  const GemmOptions& options, Stream stream) {
+  const GemmArgs args{a, d, groups, options.bias, stream};
+  check_gemm(b.impl().shape, args);
+  const std::lock_guard lock(b.impl().mutex);
+  b.impl().backend->gemm(args);
+}
+
+}  // namespace octomoe

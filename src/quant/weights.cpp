@@ -1,0 +1,138 @@
+// MoeWeights: two quantised matrices that fit together.
+#include "octomoe/weights.h"
+
+#include <utility>
+
+#include "quant/matrix.h"
+#include "quant/numerics.h"
+#include "tensor/check.h"
+
+namespace octomoe {
+
+QuantizedMatrix adopt_matrix(const Scheme& scheme, Tensor values, TensorView scale, TensorView q, int segments,
+                             const std::string& name, int threads) {
+  check(scheme);
+  check_defined(values, name.c_str());
+  check_device(values, name.c_str(), Device::cpu());
+  const bool int4 = scheme.kind == SchemeKind::w4a8_fp8;
+  if (values.view().rank() != 3) {
+    bad_argument("{}: expected shape {}, got {}", name, int4 ? "[E, N, K/2]" : "[E, N, K]", to_string(values.shape()));
+  }
+  QuantizedMatrix m;
+  m.scheme = scheme;
+  m.experts = values.dim(0);
+  m.n = values.dim(1);
+  m.k = values.dim(2) * (int4 ? 2 : 1);
+  m.segments = segments;
+  check_sizes(scheme, m.experts, m.n, m.k, segments, name);
+  const MatrixLayout layout = layout_of(scheme, m.experts, m.n, m.k, segments);
+  if (int4) {
+    check_dtype(values, name.c_str(), {DType::int4x2, DType::uint8, DType::int8});
+  } else {
+    check_dtype(values, name.c_str(), {layout.value_dtype});
+  }
+  check_contiguous(values, name.c_str());
+  if (layout.scale.rank() > 0) m.scale = to_float32(scale, name + "_scale", layout.scale, true);
+  if (scheme.kind == SchemeKind::int8_hybrid) {
+    const std::string q_name = name + "_q";
+    check_defined(q, q_name.c_str());
+    check_device(q, q_name.c_str(), Device::cpu());
+    check_dtype(q, q_name.c_str(), {DType::uint8});
+    check_shape(q, q_name.c_str(), {m.experts, layout.blocks_n, layout.blocks_k});
+    m.q = Tensor::copy_of(q);
+  }
+  m.values = std::move(values);
+  finish_matrix(m, name, threads);
+  return m;
+}
+
+namespace {
+
+int segments_of(const MoeWeights::Options& options) { return is_gated(options.activation) ? 2 : 1; }
+
+Tensor bias_of(const TensorView& bias, const char* name, const QuantizedMatrix& m) {
+  return bias.defined() ? to_float32(bias, name, {m.experts, m.n}, false) : Tensor();
+}
+
+void set_activation_scale(QuantizedMatrix& m, const TensorView& scale, const char* name) {
+  const bool wanted = m.scheme.activation_scale == ActivationScale::static_;
+  if (wanted != scale.defined()) {
+    bad_argument("{}: expected {}, got {}", name, wanted ? "a static activation scale (the scheme is static)" : "none (the scheme is not static)",
+                 scale.defined() ? "one" : "none");
+  }
+  if (!wanted) return;
+  const bool per_expert = m.scheme.kind == SchemeKind::w4a8_fp8;
+  m.activation_scale = to_float32(scale, name, per_expert ? Shape{m.experts} : Shape{1}, true);
+  for (std::int64_t i = 0; i < m.activation_scale.elems(); ++i) {
+    const float s = m.activation_scale.as<float>()[i];
+    if (s < 0x1p-100f) bad_argument("{}: expected a scale of at least 2^-100, got {} at element {}", name, s, i);
+  }
+}
+
+MoeWeights assemble(QuantizedMatrix w13, QuantizedMatrix w2, const MoeWeights::Options& options) {
+  const std::int64_t factor = segments_of(options);
+  if (w13.experts != w2.experts || w13.k != w2.n || w13.n != factor * w2.k) {
+    bad_argument("w2: expected [E, H, I] to fit w13 [E, {}, H] = {}, got {}", factor == 2 ? "2I" : "I",
+                 to_string(Shape{w13.experts, w13.n, w13.k}), to_string(Shape{w2.experts, w2.n, w2.k}));
+  }
+  MoeWeights w;
+  w.scheme = w2.scheme;
+  w.activation = options.activation;
+  w.gate_up_order = options.gate_up_order;
+  w.b13 = bias_of(options.b13, "b13", w13);
+  w.b2 = bias_of(options.b2, "b2", w2);
+  set_activation_scale(w13, options.x_scale, "x_scale");
+  set_activation_scale(w2, options.act_scale, "act_scale");
+  w.w13 = std::move(w13);
+  w.w2 = std::move(w2);
+  return w;
+}
+
+void expect_kind(const Scheme& scheme, SchemeKind kind) {
+  if (scheme.kind != kind) bad_argument("scheme: expected {}, got {}", to_string(kind), to_string(scheme));
+}
+
+}  // namespace
+
+MoeWeights MoeWeights::from_int8_channel(Tensor w13, TensorView w13_scale, Tensor w2, TensorView w2_scale,
+                                         const Options& options, const Scheme& scheme) {
+  expect_kind(scheme, SchemeKind::int8_channel);
+  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, {}, segments_of(options), "w13", options.threads),
+                  adopt_matrix(scheme, std::move(w2), w2_scale, {}, 1, "w2", options.threads), options);
+}
+
+MoeWeights MoeWeights::from_int8_block(Tensor w13, TensorView w13_scale, Tensor w2, TensorView w2_scale,
+                                       const Options& options, const Scheme& scheme) {
+  expect_kind(scheme, SchemeKind::int8_block);
+  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, {}, segments_of(options), "w13", options.threads),
+                  adopt_matrix(scheme, std::move(w2), w2_scale, {}, 1, "w2", options.threads), options);
+}
+
+MoeWeights MoeWeights::from_w4a8_fp8(Tensor w13, TensorView w13_scale, Tensor w2, TensorView w2_scale,
+                                     const Options& options, const Scheme& scheme) {
+  expect_kind(scheme, SchemeKind::w4a8_fp8);
+  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, {}, segments_of(options), "w13", options.threads),
+                  adopt_matrix(scheme, std::move(w2), w2_scale, {}, 1, "w2", options.threads), options);
+}
+
+MoeWeights MoeWeights::from_int8_hybrid(Tensor w13, TensorView w13_scale, TensorView w13_q, Tensor w2, TensorView w2_scale,
+                                        TensorView w2_q, const Options& options, const Scheme& scheme) {
+  expect_kind(scheme, SchemeKind::int8_hybrid);
+  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, w13_q, segments_of(options), "w13", options.threads),
+                  adopt_matrix(scheme, std::move(w2), w2_scale, w2_q, 1, "w2", options.threads), options);
+}
+
+MoeWeights MoeWeights::from_float(Tensor w13, Tensor w2, const Options& options) {
+  check_defined(w13, "w13");
+  check_dtype(w13, "w13", {DType::bfloat16, DType::float16});
+  const Scheme scheme = w13.dtype() == DType::bfloat16 ? Scheme::bf16() : Scheme::fp16();
+  return assemble(adopt_matrix(scheme, std::move(w13), {}, {}, segments_of(options), "w13", options.threads),
+                  adopt_matrix(scheme, std::move(w2), {}, {}, 1, "w2", options.threads), options);
+}
+
+MoeWeights quantize(const Scheme& scheme, TensorView w13, TensorView w2, const QuantizeOptions& options) {
+  return assemble(quantize_matrix(scheme, w13, segments_of(options), options.threads, "w13"),
+                  quantize_matrix(scheme, w2, 1, options.threads, "w2"), options);
+}
+
+}  // namespace octomoe

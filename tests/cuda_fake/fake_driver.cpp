@@ -1,0 +1,121 @@
+#include "cuda_fake/fake_driver.h"
+
+#include <atomic>
+#include <mutex>
+#include <vector>
+
+#include "cuda/driver.h"
+
+namespace {
+
+using namespace octomoe::cuda;  // NOLINT: its types
+
+constexpr int kCapability[] = {90, 90, 80, 75, 120};
+constexpr int kDevices = 5;
+FakeCudaState state;
+std::mutex mutex;
+thread_local std::vector<CuContext> stack;
+char contexts[kDevices];
+
+template <class T>
+T handle(void* p) {
+  return reinterpret_cast<T>(p);
+}
+
+}  // namespace
+
+#define FAKE extern "C" __attribute__((visibility("default")))
+
+FAKE FakeCudaState* fake_cuda_state() { return &state; }
+FAKE void* fake_cuda_primary(int device) { return &contexts[device]; }
+
+FAKE CuResult cuInit(unsigned) { return 0; }
+FAKE CuResult cuDriverGetVersion(int* v) { return *v = 12040, 0; }
+FAKE CuResult cuGetErrorName(CuResult rc, const char** out) {
+  *out = rc == 200 ? "CUDA_ERROR_INVALID_IMAGE" : rc == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_OTHER";
+  return 0;
+}
+FAKE CuResult cuGetErrorString(CuResult, const char** out) { return *out = "made up", 0; }
+FAKE CuResult cuDeviceGetCount(int* n) { return *n = kDevices, 0; }
+FAKE CuResult cuDeviceGet(CuDevice* d, int i) { return *d = i, 0; }
+FAKE CuResult cuDeviceGetName(char* out, int, CuDevice) { return out[0] = 'F', out[1] = 0, 0; }
+FAKE CuResult cuDeviceGetAttribute(int* out, int which, CuDevice d) {
+  switch (which) {
+    case kComputeCapabilityMajor: *out = kCapability[d] / 10; break;
+    case kComputeCapabilityMinor: *out = kCapability[d] % 10; break;
+    case kMultiprocessorCount: *out = 132; break;
+    case kMaxSharedPerBlockOptin: *out = d == 4 ? 49152 : 232448; break;
+    default: *out = 1;
+  }
+  return 0;
+}
+FAKE CuResult cuDeviceTotalMem_v2(std::size_t* n, CuDevice) { return *n = std::size_t{80} << 30, 0; }
+FAKE CuResult cuDevicePrimaryCtxRetain(CuContext* c, CuDevice d) {
+  const std::lock_guard lock(mutex);
+  ++state.retains;
+  return *c = handle<CuContext>(&contexts[d]), 0;
+}
+FAKE CuResult cuCtxGetCurrent(CuContext* c) { return *c = stack.empty() ? nullptr : stack.back(), 0; }
+FAKE CuResult cuCtxSetCurrent(CuContext c) {
+  if (stack.empty()) stack.push_back(c);
+  return stack.back() = c, 0;
+}
+FAKE CuResult cuCtxPushCurrent_v2(CuContext c) {
+  const std::lock_guard lock(mutex);
+  ++state.pushes;
+  return stack.push_back(c), 0;
+}
+FAKE CuResult cuCtxPopCurrent_v2(CuContext* c) {
+  const std::lock_guard lock(mutex);
+  ++state.pops;
+  *c = stack.back();
+  return stack.pop_back(), 0;
+}
+FAKE CuResult cuModuleLoadData(CuModule* m, const void*) {
+  const std::lock_guard lock(mutex);
+  ++state.loads;
+  if (stack.empty()) return 201;  // no current context
+  if (const int rc = state.fail_next_load) return state.fail_next_load = 0, rc;
+  return *m = handle<CuModule>(&state), 0;
+}
+FAKE CuResult cuModuleGetFunction(CuFunction* f, CuModule m, const char*) { return *f = handle<CuFunction>(m), 0; }
+FAKE CuResult cuFuncGetAttribute(int* out, int which, CuFunction) { return *out = which == kFunctionSharedBytes ? 16 : 8, 0; }
+FAKE CuResult cuFuncSetAttribute(CuFunction, int which, int value) {
+  if (which == kFunctionMaxDynamicShared) state.set_shared = value;
+  return 0;
+}
+FAKE CuResult cuFuncGetParamInfo(CuFunction, std::size_t, std::size_t* offset, std::size_t* bytes) {
+  return *offset = 0, *bytes = state.args_bytes, 0;
+}
+FAKE CuResult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, CuFunction, int, std::size_t) { return *n = 2, 0; }
+FAKE CuResult cuLaunchKernelEx(const CuLaunchConfig* c, CuFunction, void** parameters, void**) {
+  const std::lock_guard lock(mutex);
+  ++state.launches;
+  if (const int rc = state.fail_next_launch) return state.fail_next_launch = 0, rc;
+  state.grid[0] = c->grid_x, state.grid[1] = c->grid_y, state.grid[2] = c->grid_z;
+  state.block[0] = c->block_x, state.block[1] = c->block_y, state.block[2] = c->block_z;
+  state.shared_bytes = c->shared_bytes;
+  state.stream = c->stream;
+  state.cluster = 0;
+  state.pdl = false;
+  for (unsigned i = 0; i < c->attribute_count; ++i) {
+    const CuLaunchAttribute& a = c->attributes[i];
+    if (a.id == kLaunchCluster) state.cluster = a.value.cluster.x;
+    if (a.id == kLaunchProgrammaticStreamSerialization) state.pdl = a.value.programmatic_stream_serialization == 1;
+  }
+  state.first_argument = *static_cast<int*>(parameters[0]);
+  state.context = stack.empty() ? nullptr : stack.back();
+  return 0;
+}
+
+// The rest is there so that the table is complete.
+#define STUB(name) \
+  FAKE CuResult name() { return 801; }
+STUB(cuCtxSynchronize) STUB(cuModuleUnload) STUB(cuOccupancyMaxActiveClusters) STUB(cuMemAlloc_v2) STUB(cuMemFree_v2)
+STUB(cuMemGetInfo_v2) STUB(cuMemHostAlloc) STUB(cuMemFreeHost) STUB(cuMemcpyHtoD_v2) STUB(cuMemcpyDtoH_v2)
+STUB(cuMemcpyDtoD_v2) STUB(cuMemcpyAsync) STUB(cuMemcpyHtoDAsync_v2) STUB(cuMemcpyDtoHAsync_v2) STUB(cuMemcpyDtoDAsync_v2)
+STUB(cuMemsetD8_v2) STUB(cuMemsetD8Async) STUB(cuMemsetD32Async) STUB(cuPointerGetAttribute) STUB(cuStreamCreate)
+STUB(cuStreamDestroy_v2) STUB(cuStreamSynchronize) STUB(cuStreamQuery) STUB(cuStreamGetCtx) STUB(cuStreamWaitEvent)
+STUB(cuStreamBeginCapture_v2) STUB(cuStreamEndCapture) STUB(cuStreamIsCapturing) STUB(cuGraphInstantiateWithFlags)
+STUB(cuGraphGetNodes) STUB(cuGraphLaunch) STUB(cuGraphDestroy) STUB(cuGraphExecDestroy) STUB(cuEventCreate)
+STUB(cuEventDestroy_v2) STUB(cuEventRecord) STUB(cuEventSynchronize) STUB(cuEventElapsedTime)

@@ -1,0 +1,179 @@
+// src/cuda/module over a driver that only writes down what it is asked (fake_driver.cpp): runs without a GPU.
+#include "cuda/module.h"
+
+#include <dlfcn.h>
+#include <gmock/gmock.h>
+
+#include <thread>
+
+#include "cuda/stream.h"
+#include "cuda_fake/fake_driver.h"
+#include "jit/support.h"
+#include "support/errors.h"
+
+namespace octomoe::cuda {
+namespace {
+
+using octomoe::testing::expect_error;
+using ::testing::HasSubstr;
+namespace jt = jit::testing;
+
+struct Args {
+  int value = 0;
+  int rest[3] = {};
+};
+
+class Module : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    // Loaded under its soname first, it is what the search finds.
+    const std::filesystem::path here = std::filesystem::read_symlink("/proc/self/exe").parent_path();
+    void* fake = dlopen((here / "fake_cuda/libcuda.so.1").c_str(), RTLD_NOW | RTLD_GLOBAL);
+    ASSERT_NE(fake, nullptr) << dlerror();
+    get_state = reinterpret_cast<FakeCudaState* (*)()>(dlsym(fake, "fake_cuda_state"));
+    primary = reinterpret_cast<void* (*)(int)>(dlsym(fake, "fake_cuda_primary"));
+  }
+  void SetUp() override {
+    *get_state() = {};
+    entry_ = jt::small_entry();
+    entry_.shared_bytes = 100'000;
+    for (const int arch : {80, 90}) add(arch);
+    add(jit::Target(90, true));
+    store_ = std::make_unique<jit::KernelStore>(jit::KernelStore::Options{.sources = &sources_, .packs = packs_});
+    modules_ = std::make_unique<ModuleCache>(*store_);
+  }
+  void add(jit::Target target) {
+    jit::CompiledKernel k = jt::made_up_kernel(entry_.id, target, 64);
+    k.source_key = jit::source_key(jit::translate(entry_, target, sources_));
+    const jit::PackItem items[] = {{k, entry_}};
+    const auto bytes = std::make_shared<std::vector<std::byte>>(jit::make_pack(items));
+    packs_.push_back(jit::Pack::parse(*bytes, "fake.pack", bytes));
+  }
+  static FakeCudaState& state() { return *get_state(); }
+
+  static FakeCudaState* (*get_state)();
+  static void* (*primary)(int);
+  KernelEntry entry_;
+  jit::SourceSet sources_ = jt::small_sources();
+  std::vector<std::shared_ptr<const jit::Pack>> packs_;
+  std::unique_ptr<jit::KernelStore> store_;
+  std::unique_ptr<ModuleCache> modules_;
+};
+FakeCudaState* (*Module::get_state)() = nullptr;
+void* (*Module::primary)(int) = nullptr;
+
+CuContext current() {
+  CuContext c = nullptr;
+  OCTOMOE_CUDA(cuCtxGetCurrent, &c);
+  return c;
+}
+
+TEST_F(Module, LoadsOncePerDevice) {
+  const LoadedKernel& a = modules_->load(entry_, 0);
+  EXPECT_EQ(&modules_->load(entry_, 0), &a);
+  EXPECT_EQ(state().loads, 1);
+  EXPECT_EQ(state().set_shared, 100'000);
+  EXPECT_EQ(a.blocks_per_multiprocessor, 2);
+  EXPECT_EQ(a.device->compute_capability, 90);
+  EXPECT_NE(&modules_->load(entry_, 1), &a);
+  EXPECT_EQ(state().loads, 2);
+  EXPECT_EQ(store_->counts().from_pack, 1);  // the image is shared
+}
+
+TEST_F(Module, ManyThreadsLoadOnce) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 12; ++i) threads.emplace_back([&, i] { modules_->load(entry_, i % 2); });
+  for (std::thread& t : threads) t.join();
+  EXPECT_EQ(state().loads, 2);
+  EXPECT_EQ(state().pushes, state().pops);
+}
+
+TEST_F(Module, LeavesTheCurrentContextAlone) {
+  EXPECT_EQ(current(), nullptr);
+  modules_->load(entry_, 0);
+  EXPECT_EQ(current(), nullptr);
+  const auto other = static_cast<CuContext>(primary(1));
+  OCTOMOE_CUDA(cuCtxPushCurrent, other);
+  modules_->load(entry_, 2);
+  EXPECT_EQ(current(), other);
+  const int pushes = state().pushes;
+  modules_->load(jt::small_entry(), 1);  // current already: nothing to push
+  { const ContextGuard guard(device_info(1)); }
+  EXPECT_EQ(state().pushes, pushes);
+  CuContext popped = nullptr;
+  OCTOMOE_CUDA(cuCtxPopCurrent, &popped);
+}
+
+TEST_F(Module, LaunchPassesEverything) {
+  const LoadedKernel& k = modules_->load(entry_, 0);
+  launch(k, {.grid = {5, 6, 7}, .stream = &state(), .pdl = true, .cluster = 2}, Args{42});
+  EXPECT_THAT(state().grid, ::testing::ElementsAre(5, 6, 7));
+  EXPECT_THAT(state().block, ::testing::ElementsAre(128, 1, 1));
+  EXPECT_EQ(state().shared_bytes, 100'000u);
+  EXPECT_EQ(state().stream, &state());
+  EXPECT_EQ(state().cluster, 2u);
+  EXPECT_TRUE(state().pdl);
+  EXPECT_EQ(state().first_argument, 42);
+  launch(k, {.grid = {1}, .threads = 64, .shared_bytes = 0}, Args{});
+  EXPECT_EQ(state().block[0], 64u);
+  EXPECT_EQ(state().shared_bytes, 0u);
+  EXPECT_EQ(state().cluster, 0u);
+  EXPECT_FALSE(state().pdl);
+}
+
+TEST_F(Module, EmptyGridsStartNothing) {
+  launch(modules_->load(entry_, 0), {.grid = {0}}, Args{});
+  EXPECT_EQ(state().launches, 0);
+}
+
+TEST_F(Module, DependentLaunchOnlyWhereTheArchitectureHasIt) {
+  launch(modules_->load(entry_, 2), {.grid = {1}, .pdl = true}, Args{});
+  EXPECT_EQ(state().launches, 1);
+  EXPECT_FALSE(state().pdl);
+}
+
+TEST_F(Module, WrongArgumentStructIsCaught) {
+  state().args_bytes = 24;
+  const LoadedKernel& k = modules_->load(entry_, 0);
+  expect_error(ErrorCode::internal, "demo:scale<2>: expected arguments of 24 bytes, got 16",
+               [&] { launch(k, {.grid = {1}}, Args{}); });
+}
+
+TEST_F(Module, ErrorsSayWhatFailed) {
+  const LoadedKernel& k = modules_->load(entry_, 0);
+  state().fail_next_launch = 1;
+  expect_error(ErrorCode::cuda,
+               "cuLaunchKernelEx: kernel demo:scale<2>, grid 3x1x1, 128 threads, 100000 bytes of shared memory, cluster 1: "
+               "CUDA_ERROR_OTHER (1): made up",
+               [&] { launch(k, {.grid = {3}}, Args{}); });
+  state().fail_next_launch = 2;
+  expect_error(ErrorCode::out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY", [&] { launch(k, {.grid = {3}}, Args{}); });
+  state().fail_next_load = 999;
+  expect_error(ErrorCode::cuda, "src/cuda/module.cpp:", [&] { modules_->load(entry_, 1); });
+  EXPECT_NO_THROW(modules_->load(entry_, 1));  // tried again
+}
+
+// A pack from a newer CUDA than the driver: the kernel is compiled here.
+TEST_F(Module, RefusedImagesAreCompiled) {
+  OCTOMOE_NEED_NVRTC();
+  jt::LogCatcher log;
+  state().fail_next_load = kCudaInvalidImage;
+  modules_->load(entry_, 0);
+  EXPECT_EQ(state().loads, 2);
+  EXPECT_EQ(store_->counts().compiled, 1);
+  ASSERT_FALSE(log.warnings().empty());
+  EXPECT_THAT(log.warnings().back(),
+              HasSubstr("the driver (CUDA 12.4) refuses kernel demo:scale<2> for sm_90a that NVRTC 13.0 made: "
+                        "CUDA_ERROR_INVALID_IMAGE (200)"));
+}
+
+TEST_F(Module, DevicesThatDoNotFit) {
+  expect_error(ErrorCode::unsupported, "cuda:3 (F): expected compute capability 8.0", [&] { modules_->load(entry_, 3); });
+  expect_error(ErrorCode::unsupported, "needs 100016 bytes of shared memory, cuda:4 (F) has 49152",
+               [&] { modules_->load(entry_, 4); });
+  expect_error("device: expected cuda:0 to cuda:4, got cuda:5", [&] { modules_->load(entry_, 5); });
+  expect_error("got cuda:-1", [&] { modules_->load(entry_, -1); });
+}
+
+}  // namespace
+}  // namespace octomoe::cuda

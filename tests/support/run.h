@@ -1,0 +1,111 @@
+// Runs the public calls on a device from host tensors, so that one test body serves every engine.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "octomoe/layer.h"
+#include "support/random.h"
+
+namespace octomoe::testing {
+
+inline std::vector<Device> devices() { return {Device::cpu()}; }
+
+struct LayerCase {
+  std::int64_t experts = 8, hidden = 128, intermediate = 96, tokens = 13;
+  int top_k = 3;
+  Scheme scheme;
+  Activation activation = Activation::swiglu;
+  GateUpOrder order = GateUpOrder::gate_up;
+  bool biases = false;
+  std::uint32_t seed = 1;
+};
+
+// Float schemes must stay inside fp16's range, also where the data have rows 3000 times larger than others.
+inline float amplitude(const LayerCase& c) {
+  if (c.scheme.is_integer()) return 1.0f;
+  return c.scheme.kind == SchemeKind::fp16 ? 0.02f : 0.1f;
+}
+
+inline MoeWeights make_weights(const LayerCase& c, std::int64_t experts) {
+  const std::int64_t n13 = c.intermediate * (is_gated(c.activation) ? 2 : 1);
+  const Tensor w13 = random_tensor(DType::float32, {experts, n13, c.hidden}, c.seed * 10 + 1, 0.05f * amplitude(c));
+  const Tensor w2 = random_tensor(DType::float32, {experts, c.hidden, c.intermediate}, c.seed * 10 + 2, 0.05f * amplitude(c));
+  QuantizeOptions o;
+  o.activation = c.activation;
+  o.gate_up_order = c.order;
+  Tensor b13, b2, x_scale, act_scale;
+  if (c.biases) {
+    o.b13 = b13 = random_tensor(DType::float32, {experts, n13}, c.seed * 10 + 3, 0.2f);
+    o.b2 = b2 = random_tensor(DType::float32, {experts, c.hidden}, c.seed * 10 + 4, 0.2f);
+  }
+  if (c.scheme.activation_scale == ActivationScale::static_) {
+    const std::int64_t count = c.scheme.is_integer() ? 1 : experts;
+    x_scale = Tensor::empty(DType::float32, {count});
+    act_scale = Tensor::empty(DType::float32, {count});
+    for (std::int64_t i = 0; i < count; ++i) {
+      x_scale.as<float>()[i] = 0.05f + 0.01f * static_cast<float>(i);
+      act_scale.as<float>()[i] = 0.03f + 0.002f * static_cast<float>(i);
+    }
+    o.x_scale = x_scale;
+    o.act_scale = act_scale;
+  }
+  return quantize(c.scheme, w13, w2, o);
+}
+
+struct LayerInput {
+  Tensor x, ids, weights;
+};
+
+inline LayerInput make_input(const LayerCase& c, DType dtype = DType::bfloat16, bool holes = true) {
+  return {random_tensor(dtype, {c.tokens, c.hidden}, c.seed * 10 + 5, amplitude(c)),
+          random_ids(c.tokens, c.top_k, c.experts, c.seed * 10 + 6, holes),
+          random_topk_weights(c.tokens, c.top_k, c.seed * 10 + 7)};
+}
+
+// Canaries before and after every output row's memory: a write outside is seen.
+class GuardedOutput {
+ public:
+  GuardedOutput(DType dtype, std::int64_t rows, std::int64_t columns)
+      : dtype_(dtype), rows_(rows), columns_(columns), pad_(32), raw_(Tensor::empty(DType::uint8, {bytes_in_all()})) {
+    for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = 0xA5;
+  }
+  TensorView view() {
+    return TensorView(raw_.as<std::uint8_t>() + pad_ * size(), dtype_, Shape{rows_, columns_}, Shape{columns_ + pad_, 1});
+  }
+  Tensor dense() { return Tensor::copy_of(view()); }
+  bool intact() const {
+    const std::int64_t step = (columns_ + pad_) * size();
+    for (std::int64_t i = 0; i < raw_.elems(); ++i) {
+      const std::int64_t j = i - pad_ * size();
+      const bool inside = j >= 0 && j / step < rows_ && j % step < columns_ * size();
+      if (!inside && raw_.as<std::uint8_t>()[i] != 0xA5) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::int64_t size() const { return static_cast<std::int64_t>(size_bytes(dtype_)); }
+  std::int64_t bytes_in_all() const { return (pad_ + rows_ * (columns_ + pad_)) * size(); }
+  DType dtype_;
+  std::int64_t rows_, columns_, pad_;
+  Tensor raw_;
+};
+
+inline Tensor run_layer(Device device, const MoeWeights& weights, LayerOptions options, const LayerInput& in,
+                        DType out_dtype = DType::bfloat16) {
+  MoeLayer layer(device, weights, std::move(options));
+  GuardedOutput out(out_dtype, in.x.dim(0), weights.hidden());
+  layer.forward(in.x, in.ids, in.weights, out.view());
+  EXPECT_TRUE(out.intact()) << "wrote outside the output";
+  return out.dense();
+}
+
+inline bool same_bits(const Tensor& a, const Tensor& b) {
+  return a.bytes() == b.bytes() && (a.bytes() == 0 || std::memcmp(a.view().data(), b.view().data(), a.bytes()) == 0);
+}
+
+}  // namespace octomoe::testing
