@@ -25,10 +25,15 @@ namespace {
 
 constexpr std::int64_t kWeightBytes = 48 << 20;
 
+// -127..127, eight values a draw.
 Tensor random_int8(Shape shape, std::uint32_t seed) {
   Tensor t = Tensor::empty(DType::int8, shape);
-  std::mt19937 rng(seed);
-  for (std::int64_t i = 0; i < t.elems(); ++i) t.as<std::int8_t>()[i] = static_cast<std::int8_t>(rng() % 255 - 127);
+  std::mt19937_64 rng(seed);
+  std::uint64_t bits = 0;
+  for (std::int64_t i = 0; i < t.elems(); ++i, bits >>= 8) {
+    if (i % 8 == 0) bits = rng();
+    t.as<std::int8_t>()[i] = static_cast<std::int8_t>(std::max(-127, static_cast<int>(bits & 255) - 128));
+  }
   return t;
 }
 

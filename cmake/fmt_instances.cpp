@@ -1,6 +1,6 @@
-// {fmt} compiled once, into our own library. Debian ships only its shared object, which the installed library should not
-// depend on, and the header-only form costs 3.4 s in every file that formats (g++ 12, -O3).
-// The list is that of fmt 9's src/format.cc; cmake/fmt.cmake uses the header-only form with other versions.
+// {fmt} compiled once, into our own library. Debian ships only its shared object, which the installed library should
+// not depend on, and the header-only form costs 3.4 s in every file that formats (g++ 12, -O3). The list is that of fmt
+// 9's src/format.cc; cmake/fmt.cmake uses the header-only form with other versions.
 #include <fmt/format-inl.h>
 
 FMT_BEGIN_NAMESPACE

@@ -29,7 +29,7 @@ run_suite() {
     "$(grep -E "$closing" "$log" | tail -n 1 | sed -E 's/^=+ | =+$//g')")")
 }
 
-run_suite "C++" 'tests passed' ctest --test-dir "$build" -j "$jobs" --output-on-failure --no-tests=error --progress
+run_suite "C++" 'tests passed' ctest --test-dir "$build" -j "$jobs" --output-on-failure --no-tests=error
 run_suite "Python" '(passed|failed|error).* in ' .venv/bin/python -m pytest -q -ra tests/python
 run_suite "package, README" '(passed|failed|error).* in ' .venv/bin/python -m pytest -q -ra tests/package
 

@@ -39,8 +39,8 @@ class SafetensorsFile {
   // Keeps the map alive; no copy, unless the file does not align the tensor to its element. Error if absent, of a type
   // that this library does not have, or of more than kMaxRank dimensions.
   Tensor tensor(const std::string& name) const;
-  std::span<const std::byte> bytes(
-      const std::string& name) const;  // of any type; valid while this object or a copy lives
+  // Of any type; valid while this object or a copy of it lives.
+  std::span<const std::byte> bytes(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const;
   const std::string& path() const;
 

@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     layers = layer_results(options)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = measure(options, layers)
-    read = options.windows * options.window
+    read = min(options.windows * options.window, options.text.stat().st_size)
     machine = layers.get("machine") or {}
     report = {
         **{key: layers.get(key) for key in ("version", "date", "commit", "machine", "checkpoint")},
@@ -312,4 +312,9 @@ def _installed(name: str) -> bool:
 
 
 if __name__ == "__main__":
+    # PyTorch's OpenMP threads would spin between its operators, on the cores that OctoMoE's threads
+    # need. OpenMP reads this once, when PyTorch is loaded, which importing octomoe has done already.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, "-m", "octomoe.demo", *sys.argv[1:]])
     main()

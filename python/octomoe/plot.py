@@ -182,6 +182,7 @@ def draw_bench(report: dict[str, Any], path: str | Path) -> None:
     axes.set_xlabel("tokens in the call")
     axes.set_ylabel("time of one layer (median, p10 to p90)")
     model = (report.get("problem") or {}).get("model")
+    model = None if model == "custom" else model
     title = f"One MoE layer{f' of {model}' if model else ''}"
     axes.text(0, 1.09, title, transform=axes.transAxes, fontsize=13, fontweight="bold")
     axes.set_title(_subtitle(report), fontsize=9, fontweight="normal", color=MUTED)

@@ -34,7 +34,7 @@ struct Options {
   std::string archs = "sm_80,sm_86,sm_89,sm_90a";
   std::string out, check, only;
   int jobs = 0;
-  bool json = false;
+  bool fresh = false, json = false;
 };
 
 std::string version_text(int nvrtc) { return fmt::format("{}.{}", nvrtc / 1000, nvrtc % 1000 / 10); }
@@ -58,6 +58,16 @@ std::vector<jit::Target> parse_targets(const std::string& list) {
 
 // ---- octomoe pack --out FILE ----
 
+// What the file holds already; nullptr if there is none, or one that cannot be used.
+std::shared_ptr<const jit::Pack> existing_pack(const Options& o) {
+  if (o.fresh || o.out == "-") return nullptr;
+  try {
+    return jit::Pack::open(o.out);
+  } catch (const Error&) {
+    return nullptr;
+  }
+}
+
 int build(const Options& o) {
   const std::vector<jit::Target> targets = parse_targets(o.archs);
   std::vector<KernelEntry> entries;
@@ -72,7 +82,7 @@ int build(const Options& o) {
   jit::PackBuild result;
   {
     Progress progress("compiling");
-    jit::PackBuildOptions options{.targets = targets, .jobs = o.jobs, .disassembler = tool};
+    jit::PackBuildOptions options{.targets = targets, .jobs = o.jobs, .disassembler = tool, .reuse = existing_pack(o)};
     if (options.jobs <= 0) options.jobs = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     options.progress = [&](std::size_t done, std::size_t total, const std::string& current) {
       progress.update(static_cast<double>(done) / static_cast<double>(total), current);
@@ -101,8 +111,12 @@ int build(const Options& o) {
   fmt::print("{} {}: {} kernels for {}, {}, NVRTC {}, {:.1f} s\n", styled("wrote", Style::good, colour), o.out,
              result.items.size(), o.archs, format_bytes(static_cast<double>(bytes.size())),
              version_text(cuda::Nvrtc::get().version()), seconds);
-  fmt::print("compile time: {:.2f} s a kernel, slowest {:.2f} s ({})\n",
-             result.total_s / static_cast<double>(result.items.size()), result.slowest_s, result.slowest);
+  const std::size_t compiled = result.items.size() - result.reused;
+  if (result.reused > 0) fmt::print("{} kernels were in it already\n", result.reused);
+  if (compiled > 0) {
+    fmt::print("compile time: {:.2f} s a kernel, slowest {:.2f} s ({})\n",
+               result.total_s / static_cast<double>(compiled), result.slowest_s, result.slowest);
+  }
   if (tool.empty()) fmt::print("tensor-core instructions not counted: {}\n", kNoDisassembler);
   if (faulty > 0) {
     fmt::print("{}: octomoe pack --check {}\n",
@@ -237,6 +251,7 @@ void add_pack(CLI::App& app, Action& action) {
   sub->add_option("--arch", o->archs, "Comma-separated: sm_80, sm_86, sm_89, sm_90a, another sm_NN, compute_90 (PTX)")
       ->capture_default_str();
   sub->add_option("--only", o->only, "Only kernels whose id contains this");
+  sub->add_flag("--fresh", o->fresh, "Compile all; without it, kernels that FILE holds unchanged are kept");
   sub->add_option("-j,--jobs", o->jobs, "Kernels compiled at the same time; 0: one per core")
       ->check(CLI::Range(0, 4096));
   CLI::Option* check_file =

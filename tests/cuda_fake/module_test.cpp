@@ -28,7 +28,7 @@ class Module : public ::testing::Test {
   static void SetUpTestSuite() {
     // Loaded under its soname first, it is what the search finds.
     const std::filesystem::path here = std::filesystem::read_symlink("/proc/self/exe").parent_path();
-    void* fake = dlopen((here / "fake_cuda/libcuda.so.1").c_str(), RTLD_NOW | RTLD_GLOBAL);
+    void* fake = dlopen((here / "fake_cuda/libcuda.so.1").c_str(), RTLD_NOW | RTLD_LOCAL);
     ASSERT_NE(fake, nullptr) << dlerror();
     get_state = reinterpret_cast<FakeCudaState* (*)()>(dlsym(fake, "fake_cuda_state"));
     primary = reinterpret_cast<void* (*)(int)>(dlsym(fake, "fake_cuda_primary"));

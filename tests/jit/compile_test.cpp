@@ -192,6 +192,18 @@ TEST(PackBuild, CompilesCountsAndReportsFailures) {
     EXPECT_EQ(item.kernel.report.tensor_instructions, counted ? 2 : -1);
   }
   EXPECT_GT(b.slowest_s, 0);
+  EXPECT_EQ(b.reused, 0u);
+
+  // A second time only what has changed is compiled.
+  const std::vector<std::byte> bytes = make_pack(b.items);
+  options.reuse = Pack::parse(bytes, "old");
+  options.progress = {};
+  entries.pop_back();
+  const PackBuild again = build_pack(entries, options);
+  EXPECT_EQ(again.reused, 4u);
+  EXPECT_EQ(make_pack(again.items), bytes);
+  entries[0].threads = 64;
+  EXPECT_EQ(build_pack(entries, options).reused, 2u);
 }
 
 }  // namespace

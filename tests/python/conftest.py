@@ -16,6 +16,7 @@ if build and "OCTOMOE_PYTHON_LIBRARY" not in os.environ:
 if "OCTOMOE_TEST_INSTALLED" not in os.environ:
     sys.path.insert(0, str(ROOT / "python"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small tensors PyTorch's threads only spin
 
 pytest.importorskip("numpy", reason="NumPy is missing")
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is missing")
