@@ -19,4 +19,4 @@ using LogCallback = std::function<void(LogLevel level, const std::string& messag
 // makes the library say meanwhile is dropped too.
 void set_log_callback(LogCallback callback);
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

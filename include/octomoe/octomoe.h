@@ -4,6 +4,8 @@
 #include "octomoe/checkpoint.h"
 #include "octomoe/error.h"
 #include "octomoe/layer.h"
+#include "octomoe/log.h"
+#include "octomoe/packs.h"
 #include "octomoe/scheme.h"
 #include "octomoe/tensor.h"
 #include "octomoe/version.h"

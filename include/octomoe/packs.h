@@ -1,5 +1,5 @@
-// Kernel packs: precompiled GPU kernels, see docs/packs.md. The pack that is installed with the library is found without
-// any of this.
+// Kernel packs: precompiled GPU kernels, see docs/packs.md. The pack that is installed with the library is found
+// without any of this.
 #pragma once
 
 #include <string>
@@ -20,4 +20,4 @@ std::vector<std::string> kernel_packs();
 // Python package calls this; a C++ program needs it only to use libraries out of a Python environment.
 void add_cuda_library_paths(const std::vector<std::string>& paths);
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

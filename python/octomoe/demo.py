@@ -313,7 +313,7 @@ def _installed(name: str) -> bool:
 
 if __name__ == "__main__":
     # PyTorch's OpenMP threads would spin between its operators, on the cores that OctoMoE's threads
-    # need. OpenMP reads this once, when PyTorch is loaded, which importing octomoe has done already.
+    # need. OpenMP reads this once, when PyTorch is loaded: importing octomoe has done that already.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, "-m", "octomoe.demo", *sys.argv[1:]])

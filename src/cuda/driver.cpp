@@ -68,7 +68,8 @@ const Loaded& loaded() {
 
 const Driver& driver() {
   const Loaded& l = loaded();
-  if (!l.problem.empty()) [[unlikely]] fail(ErrorCode::unsupported, "no usable GPU: {}", l.problem);
+  if (!l.problem.empty()) [[unlikely]]
+    fail(ErrorCode::unsupported, "no usable GPU: {}", l.problem);
   return l.driver;
 }
 

@@ -1,5 +1,5 @@
-// The CUDA driver API, opened at run time. The declarations below are the part of cuda.h that we use, so the tree builds
-// without CUDA's headers; tests/cuda/driver_test.cpp compares them with cuda.h where there is one.
+// The CUDA driver API, opened at run time. The declarations below are the part of cuda.h that we use, so the tree
+// builds without CUDA's headers; tests/cuda/driver_test.cpp compares them with cuda.h where there is one.
 #pragma once
 
 #include <cstddef>
@@ -93,71 +93,71 @@ enum CuPointerAttribute : int { kPointerContext = 1, kPointerMemoryType = 2, kPo
 enum CuMemoryType : int { kMemoryHost = 1, kMemoryDevice = 2 };
 
 // name, exported symbol, parameters. Required ones are in every driver of CUDA 12.0 and later.
-#define OCTOMOE_CUDA_DRIVER_FUNCTIONS(REQUIRED, OPTIONAL)                                                              \
-  REQUIRED(cuInit, cuInit, (unsigned))                                                                                 \
-  REQUIRED(cuDriverGetVersion, cuDriverGetVersion, (int*))                                                             \
-  REQUIRED(cuGetErrorName, cuGetErrorName, (CuResult, const char**))                                                   \
-  REQUIRED(cuGetErrorString, cuGetErrorString, (CuResult, const char**))                                               \
-  REQUIRED(cuDeviceGetCount, cuDeviceGetCount, (int*))                                                                 \
-  REQUIRED(cuDeviceGet, cuDeviceGet, (CuDevice*, int))                                                                 \
-  REQUIRED(cuDeviceGetName, cuDeviceGetName, (char*, int, CuDevice))                                                   \
-  REQUIRED(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, CuDevice))                                          \
-  REQUIRED(cuDeviceTotalMem, cuDeviceTotalMem_v2, (std::size_t*, CuDevice))                                            \
-  REQUIRED(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (CuContext*, CuDevice))                                 \
-  REQUIRED(cuCtxGetCurrent, cuCtxGetCurrent, (CuContext*))                                                             \
-  REQUIRED(cuCtxSetCurrent, cuCtxSetCurrent, (CuContext))                                                              \
-  REQUIRED(cuCtxPushCurrent, cuCtxPushCurrent_v2, (CuContext))                                                         \
-  REQUIRED(cuCtxPopCurrent, cuCtxPopCurrent_v2, (CuContext*))                                                          \
-  REQUIRED(cuCtxSynchronize, cuCtxSynchronize, ())                                                                     \
-  REQUIRED(cuModuleLoadData, cuModuleLoadData, (CuModule*, const void*))                                               \
-  REQUIRED(cuModuleUnload, cuModuleUnload, (CuModule))                                                                 \
-  REQUIRED(cuModuleGetFunction, cuModuleGetFunction, (CuFunction*, CuModule, const char*))                             \
-  REQUIRED(cuFuncGetAttribute, cuFuncGetAttribute, (int*, int, CuFunction))                                            \
-  REQUIRED(cuFuncSetAttribute, cuFuncSetAttribute, (CuFunction, int, int))                                             \
-  REQUIRED(cuLaunchKernelEx, cuLaunchKernelEx, (const CuLaunchConfig*, CuFunction, void**, void**))                    \
-  REQUIRED(cuOccupancyMaxActiveBlocksPerMultiprocessor, cuOccupancyMaxActiveBlocksPerMultiprocessor,                   \
-           (int*, CuFunction, int, std::size_t))                                                                       \
-  REQUIRED(cuOccupancyMaxActiveClusters, cuOccupancyMaxActiveClusters, (int*, CuFunction, const CuLaunchConfig*))      \
-  REQUIRED(cuMemAlloc, cuMemAlloc_v2, (CuDevicePtr*, std::size_t))                                                     \
-  REQUIRED(cuMemFree, cuMemFree_v2, (CuDevicePtr))                                                                     \
-  REQUIRED(cuMemGetInfo, cuMemGetInfo_v2, (std::size_t*, std::size_t*))                                                \
-  REQUIRED(cuMemHostAlloc, cuMemHostAlloc, (void**, std::size_t, unsigned))                                            \
-  REQUIRED(cuMemFreeHost, cuMemFreeHost, (void*))                                                                      \
-  REQUIRED(cuMemcpyHtoD, cuMemcpyHtoD_v2, (CuDevicePtr, const void*, std::size_t))                                     \
-  REQUIRED(cuMemcpyDtoH, cuMemcpyDtoH_v2, (void*, CuDevicePtr, std::size_t))                                           \
-  REQUIRED(cuMemcpyDtoD, cuMemcpyDtoD_v2, (CuDevicePtr, CuDevicePtr, std::size_t))                                     \
-  REQUIRED(cuMemcpyAsync, cuMemcpyAsync, (CuDevicePtr, CuDevicePtr, std::size_t, CuStream))                            \
-  REQUIRED(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (CuDevicePtr, const void*, std::size_t, CuStream))                 \
-  REQUIRED(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, CuDevicePtr, std::size_t, CuStream))                       \
-  REQUIRED(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (CuDevicePtr, CuDevicePtr, std::size_t, CuStream))                 \
-  REQUIRED(cuMemsetD8, cuMemsetD8_v2, (CuDevicePtr, unsigned char, std::size_t))                                       \
-  REQUIRED(cuMemsetD8Async, cuMemsetD8Async, (CuDevicePtr, unsigned char, std::size_t, CuStream))                      \
-  REQUIRED(cuMemsetD32Async, cuMemsetD32Async, (CuDevicePtr, unsigned, std::size_t, CuStream))                         \
-  REQUIRED(cuPointerGetAttribute, cuPointerGetAttribute, (void*, int, CuDevicePtr))                                    \
-  REQUIRED(cuStreamCreate, cuStreamCreate, (CuStream*, unsigned))                                                      \
-  REQUIRED(cuStreamDestroy, cuStreamDestroy_v2, (CuStream))                                                            \
-  REQUIRED(cuStreamSynchronize, cuStreamSynchronize, (CuStream))                                                       \
-  REQUIRED(cuStreamQuery, cuStreamQuery, (CuStream))                                                                   \
-  REQUIRED(cuStreamGetCtx, cuStreamGetCtx, (CuStream, CuContext*))                                                     \
-  REQUIRED(cuStreamWaitEvent, cuStreamWaitEvent, (CuStream, CuEvent, unsigned))                                        \
-  REQUIRED(cuStreamBeginCapture, cuStreamBeginCapture_v2, (CuStream, int))                                             \
-  REQUIRED(cuStreamEndCapture, cuStreamEndCapture, (CuStream, CuGraph*))                                               \
-  REQUIRED(cuStreamIsCapturing, cuStreamIsCapturing, (CuStream, int*))                                                 \
-  REQUIRED(cuGraphInstantiate, cuGraphInstantiateWithFlags, (CuGraphExec*, CuGraph, unsigned long long))               \
-  REQUIRED(cuGraphGetNodes, cuGraphGetNodes, (CuGraph, CuGraphNode*, std::size_t*))                                    \
-  REQUIRED(cuGraphLaunch, cuGraphLaunch, (CuGraphExec, CuStream))                                                      \
-  REQUIRED(cuGraphDestroy, cuGraphDestroy, (CuGraph))                                                                  \
-  REQUIRED(cuGraphExecDestroy, cuGraphExecDestroy, (CuGraphExec))                                                      \
-  REQUIRED(cuEventCreate, cuEventCreate, (CuEvent*, unsigned))                                                         \
-  REQUIRED(cuEventDestroy, cuEventDestroy_v2, (CuEvent))                                                               \
-  REQUIRED(cuEventRecord, cuEventRecord, (CuEvent, CuStream))                                                          \
-  REQUIRED(cuEventSynchronize, cuEventSynchronize, (CuEvent))                                                          \
-  REQUIRED(cuEventElapsedTime, cuEventElapsedTime, (float*, CuEvent, CuEvent))                                         \
-  OPTIONAL(cuFuncGetParamInfo, cuFuncGetParamInfo, (CuFunction, std::size_t, std::size_t*, std::size_t*))              \
-  OPTIONAL(cuProfilerStart, cuProfilerStart, ())                                                                       \
-  OPTIONAL(cuProfilerStop, cuProfilerStop, ())                                                                         \
-  OPTIONAL(cuTensorMapEncodeTiled, cuTensorMapEncodeTiled,                                                             \
-           (CuTensorMap*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*, const std::uint32_t*,      \
+#define OCTOMOE_CUDA_DRIVER_FUNCTIONS(REQUIRED, OPTIONAL)                                                         \
+  REQUIRED(cuInit, cuInit, (unsigned))                                                                            \
+  REQUIRED(cuDriverGetVersion, cuDriverGetVersion, (int*))                                                        \
+  REQUIRED(cuGetErrorName, cuGetErrorName, (CuResult, const char**))                                              \
+  REQUIRED(cuGetErrorString, cuGetErrorString, (CuResult, const char**))                                          \
+  REQUIRED(cuDeviceGetCount, cuDeviceGetCount, (int*))                                                            \
+  REQUIRED(cuDeviceGet, cuDeviceGet, (CuDevice*, int))                                                            \
+  REQUIRED(cuDeviceGetName, cuDeviceGetName, (char*, int, CuDevice))                                              \
+  REQUIRED(cuDeviceGetAttribute, cuDeviceGetAttribute, (int*, int, CuDevice))                                     \
+  REQUIRED(cuDeviceTotalMem, cuDeviceTotalMem_v2, (std::size_t*, CuDevice))                                       \
+  REQUIRED(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (CuContext*, CuDevice))                            \
+  REQUIRED(cuCtxGetCurrent, cuCtxGetCurrent, (CuContext*))                                                        \
+  REQUIRED(cuCtxSetCurrent, cuCtxSetCurrent, (CuContext))                                                         \
+  REQUIRED(cuCtxPushCurrent, cuCtxPushCurrent_v2, (CuContext))                                                    \
+  REQUIRED(cuCtxPopCurrent, cuCtxPopCurrent_v2, (CuContext*))                                                     \
+  REQUIRED(cuCtxSynchronize, cuCtxSynchronize, ())                                                                \
+  REQUIRED(cuModuleLoadData, cuModuleLoadData, (CuModule*, const void*))                                          \
+  REQUIRED(cuModuleUnload, cuModuleUnload, (CuModule))                                                            \
+  REQUIRED(cuModuleGetFunction, cuModuleGetFunction, (CuFunction*, CuModule, const char*))                        \
+  REQUIRED(cuFuncGetAttribute, cuFuncGetAttribute, (int*, int, CuFunction))                                       \
+  REQUIRED(cuFuncSetAttribute, cuFuncSetAttribute, (CuFunction, int, int))                                        \
+  REQUIRED(cuLaunchKernelEx, cuLaunchKernelEx, (const CuLaunchConfig*, CuFunction, void**, void**))               \
+  REQUIRED(cuOccupancyMaxActiveBlocksPerMultiprocessor, cuOccupancyMaxActiveBlocksPerMultiprocessor,              \
+           (int*, CuFunction, int, std::size_t))                                                                  \
+  REQUIRED(cuOccupancyMaxActiveClusters, cuOccupancyMaxActiveClusters, (int*, CuFunction, const CuLaunchConfig*)) \
+  REQUIRED(cuMemAlloc, cuMemAlloc_v2, (CuDevicePtr*, std::size_t))                                                \
+  REQUIRED(cuMemFree, cuMemFree_v2, (CuDevicePtr))                                                                \
+  REQUIRED(cuMemGetInfo, cuMemGetInfo_v2, (std::size_t*, std::size_t*))                                           \
+  REQUIRED(cuMemHostAlloc, cuMemHostAlloc, (void**, std::size_t, unsigned))                                       \
+  REQUIRED(cuMemFreeHost, cuMemFreeHost, (void*))                                                                 \
+  REQUIRED(cuMemcpyHtoD, cuMemcpyHtoD_v2, (CuDevicePtr, const void*, std::size_t))                                \
+  REQUIRED(cuMemcpyDtoH, cuMemcpyDtoH_v2, (void*, CuDevicePtr, std::size_t))                                      \
+  REQUIRED(cuMemcpyDtoD, cuMemcpyDtoD_v2, (CuDevicePtr, CuDevicePtr, std::size_t))                                \
+  REQUIRED(cuMemcpyAsync, cuMemcpyAsync, (CuDevicePtr, CuDevicePtr, std::size_t, CuStream))                       \
+  REQUIRED(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (CuDevicePtr, const void*, std::size_t, CuStream))            \
+  REQUIRED(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void*, CuDevicePtr, std::size_t, CuStream))                  \
+  REQUIRED(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (CuDevicePtr, CuDevicePtr, std::size_t, CuStream))            \
+  REQUIRED(cuMemsetD8, cuMemsetD8_v2, (CuDevicePtr, unsigned char, std::size_t))                                  \
+  REQUIRED(cuMemsetD8Async, cuMemsetD8Async, (CuDevicePtr, unsigned char, std::size_t, CuStream))                 \
+  REQUIRED(cuMemsetD32Async, cuMemsetD32Async, (CuDevicePtr, unsigned, std::size_t, CuStream))                    \
+  REQUIRED(cuPointerGetAttribute, cuPointerGetAttribute, (void*, int, CuDevicePtr))                               \
+  REQUIRED(cuStreamCreate, cuStreamCreate, (CuStream*, unsigned))                                                 \
+  REQUIRED(cuStreamDestroy, cuStreamDestroy_v2, (CuStream))                                                       \
+  REQUIRED(cuStreamSynchronize, cuStreamSynchronize, (CuStream))                                                  \
+  REQUIRED(cuStreamQuery, cuStreamQuery, (CuStream))                                                              \
+  REQUIRED(cuStreamGetCtx, cuStreamGetCtx, (CuStream, CuContext*))                                                \
+  REQUIRED(cuStreamWaitEvent, cuStreamWaitEvent, (CuStream, CuEvent, unsigned))                                   \
+  REQUIRED(cuStreamBeginCapture, cuStreamBeginCapture_v2, (CuStream, int))                                        \
+  REQUIRED(cuStreamEndCapture, cuStreamEndCapture, (CuStream, CuGraph*))                                          \
+  REQUIRED(cuStreamIsCapturing, cuStreamIsCapturing, (CuStream, int*))                                            \
+  REQUIRED(cuGraphInstantiate, cuGraphInstantiateWithFlags, (CuGraphExec*, CuGraph, unsigned long long))          \
+  REQUIRED(cuGraphGetNodes, cuGraphGetNodes, (CuGraph, CuGraphNode*, std::size_t*))                               \
+  REQUIRED(cuGraphLaunch, cuGraphLaunch, (CuGraphExec, CuStream))                                                 \
+  REQUIRED(cuGraphDestroy, cuGraphDestroy, (CuGraph))                                                             \
+  REQUIRED(cuGraphExecDestroy, cuGraphExecDestroy, (CuGraphExec))                                                 \
+  REQUIRED(cuEventCreate, cuEventCreate, (CuEvent*, unsigned))                                                    \
+  REQUIRED(cuEventDestroy, cuEventDestroy_v2, (CuEvent))                                                          \
+  REQUIRED(cuEventRecord, cuEventRecord, (CuEvent, CuStream))                                                     \
+  REQUIRED(cuEventSynchronize, cuEventSynchronize, (CuEvent))                                                     \
+  REQUIRED(cuEventElapsedTime, cuEventElapsedTime, (float*, CuEvent, CuEvent))                                    \
+  OPTIONAL(cuFuncGetParamInfo, cuFuncGetParamInfo, (CuFunction, std::size_t, std::size_t*, std::size_t*))         \
+  OPTIONAL(cuProfilerStart, cuProfilerStart, ())                                                                  \
+  OPTIONAL(cuProfilerStop, cuProfilerStop, ())                                                                    \
+  OPTIONAL(cuTensorMapEncodeTiled, cuTensorMapEncodeTiled,                                                        \
+           (CuTensorMap*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*, const std::uint32_t*, \
             const std::uint32_t*, int, int, int, int))
 
 struct Driver {
@@ -177,7 +177,8 @@ bool driver_available();  // false: driver() would throw
 [[noreturn]] void throw_cuda_error(CuResult result, const char* call, const std::source_location& where);
 inline void check(CuResult result, const char* call,
                   const std::source_location& where = std::source_location::current()) {
-  if (result != 0) [[unlikely]] throw_cuda_error(result, call, where);
+  if (result != 0) [[unlikely]]
+    throw_cuda_error(result, call, where);
 }
 std::string error_text(CuResult result);  // "CUDA_ERROR_INVALID_IMAGE (200): device kernel image is invalid"
 
@@ -191,7 +192,7 @@ struct DeviceInfo {
   std::string name;
   int compute_capability = 0;  // 80, 86, 89, 90, 100, ...
   int multiprocessors = 0;
-  int max_shared_bytes = 0;      // a block's limit with opt-in
+  int max_shared_bytes = 0;  // a block's limit with opt-in
   int shared_per_multiprocessor = 0;
   int l2_bytes = 0;
   std::size_t memory_bytes = 0;

@@ -76,19 +76,35 @@ std::string nccl_version(void* handle, std::string&) {
 Wanted wanted(Library library) {
   switch (library) {
     case Library::driver:
-      return {"CUDA driver", "running on a GPU", "install NVIDIA's driver; in a container start it with --gpus all",
-              {"libcuda.so.1"}, true, driver_version};
+      return {"CUDA driver",
+              "running on a GPU",
+              "install NVIDIA's driver; in a container start it with --gpus all",
+              {"libcuda.so.1"},
+              true,
+              driver_version};
     case Library::nvrtc:
-      return {"NVRTC", "compiling kernels that are in no pack", "pip install nvidia-cuda-nvrtc, or set CUDA_HOME",
-              {"libnvrtc.so.13", "libnvrtc.so.12"}, false, nvrtc_version};
+      return {"NVRTC",
+              "compiling kernels that are in no pack",
+              "pip install nvidia-cuda-nvrtc, or set CUDA_HOME",
+              {"libnvrtc.so.13", "libnvrtc.so.12"},
+              false,
+              nvrtc_version};
     case Library::cublas:
-      return {"cuBLAS", "the bf16 and fp16 schemes' second implementation", "pip install nvidia-cublas, or set CUDA_HOME",
-              {"libcublas.so.13", "libcublas.so.12"}, false, cublas_version};
+      return {"cuBLAS",
+              "the bf16 and fp16 schemes' second implementation",
+              "pip install nvidia-cublas, or set CUDA_HOME",
+              {"libcublas.so.13", "libcublas.so.12"},
+              false,
+              cublas_version};
     case Library::nccl:
       break;
   }
-  return {"NCCL", "tensor and expert parallel layers",
-          "pip install nvidia-nccl-cu13 (or -cu12), or apt install libnccl2", {"libnccl.so.2"}, false, nccl_version};
+  return {"NCCL",
+          "tensor and expert parallel layers",
+          "pip install nvidia-nccl-cu13 (or -cu12), or apt install libnccl2",
+          {"libnccl.so.2"},
+          false,
+          nccl_version};
 }
 
 struct State {
@@ -120,7 +136,8 @@ void add_folder(std::vector<std::string>& folders, const fs::path& folder) {
 std::vector<std::string> subfolders(const fs::path& folder) {
   std::vector<std::string> out;
   std::error_code ec;
-  for (fs::directory_iterator it(folder, ec), end; !ec && it != end; it.increment(ec)) out.push_back(it->path().string());
+  for (fs::directory_iterator it(folder, ec), end; !ec && it != end; it.increment(ec))
+    out.push_back(it->path().string());
   std::sort(out.begin(), out.end());
   return out;
 }
@@ -138,7 +155,8 @@ std::vector<std::string> wheel_roots(const std::vector<std::string>& python_path
   std::vector<std::string> roots;
   for (const std::string& path : python_paths) add_folder(roots, path);
   if (const char* venv = std::getenv("VIRTUAL_ENV"); venv && *venv) {
-    for (const std::string& lib : subfolders(fs::path(venv) / "lib")) add_folder(roots, fs::path(lib) / "site-packages");
+    for (const std::string& lib : subfolders(fs::path(venv) / "lib"))
+      add_folder(roots, fs::path(lib) / "site-packages");
   }
   // Installed as a wheel, this library lies in site-packages/octomoe or in a folder below it.
   fs::path here = own_folder();
@@ -151,7 +169,8 @@ std::vector<std::string> wheel_roots(const std::vector<std::string>& python_path
 }
 
 void add_cuda_root(std::vector<std::string>& folders, const fs::path& root) {
-  for (const char* sub : {"lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"}) add_folder(folders, root / sub);
+  for (const char* sub : {"lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"})
+    add_folder(folders, root / sub);
 }
 
 struct Folders {

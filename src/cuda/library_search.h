@@ -15,11 +15,11 @@ enum class Library { driver, nvrtc, cublas, nccl };
 inline constexpr Library kLibraries[] = {Library::driver, Library::nvrtc, Library::cublas, Library::nccl};
 
 struct LibraryStatus {
-  std::string name;         // "CUDA driver"
-  std::string purpose;      // what needs it
-  std::string fix;          // what to do when it is missing
-  bool found = false;       // a file could be opened
-  bool usable = false;      // and it answers its version function with a version that we can use
+  std::string name;     // "CUDA driver"
+  std::string purpose;  // what needs it
+  std::string fix;      // what to do when it is missing
+  bool found = false;   // a file could be opened
+  bool usable = false;  // and it answers its version function with a version that we can use
   std::string path = {}, version = {};
   std::string problem = {};             // why a file that is there cannot be used
   std::vector<std::string> tried = {};  // names and files, in order
@@ -37,7 +37,8 @@ void add_python_paths(const std::vector<std::string>& paths);
 
 // The folders that exist and are searched beside the system's own, in order.
 std::vector<std::string> library_folders();
-// The same for tools (nvdisasm, cuobjdump): $PATH, CUDA's bin folders, wheels (nvidia/*/bin, triton's). "" if there is none.
+// The same for tools (nvdisasm, cuobjdump): $PATH, CUDA's bin folders, wheels (nvidia/*/bin, triton's). "" if there is
+// none.
 std::string find_tool(const std::string& name);
 
 }  // namespace octomoe::cuda

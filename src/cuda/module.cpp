@@ -24,10 +24,10 @@ CuModule load_module(jit::KernelStore& store, const KernelEntry& entry, const De
   CuModule module = nullptr;
   CuResult rc = driver().cuModuleLoadData(&module, image->image.data());
   if (rc == 0) return module;
-  const std::string why = fmt::format("the driver (CUDA {}.{}) refuses kernel {} for {} that NVRTC {}.{} made: {}",
-                                      driver().version / 1000, driver().version % 1000 / 10, entry.id,
-                                      jit::to_string(image->target), image->nvrtc_version / 1000,
-                                      image->nvrtc_version % 1000 / 10, error_text(rc));
+  const std::string why =
+      fmt::format("the driver (CUDA {}.{}) refuses kernel {} for {} that NVRTC {}.{} made: {}", driver().version / 1000,
+                  driver().version % 1000 / 10, entry.id, jit::to_string(image->target), image->nvrtc_version / 1000,
+                  image->nvrtc_version % 1000 / 10, error_text(rc));
   if (!is_image_refused(rc)) check(rc, "cuModuleLoadData");
   // A pack from a newer CUDA than the driver's: this machine's NVRTC may suit it better.
   std::shared_ptr<const jit::CompiledKernel> again;
@@ -64,8 +64,8 @@ std::unique_ptr<LoadedKernel> load_kernel(jit::KernelStore& store, const KernelE
   kernel->local_bytes = attribute(kFunctionLocalBytes);
   const int needed = entry.shared_bytes + attribute(kFunctionSharedBytes);
   if (needed > device.max_shared_bytes) {
-    fail(ErrorCode::unsupported, "kernel {}: needs {} bytes of shared memory, cuda:{} ({}) has {} for a block", entry.id,
-         needed, index, device.name, device.max_shared_bytes);
+    fail(ErrorCode::unsupported, "kernel {}: needs {} bytes of shared memory, cuda:{} ({}) has {} for a block",
+         entry.id, needed, index, device.name, device.max_shared_bytes);
   }
   OCTOMOE_CUDA(cuFuncSetAttribute, kernel->function, kFunctionMaxDynamicShared, entry.shared_bytes);
   OCTOMOE_CUDA(cuOccupancyMaxActiveBlocksPerMultiprocessor, &kernel->blocks_per_multiprocessor, kernel->function,

@@ -14,12 +14,12 @@ namespace octomoe::cuda {
 struct LoadedKernel {
   CuFunction function = nullptr;
   const DeviceInfo* device = nullptr;
-  int threads = 0;              // the entry's
-  int shared_bytes = 0;         // dynamic, the entry's: what the function may take at most
+  int threads = 0;       // the entry's
+  int shared_bytes = 0;  // dynamic, the entry's: what the function may take at most
   int registers = 0;
   int local_bytes = 0;
   int blocks_per_multiprocessor = 0;  // at `threads` and `shared_bytes`
-  std::size_t args_bytes = 0;   // 0: the driver does not tell (before CUDA 12.4)
+  std::size_t args_bytes = 0;         // 0: the driver does not tell (before CUDA 12.4)
   KernelEntry entry;
 };
 
@@ -52,8 +52,8 @@ struct Launch {
   int threads = 0;        // of a block; 0: the entry's
   int shared_bytes = -1;  // dynamic; -1: the entry's
   Stream stream = nullptr;
-  bool pdl = false;       // may start before its predecessor has ended (it must wait itself); ignored below SM90
-  unsigned cluster = 1;   // blocks of a cluster, along x
+  bool pdl = false;      // may start before its predecessor has ended (it must wait itself); ignored below SM90
+  unsigned cluster = 1;  // blocks of a cluster, along x
 };
 
 void launch_raw(const LoadedKernel& kernel, const Launch& launch, const void* args, std::size_t args_bytes);

@@ -12,7 +12,7 @@ namespace octomoe::cuda {
 
 struct NvrtcProgram {
   std::string source;
-  std::string name;  // what the log calls it
+  std::string name;                                               // what the log calls it
   std::vector<std::pair<std::string, std::string>> headers = {};  // include name, text: no file is opened
   std::vector<std::string> options = {};
   bool ptx = false;  // else a cubin
@@ -30,7 +30,7 @@ class Nvrtc {
   static const Nvrtc& get();
   static const Nvrtc* find(std::string* problem = nullptr);  // null instead of an error
 
-  int version() const { return version_; }                       // 13020 is 13.2
+  int version() const { return version_; }                          // 13020 is 13.2
   const std::vector<int>& architectures() const { return archs_; }  // 75, 80, ...
   bool supports(int arch) const;
   const std::string& path() const { return path_; }

@@ -1,5 +1,5 @@
-// Contexts, streams, events and graphs, each as an object. The library runs on the caller's streams; the owning ones here
-// are for tests, benchmarks and load-time work.
+// Contexts, streams, events and graphs, each as an object. The library runs on the caller's streams; the owning ones
+// here are for tests, benchmarks and load-time work.
 #pragma once
 
 #include <utility>
@@ -74,7 +74,9 @@ class OwnedStream {
 
 class Event {
  public:
-  explicit Event(bool timing = true) { OCTOMOE_CUDA(cuEventCreate, handle_.out(), timing ? kEventDefault : kEventNoTiming); }
+  explicit Event(bool timing = true) {
+    OCTOMOE_CUDA(cuEventCreate, handle_.out(), timing ? kEventDefault : kEventNoTiming);
+  }
   void record(Stream stream) { OCTOMOE_CUDA(cuEventRecord, handle_.get(), cu_stream(stream)); }
   void synchronize() const { OCTOMOE_CUDA(cuEventSynchronize, handle_.get()); }
   CuEvent get() const { return handle_.get(); }

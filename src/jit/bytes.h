@@ -20,8 +20,7 @@ static_assert(std::endian::native == std::endian::little, "packs are little-endi
 class ByteWriter {
  public:
   template <class T>
-    requires(std::is_trivially_copyable_v<T>)
-  void put(const T& value) {
+  requires(std::is_trivially_copyable_v<T>) void put(const T& value) {
     put_bytes({reinterpret_cast<const std::byte*>(&value), sizeof(T)});
   }
   void put_bytes(std::span<const std::byte> bytes) { out_.insert(out_.end(), bytes.begin(), bytes.end()); }
@@ -41,8 +40,7 @@ class ByteReader {
   ByteReader(std::span<const std::byte> bytes, const std::string& name) : rest_(bytes), name_(name) {}
 
   template <class T>
-    requires(std::is_trivially_copyable_v<T>)
-  T get() {
+  requires(std::is_trivially_copyable_v<T>) T get() {
     T value;
     std::memcpy(&value, get_bytes(sizeof(T)).data(), sizeof(T));
     return value;

@@ -70,7 +70,8 @@ class DiskCache::Lock {
         std::this_thread::sleep_for(pause);
         pause = std::min(2 * pause, std::chrono::milliseconds(20));
       }
-      struct stat locked {}, named {};
+      struct stat locked {
+      }, named{};
       if (::fstat(fd_, &locked) == 0 && ::stat(path.c_str(), &named) == 0 && locked.st_ino == named.st_ino &&
           locked.st_dev == named.st_dev) {
         return;
@@ -122,7 +123,8 @@ void DiskCache::warn_once(const std::string& why) {
   }
   log(LogLevel::warning,
       fmt::format("kernel cache {}: {}; kernels are compiled again in each process (OCTOMOE_CACHE_DIR chooses another "
-                  "folder)", folder_.empty() ? "(none)" : folder_, why));
+                  "folder)",
+                  folder_.empty() ? "(none)" : folder_, why));
 }
 
 // True if the folder is there and takes files.

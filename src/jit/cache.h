@@ -1,6 +1,6 @@
-// DiskCache: a folder of compiled kernels. One file per key, complete and checksummed or not there; a lock per key makes
-// one process compile while the others wait. Any process may be killed at any moment: locks vanish with it, and what it
-// had written so far has a temporary name.
+// DiskCache: a folder of compiled kernels. One file per key, complete and checksummed or not there; a lock per key
+// makes one process compile while the others wait. Any process may be killed at any moment: locks vanish with it, and
+// what it had written so far has a temporary name.
 #pragma once
 
 #include <cstddef>

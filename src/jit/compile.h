@@ -18,7 +18,7 @@ struct CompiledKernel {
   std::string id;
   Target target;
   Key source_key;
-  int nvrtc_version = 0;      // 13020 is 13.2
+  int nvrtc_version = 0;  // 13020 is 13.2
   ResourceReport report;
   std::vector<std::byte> image;  // cubin, or PTX text with its final NUL
 };

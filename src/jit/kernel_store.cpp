@@ -34,7 +34,9 @@ std::vector<std::string> split_paths(const std::string& list) {
 
 struct KernelStore::Impl {
   explicit Impl(Options o)
-      : sources(o.sources ? *o.sources : SourceSet::embedded()), cache(std::move(o.cache_folder)), packs(std::move(o.packs)) {}
+      : sources(o.sources ? *o.sources : SourceSet::embedded()),
+        cache(std::move(o.cache_folder)),
+        packs(std::move(o.packs)) {}
 
   const SourceSet& sources;
   DiskCache cache;
@@ -117,7 +119,8 @@ struct KernelStore::Impl {
       const auto begin = std::chrono::steady_clock::now();
       std::vector<std::byte> bytes = encode(jit::compile(entry, target, sources));
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-      log(LogLevel::info, fmt::format("compiled kernel {} for {} in {:.2f} s", entry.id, to_string(target), seconds.count()));
+      log(LogLevel::info,
+          fmt::format("compiled kernel {} for {} in {:.2f} s", entry.id, to_string(target), seconds.count()));
       return bytes;
     };
     const auto accept = [&](std::span<const std::byte> bytes) {
@@ -156,8 +159,9 @@ struct KernelStore::Impl {
       const std::lock_guard lock(mutex);
       for (const auto& pack : packs) searched += (searched.empty() ? "" : ", ") + pack->name();
     }
-    fail(ErrorCode::unsupported, "kernel {} for compute capability {}.{}: in no pack (looked in: {}) and cannot be compiled: {}",
-         entry.id, compute_capability / 10, compute_capability % 10, searched.empty() ? "none" : searched, problems);
+    fail(ErrorCode::unsupported,
+         "kernel {} for compute capability {}.{}: in no pack (looked in: {}) and cannot be compiled: {}", entry.id,
+         compute_capability / 10, compute_capability % 10, searched.empty() ? "none" : searched, problems);
   }
 };
 

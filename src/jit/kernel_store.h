@@ -16,16 +16,16 @@ namespace octomoe::jit {
 class KernelStore {
  public:
   struct Options {
-    std::string cache_folder = {};                 // "": no disk cache
-    const SourceSet* sources = nullptr;            // nullptr: the embedded ones
+    std::string cache_folder = {};                        // "": no disk cache
+    const SourceSet* sources = nullptr;                   // nullptr: the embedded ones
     std::vector<std::shared_ptr<const Pack>> packs = {};  // earlier ones win
   };
   explicit KernelStore(Options options);
   ~KernelStore();
 
   // Of this process: the packs of $OCTOMOE_PACK (colon-separated) or, if that is not set, the one installed with the
-  // library; the default cache folder. The environment is read once, at the first call. Error(io, format) if a pack that
-  // $OCTOMOE_PACK names is refused; an installed one that is refused is a warning.
+  // library; the default cache folder. The environment is read once, at the first call. Error(io, format) if a pack
+  // that $OCTOMOE_PACK names is refused; an installed one that is refused is a warning.
   static KernelStore& shared();
   // Candidates for the installed pack, in order: seen from the library's own file, share/octomoe/kernels.pack below its
   // folder, one and two levels up, and kernels.pack beside it.

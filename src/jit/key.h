@@ -22,7 +22,7 @@ Key hash(std::span<const std::byte> bytes);
 
 // What NVRTC is given for an entry. Nothing in it depends on where the library is installed.
 struct Translation {
-  std::string source;                 // #include of the header and one extern "C" kernel
+  std::string source;  // #include of the header and one extern "C" kernel
   std::vector<std::string> options;
   std::vector<const std::pair<const std::string, std::string>*> headers;  // of the SourceSet
 };

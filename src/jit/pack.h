@@ -1,7 +1,8 @@
 // Pack: a file of compiled kernels for one or more architectures, memory-mapped.
 //
-//     magic "OCTOPACK"  u32 version  u32 entries  u64 file bytes  u64 index bytes  XXH128 of the header before and the index
-//     index: per entry  source key, target, NVRTC version, id, offset, stored bytes, raw bytes, XXH128 of the stored
+//     magic "OCTOPACK"  u32 version  u32 entries  u64 file bytes  u64 index bytes  XXH128 of the header before and the
+//     index index: per entry  source key, target, NVRTC version, id, offset, stored bytes, raw bytes, XXH128 of the
+//     stored
 //                       bytes, resource report
 //     images, each compressed with zstd
 //

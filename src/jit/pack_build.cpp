@@ -65,7 +65,8 @@ PackBuild build_pack(std::span<const KernelEntry> entries, const PackBuildOption
       reused = old.has_value();
       CompiledKernel kernel = reused ? std::move(*old) : compile(*entry, target, sources);
       if (!reused) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-      if (kernel.report.tensor_instructions < 0 && !options.disassembler.empty() && !entry->expect.empty() && !target.ptx) {
+      if (kernel.report.tensor_instructions < 0 && !options.disassembler.empty() && !entry->expect.empty() &&
+          !target.ptx) {
         kernel.report.tensor_instructions =
             count_mnemonic(disassemble(kernel.image, options.disassembler), entry->expect);
       }

@@ -8,12 +8,12 @@
 namespace octomoe::jit {
 
 struct ResourceReport {
-  int registers = -1;          // -1: not reported (PTX)
-  int stack_bytes = 0;         // local memory of a thread
+  int registers = -1;   // -1: not reported (PTX)
+  int stack_bytes = 0;  // local memory of a thread
   int spill_store_bytes = 0;
   int spill_load_bytes = 0;
   int static_shared_bytes = 0;
-  int tensor_instructions = -1;  // count of the entry's `expect` in the SASS; -1: not counted
+  int tensor_instructions = -1;       // count of the entry's `expect` in the SASS; -1: not counted
   std::vector<std::string> warnings;  // ptxas lines with a code C75xx: serialised wgmma, ignored setmaxnreg
 
   bool operator==(const ResourceReport&) const = default;

@@ -1,4 +1,5 @@
-// Which instructions a cubin holds, by NVIDIA's disassembler. For `octomoe pack` and tests; nothing at run time needs it.
+// Which instructions a cubin holds, by NVIDIA's disassembler. For `octomoe pack` and tests; nothing at run time needs
+// it.
 #pragma once
 
 #include <cstddef>

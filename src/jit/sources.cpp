@@ -141,7 +141,8 @@ std::vector<Include> parse_includes(std::string_view text, std::string_view path
     if (at < directive.size() && is_word(directive[at])) return;  // include_next, included...
     blanks();
     const char open = at < directive.size() ? directive[at] : ' ';
-    const std::size_t end = open == '"' || open == '<' ? directive.find(open == '<' ? '>' : '"', at + 1) : std::string::npos;
+    const std::size_t end =
+        open == '"' || open == '<' ? directive.find(open == '<' ? '>' : '"', at + 1) : std::string::npos;
     if (end == std::string::npos) {
       fail(ErrorCode::internal, "kernels/{}:{}: expected #include \"FILE\" or <FILE>, got #include {}", path, line,
            directive.substr(std::min(at, directive.size())));

@@ -19,8 +19,8 @@ struct Source {
 std::span<const Source> embedded_kernels();
 
 // What `text` includes: names, in order of appearance. Comments and string literals do not count, conditions do not
-// matter (both branches of an #if count). `line` is 1-based. Error(internal) for computed includes, whose content no key
-// could cover.
+// matter (both branches of an #if count). `line` is 1-based. Error(internal) for computed includes, whose content no
+// key could cover.
 struct Include {
   std::string name;
   int line = 0;
@@ -37,9 +37,9 @@ class SourceSet {
 
   void set(std::string path, std::string text);
   const std::string* find(const std::string& path) const;
-  // `header` and all that it includes, directly or not, sorted by path. Error(internal) naming file and line where a file
-  // that is included by "..." is not in the set. One that is included by <...> may be missing: it is in a branch for the
-  // host compiler, or NVRTC has it built in (NVRTC is given no include path).
+  // `header` and all that it includes, directly or not, sorted by path. Error(internal) naming file and line where a
+  // file that is included by "..." is not in the set. One that is included by <...> may be missing: it is in a branch
+  // for the host compiler, or NVRTC has it built in (NVRTC is given no include path).
   std::vector<const std::pair<const std::string, std::string>*> closure(const std::string& header) const;
 
  private:

@@ -33,7 +33,8 @@ Target parse_target(const std::string& name) {
     if (suffix && t.arch != kHopper) break;
     return t;
   }
-  bad_argument("arch: expected sm_80, sm_86, sm_89, sm_90a, another sm_NN, or compute_{} (PTX), got {}", kPtxArch, name);
+  bad_argument("arch: expected sm_80, sm_86, sm_89, sm_90a, another sm_NN, or compute_{} (PTX), got {}", kPtxArch,
+               name);
 }
 
 std::vector<Target> targets_for(const KernelEntry& entry, int cc) {
@@ -57,8 +58,8 @@ std::vector<Target> targets_for(const KernelEntry& entry, int cc) {
   if (out.empty()) {
     std::string list;
     for (const int a : archs) list += (list.empty() ? "" : ", ") + to_string(Target(a));
-    fail(ErrorCode::unsupported, "kernel {}: made for {}, cannot run on compute capability {}.{}", entry.id, list, cc / 10,
-         cc % 10);
+    fail(ErrorCode::unsupported, "kernel {}: made for {}, cannot run on compute capability {}.{}", entry.id, list,
+         cc / 10, cc % 10);
   }
   return out;
 }

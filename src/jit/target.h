@@ -1,5 +1,5 @@
-// Target: what an image is compiled for. "sm_80", "sm_86", "sm_89", "sm_90a": a cubin; "compute_90": PTX, which the driver
-// compiles for devices that are newer than this library.
+// Target: what an image is compiled for. "sm_80", "sm_86", "sm_89", "sm_90a": a cubin; "compute_90": PTX, which the
+// driver compiles for devices that are newer than this library.
 #pragma once
 
 #include <compare>

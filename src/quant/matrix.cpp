@@ -39,16 +39,26 @@ MatrixLayout layout_of(const Scheme& s, std::int64_t experts, std::int64_t n, st
   l.values = Shape{experts, n, k};
   l.value_dtype = DType::int8;
   switch (s.kind) {
-    case SchemeKind::int8_channel: l.scale = s.per_tensor ? Shape{experts} : Shape{experts, n}; break;
-    case SchemeKind::int8_block: l.scale = Shape{experts, l.blocks_n, l.blocks_k}; break;
-    case SchemeKind::int8_hybrid: l.scale = Shape{experts, l.blocks_n, l.super_groups}; break;
+    case SchemeKind::int8_channel:
+      l.scale = s.per_tensor ? Shape{experts} : Shape{experts, n};
+      break;
+    case SchemeKind::int8_block:
+      l.scale = Shape{experts, l.blocks_n, l.blocks_k};
+      break;
+    case SchemeKind::int8_hybrid:
+      l.scale = Shape{experts, l.blocks_n, l.super_groups};
+      break;
     case SchemeKind::w4a8_fp8:
       l.value_dtype = DType::int4x2;
       l.values = Shape{experts, n, k / 2};
       l.scale = Shape{experts, n, l.groups_k};
       break;
-    case SchemeKind::bf16: l.value_dtype = DType::bfloat16; break;
-    case SchemeKind::fp16: l.value_dtype = DType::float16; break;
+    case SchemeKind::bf16:
+      l.value_dtype = DType::bfloat16;
+      break;
+    case SchemeKind::fp16:
+      l.value_dtype = DType::float16;
+      break;
   }
   return l;
 }
@@ -59,7 +69,8 @@ void check_sizes(const Scheme& s, std::int64_t experts, std::int64_t n, std::int
   constexpr std::int64_t kMaxK = 65536;  // 255 * 128 * K < 2^31: int32 sums cannot overflow
   const std::int64_t step = s.is_integer() ? 16 : (s.kind == SchemeKind::w4a8_fp8 ? 32 : 8);  // 16 bytes a row
   const auto got = [&] { return to_string(Shape{experts, n, k}); };
-  if (experts < 1 || n < 1 || k < 1) bad_argument("{}: expected at least one expert, row and column, got {}", name, got());
+  if (experts < 1 || n < 1 || k < 1)
+    bad_argument("{}: expected at least one expert, row and column, got {}", name, got());
   if (n % segments != 0) bad_argument("{}: expected an even number of rows (gate and up), got {}", name, got());
   if (k % step != 0) {
     bad_argument("{}: expected rows of a multiple of 16 bytes (K a multiple of {} in {}), got {}", name, step,
@@ -76,7 +87,9 @@ Tensor to_float32(const TensorView& t, const std::string& name, const Shape& sha
   // A trailing dimension of 1 (weight_scale [N, 1]) may stand or be left out.
   std::vector<std::int64_t> have(t.shape().dims().begin(), t.shape().dims().end());
   std::vector<std::int64_t> want(shape.dims().begin(), shape.dims().end());
-  const auto trim = [](std::vector<std::int64_t>& d) { while (d.size() > 1 && d.back() == 1) d.pop_back(); };
+  const auto trim = [](std::vector<std::int64_t>& d) {
+    while (d.size() > 1 && d.back() == 1) d.pop_back();
+  };
   trim(have);
   trim(want);
   if (have != want) bad_argument("{}: expected shape {}, got {}", name, to_string(shape), to_string(t.shape()));
@@ -99,7 +112,8 @@ namespace {
 // One expert's rows as float32, one at a time.
 class RowReader {
  public:
-  RowReader(const TensorView& w, std::int64_t k, const std::string& name) : w_(w), buffer_(static_cast<std::size_t>(k)), name_(name) {}
+  RowReader(const TensorView& w, std::int64_t k, const std::string& name)
+      : w_(w), buffer_(static_cast<std::size_t>(k)), name_(name) {}
   // Valid until the next call. Error names expert and row of an Inf or NaN.
   const float* read(std::int64_t expert, std::int64_t row) {
     const std::int64_t size = static_cast<std::int64_t>(size_bytes(w_.dtype()));
@@ -247,13 +261,15 @@ void for_row_runs(ThreadPool& pool, std::int64_t experts, std::int64_t n, const 
 
 }  // namespace
 
-QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments, int threads, const std::string& name) {
+QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments, int threads,
+                                const std::string& name) {
   check_defined(w, name.c_str());
   check_device(w, name.c_str(), Device::cpu());
   check_dtype(w, name.c_str(), {DType::float32, DType::float16, DType::bfloat16});
   if (w.rank() != 3) bad_argument("{}: expected shape [E, N, K], got {}", name, to_string(w.shape()));
   check_rows(w, name.c_str());
   check_aligned(w, name.c_str());
+  if (threads < 0 || threads > 1024) bad_argument("threads: expected 0..1024, got {}", threads);
   const std::int64_t experts = w.dim(0), n = w.dim(1), k = w.dim(2);
   check_sizes(scheme, experts, n, k, segments, name);
 
@@ -266,14 +282,14 @@ QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments
   m.segments = segments;
   m.values = Tensor::empty(layout.value_dtype, layout.values);
   if (layout.scale.rank() > 0) m.scale = Tensor::empty(DType::float32, layout.scale);
-  if (scheme.kind == SchemeKind::int8_hybrid) m.q = Tensor::empty(DType::uint8, {experts, layout.blocks_n, layout.blocks_k});
+  if (scheme.kind == SchemeKind::int8_hybrid)
+    m.q = Tensor::empty(DType::uint8, {experts, layout.blocks_n, layout.blocks_k});
 
   ThreadPool& pool = ThreadPool::shared(threads);
   const Job job{w, m, layout, name};
   if (scheme.has_blocks()) {
-    pool.parallel_for(experts * layout.blocks_n, [&](std::int64_t i, int) {
-      quantize_block_row(job, i / layout.blocks_n, i % layout.blocks_n);
-    });
+    pool.parallel_for(experts * layout.blocks_n,
+                      [&](std::int64_t i, int) { quantize_block_row(job, i / layout.blocks_n, i % layout.blocks_n); });
   } else if (scheme.kind == SchemeKind::int8_channel && scheme.per_tensor) {
     std::vector<std::atomic<std::uint32_t>> absmax(static_cast<std::size_t>(experts));
     for_row_runs(pool, experts, n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
@@ -282,7 +298,8 @@ QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments
       for (std::int64_t r = begin; r < end; ++r) top = std::max(top, cpu::absmax_bits(rows.read(e, r), k));
       auto& a = absmax[static_cast<std::size_t>(e)];
       std::uint32_t seen = a.load();
-      while (seen < top && !a.compare_exchange_weak(seen, top)) {}
+      while (seen < top && !a.compare_exchange_weak(seen, top)) {
+      }
     });
     for_row_runs(pool, experts, n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
       const num::GroupScale g = num::symmetric_scale(absmax[static_cast<std::size_t>(e)].load(), num::kInt8Max);
@@ -292,9 +309,12 @@ QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments
   } else {
     for_row_runs(pool, experts, n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
       switch (scheme.kind) {
-        case SchemeKind::int8_channel: return quantize_channel(job, e, begin, end, 0.0f);
-        case SchemeKind::w4a8_fp8: return quantize_int4(job, e, begin, end);
-        default: return convert_float(job, e, begin, end);
+        case SchemeKind::int8_channel:
+          return quantize_channel(job, e, begin, end, 0.0f);
+        case SchemeKind::w4a8_fp8:
+          return quantize_int4(job, e, begin, end);
+        default:
+          return convert_float(job, e, begin, end);
       }
     });
   }
@@ -334,7 +354,8 @@ int prove_flush_blocks(const QuantizedMatrix& m, const std::string& name, Thread
           }
         }
         std::int64_t seen = worst[i].load();
-        while (seen < top && !worst[i].compare_exchange_weak(seen, top)) {}
+        while (seen < top && !worst[i].compare_exchange_weak(seen, top)) {
+        }
       }
     }
   });
@@ -342,8 +363,9 @@ int prove_flush_blocks(const QuantizedMatrix& m, const std::string& name, Thread
     // 128: a caller's own activations may hold -128.
     if (128 * m.scheme.q_max * worst[i].load() < (std::int64_t{1} << 31)) return static_cast<int>(candidates[i]);
   }
-  bad_argument("{}: expected integer scales with which one block of {} columns fits int32, got q_max {}: choose a smaller one",
-               name, m.scheme.block_k, m.scheme.q_max);
+  bad_argument(
+      "{}: expected integer scales with which one block of {} columns fits int32, got q_max {}: choose a smaller one",
+      name, m.scheme.block_k, m.scheme.q_max);
 }
 
 }  // namespace
@@ -389,13 +411,19 @@ Tensor dequantize(const QuantizedMatrix& m, int threads) {
         float s = 0;
         const std::int64_t block = m.scheme.has_blocks() ? e * layout.blocks_n + m.block_of_row(r) : 0;
         switch (m.scheme.kind) {
-          case SchemeKind::int8_channel: s = m.scale.as<float>()[m.scheme.per_tensor ? e : row]; break;
-          case SchemeKind::int8_block: s = m.scale.as<float>()[block * layout.blocks_k + g]; break;
+          case SchemeKind::int8_channel:
+            s = m.scale.as<float>()[m.scheme.per_tensor ? e : row];
+            break;
+          case SchemeKind::int8_block:
+            s = m.scale.as<float>()[block * layout.blocks_k + g];
+            break;
           case SchemeKind::int8_hybrid:
             s = static_cast<float>(m.q.as<std::uint8_t>()[block * layout.blocks_k + g]) *
                 m.scale.as<float>()[block * layout.super_groups + g / m.scheme.super_group];
             break;
-          default: s = m.scale.as<float>()[row * layout.groups_k + g]; break;
+          default:
+            s = m.scale.as<float>()[row * layout.groups_k + g];
+            break;
         }
         for (std::int64_t c = g * width; c < std::min(m.k, (g + 1) * width); ++c) {
           int v = 0;

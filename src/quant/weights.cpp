@@ -57,7 +57,8 @@ Tensor bias_of(const TensorView& bias, const char* name, const QuantizedMatrix& 
 void set_activation_scale(QuantizedMatrix& m, const TensorView& scale, const char* name) {
   const bool wanted = m.scheme.activation_scale == ActivationScale::static_;
   if (wanted != scale.defined()) {
-    bad_argument("{}: expected {}, got {}", name, wanted ? "a static activation scale (the scheme is static)" : "none (the scheme is not static)",
+    bad_argument("{}: expected {}, got {}", name,
+                 wanted ? "a static activation scale (the scheme is static)" : "none (the scheme is not static)",
                  scale.defined() ? "one" : "none");
   }
   if (!wanted) return;
@@ -88,51 +89,55 @@ MoeWeights assemble(QuantizedMatrix w13, QuantizedMatrix w2, const MoeWeights::O
   return w;
 }
 
-void expect_kind(const Scheme& scheme, SchemeKind kind) {
+struct Parts {
+  Tensor values;
+  TensorView scale, q;
+};
+
+MoeWeights adopt(SchemeKind kind, const Scheme& scheme, Parts w13, Parts w2, const MoeWeights::Options& options) {
   if (scheme.kind != kind) bad_argument("scheme: expected {}, got {}", to_string(kind), to_string(scheme));
+  // One after the other: errors name w13 first.
+  QuantizedMatrix first =
+      adopt_matrix(scheme, std::move(w13.values), w13.scale, w13.q, segments_of(options), "w13", options.threads);
+  QuantizedMatrix second = adopt_matrix(scheme, std::move(w2.values), w2.scale, w2.q, 1, "w2", options.threads);
+  return assemble(std::move(first), std::move(second), options);
 }
 
 }  // namespace
 
 MoeWeights MoeWeights::from_int8_channel(Tensor w13, TensorView w13_scale, Tensor w2, TensorView w2_scale,
                                          const Options& options, const Scheme& scheme) {
-  expect_kind(scheme, SchemeKind::int8_channel);
-  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, {}, segments_of(options), "w13", options.threads),
-                  adopt_matrix(scheme, std::move(w2), w2_scale, {}, 1, "w2", options.threads), options);
+  return adopt(SchemeKind::int8_channel, scheme, {std::move(w13), w13_scale, {}}, {std::move(w2), w2_scale, {}},
+               options);
 }
 
 MoeWeights MoeWeights::from_int8_block(Tensor w13, TensorView w13_scale, Tensor w2, TensorView w2_scale,
                                        const Options& options, const Scheme& scheme) {
-  expect_kind(scheme, SchemeKind::int8_block);
-  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, {}, segments_of(options), "w13", options.threads),
-                  adopt_matrix(scheme, std::move(w2), w2_scale, {}, 1, "w2", options.threads), options);
+  return adopt(SchemeKind::int8_block, scheme, {std::move(w13), w13_scale, {}}, {std::move(w2), w2_scale, {}}, options);
 }
 
 MoeWeights MoeWeights::from_w4a8_fp8(Tensor w13, TensorView w13_scale, Tensor w2, TensorView w2_scale,
                                      const Options& options, const Scheme& scheme) {
-  expect_kind(scheme, SchemeKind::w4a8_fp8);
-  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, {}, segments_of(options), "w13", options.threads),
-                  adopt_matrix(scheme, std::move(w2), w2_scale, {}, 1, "w2", options.threads), options);
+  return adopt(SchemeKind::w4a8_fp8, scheme, {std::move(w13), w13_scale, {}}, {std::move(w2), w2_scale, {}}, options);
 }
 
-MoeWeights MoeWeights::from_int8_hybrid(Tensor w13, TensorView w13_scale, TensorView w13_q, Tensor w2, TensorView w2_scale,
-                                        TensorView w2_q, const Options& options, const Scheme& scheme) {
-  expect_kind(scheme, SchemeKind::int8_hybrid);
-  return assemble(adopt_matrix(scheme, std::move(w13), w13_scale, w13_q, segments_of(options), "w13", options.threads),
-                  adopt_matrix(scheme, std::move(w2), w2_scale, w2_q, 1, "w2", options.threads), options);
+MoeWeights MoeWeights::from_int8_hybrid(Tensor w13, TensorView w13_scale, TensorView w13_q, Tensor w2,
+                                        TensorView w2_scale, TensorView w2_q, const Options& options,
+                                        const Scheme& scheme) {
+  return adopt(SchemeKind::int8_hybrid, scheme, {std::move(w13), w13_scale, w13_q}, {std::move(w2), w2_scale, w2_q},
+               options);
 }
 
 MoeWeights MoeWeights::from_float(Tensor w13, Tensor w2, const Options& options) {
   check_defined(w13, "w13");
   check_dtype(w13, "w13", {DType::bfloat16, DType::float16});
   const Scheme scheme = w13.dtype() == DType::bfloat16 ? Scheme::bf16() : Scheme::fp16();
-  return assemble(adopt_matrix(scheme, std::move(w13), {}, {}, segments_of(options), "w13", options.threads),
-                  adopt_matrix(scheme, std::move(w2), {}, {}, 1, "w2", options.threads), options);
+  return adopt(scheme.kind, scheme, {std::move(w13), {}, {}}, {std::move(w2), {}, {}}, options);
 }
 
 MoeWeights quantize(const Scheme& scheme, TensorView w13, TensorView w2, const QuantizeOptions& options) {
-  return assemble(quantize_matrix(scheme, w13, segments_of(options), options.threads, "w13"),
-                  quantize_matrix(scheme, w2, 1, options.threads, "w2"), options);
+  QuantizedMatrix first = quantize_matrix(scheme, w13, segments_of(options), options.threads, "w13");
+  return assemble(std::move(first), quantize_matrix(scheme, w2, 1, options.threads, "w2"), options);
 }
 
 }  // namespace octomoe

@@ -13,7 +13,8 @@ namespace {
 TEST(Log, GoesToTheCallbackAndNowhereElse) {
   log(LogLevel::warning, "nobody listens");
   std::vector<std::string> got;
-  set_log_callback([&](LogLevel level, const std::string& m) { got.push_back((level == LogLevel::warning ? "W " : "I ") + m); });
+  set_log_callback(
+      [&](LogLevel level, const std::string& m) { got.push_back((level == LogLevel::warning ? "W " : "I ") + m); });
   log(LogLevel::warning, "a");
   log(LogLevel::info, "b");
   set_log_callback({});

@@ -1,5 +1,5 @@
-// Our declarations of the driver API against CUDA's own, where a cuda.h is installed; and what a machine without a driver
-// is told.
+// Our declarations of the driver API against CUDA's own, where a cuda.h is installed; and what a machine without a
+// driver is told.
 #include "cuda/driver.h"
 
 #include <gmock/gmock.h>
@@ -78,8 +78,9 @@ constexpr bool kSameParameter = sizeof(A) == sizeof(B) && std::is_pointer_v<A> =
 template <class Ours, class Theirs>
 struct SameCall : std::false_type {};
 template <class... A, class... B>
-  requires(sizeof...(A) == sizeof...(B))
-struct SameCall<CuResult (*)(A...), CUresult (*)(B...)> : std::bool_constant<(kSameParameter<A, B> && ...)> {};
+requires(sizeof...(A) == sizeof...(B)) struct SameCall<CuResult (*)(A...), CUresult (*)(B...)>
+    : std::bool_constant<(kSameParameter<A, B> && ...)> {
+};
 
 #define OCTOMOE_SAME_CALL(name, symbol, parameters) \
   static_assert(SameCall<CuResult(*) parameters, decltype(&::symbol)>::value, #symbol);
@@ -102,7 +103,8 @@ using ::testing::HasSubstr;
 TEST(Driver, MissingIsAnErrorWithTheFix) {
   if (driver_available()) GTEST_SKIP() << "there is a driver";
   expect_error(ErrorCode::unsupported, "no usable GPU: CUDA driver", [] { driver(); });
-  EXPECT_THAT(find_library(Library::driver).describe(), ::testing::AnyOf(HasSubstr("fix: "), HasSubstr("cannot be used")));
+  EXPECT_THAT(find_library(Library::driver).describe(),
+              ::testing::AnyOf(HasSubstr("fix: "), HasSubstr("cannot be used")));
 }
 
 TEST(Driver, DevicesDescribeThemselves) {
@@ -121,7 +123,8 @@ TEST(Driver, DevicesDescribeThemselves) {
 TEST(Driver, ErrorsNameCallAndPlace) {
   if (!driver_available()) GTEST_SKIP() << "no driver here";
   expect_error(ErrorCode::cuda, "tests/cuda/driver_test.cpp:", [] { check(kCudaInvalidValue, "cuNothing"); });
-  expect_error(ErrorCode::cuda, "cuNothing: CUDA_ERROR_INVALID_VALUE (1)", [] { check(kCudaInvalidValue, "cuNothing"); });
+  expect_error(ErrorCode::cuda, "cuNothing: CUDA_ERROR_INVALID_VALUE (1)",
+               [] { check(kCudaInvalidValue, "cuNothing"); });
 }
 
 }  // namespace

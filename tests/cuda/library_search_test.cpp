@@ -11,10 +11,10 @@
 namespace octomoe::cuda {
 namespace {
 
+using jit::testing::TempFolder;
 using ::testing::AllOf;
 using ::testing::Contains;
 using ::testing::HasSubstr;
-using jit::testing::TempFolder;
 
 // The search remembers: each case has a process of its own.
 template <class Fn>

@@ -41,11 +41,20 @@ FAKE CuResult cuDeviceGet(CuDevice* d, int i) { return *d = i, 0; }
 FAKE CuResult cuDeviceGetName(char* out, int, CuDevice) { return out[0] = 'F', out[1] = 0, 0; }
 FAKE CuResult cuDeviceGetAttribute(int* out, int which, CuDevice d) {
   switch (which) {
-    case kComputeCapabilityMajor: *out = kCapability[d] / 10; break;
-    case kComputeCapabilityMinor: *out = kCapability[d] % 10; break;
-    case kMultiprocessorCount: *out = 132; break;
-    case kMaxSharedPerBlockOptin: *out = d == 4 ? 49152 : 232448; break;
-    default: *out = 1;
+    case kComputeCapabilityMajor:
+      *out = kCapability[d] / 10;
+      break;
+    case kComputeCapabilityMinor:
+      *out = kCapability[d] % 10;
+      break;
+    case kMultiprocessorCount:
+      *out = 132;
+      break;
+    case kMaxSharedPerBlockOptin:
+      *out = d == 4 ? 49152 : 232448;
+      break;
+    default:
+      *out = 1;
   }
   return 0;
 }
@@ -79,7 +88,9 @@ FAKE CuResult cuModuleLoadData(CuModule* m, const void*) {
   return *m = handle<CuModule>(&state), 0;
 }
 FAKE CuResult cuModuleGetFunction(CuFunction* f, CuModule m, const char*) { return *f = handle<CuFunction>(m), 0; }
-FAKE CuResult cuFuncGetAttribute(int* out, int which, CuFunction) { return *out = which == kFunctionSharedBytes ? 16 : 8, 0; }
+FAKE CuResult cuFuncGetAttribute(int* out, int which, CuFunction) {
+  return *out = which == kFunctionSharedBytes ? 16 : 8, 0;
+}
 FAKE CuResult cuFuncSetAttribute(CuFunction, int which, int value) {
   if (which == kFunctionMaxDynamicShared) state.set_shared = value;
   return 0;
@@ -114,11 +125,14 @@ FAKE CuResult cuGetExportTable(const void** table, const void*) { return *table 
 // The rest is there so that the table is complete.
 #define STUB(name) \
   FAKE CuResult name() { return 801; }
-STUB(cuCtxSynchronize) STUB(cuModuleUnload) STUB(cuOccupancyMaxActiveClusters) STUB(cuMemAlloc_v2) STUB(cuMemFree_v2)
-STUB(cuMemGetInfo_v2) STUB(cuMemHostAlloc) STUB(cuMemFreeHost) STUB(cuMemcpyHtoD_v2) STUB(cuMemcpyDtoH_v2)
-STUB(cuMemcpyDtoD_v2) STUB(cuMemcpyAsync) STUB(cuMemcpyHtoDAsync_v2) STUB(cuMemcpyDtoHAsync_v2) STUB(cuMemcpyDtoDAsync_v2)
-STUB(cuMemsetD8_v2) STUB(cuMemsetD8Async) STUB(cuMemsetD32Async) STUB(cuPointerGetAttribute) STUB(cuStreamCreate)
-STUB(cuStreamDestroy_v2) STUB(cuStreamSynchronize) STUB(cuStreamQuery) STUB(cuStreamGetCtx) STUB(cuStreamWaitEvent)
-STUB(cuStreamBeginCapture_v2) STUB(cuStreamEndCapture) STUB(cuStreamIsCapturing) STUB(cuGraphInstantiateWithFlags)
-STUB(cuGraphGetNodes) STUB(cuGraphLaunch) STUB(cuGraphDestroy) STUB(cuGraphExecDestroy) STUB(cuEventCreate)
-STUB(cuEventDestroy_v2) STUB(cuEventRecord) STUB(cuEventSynchronize) STUB(cuEventElapsedTime)
+STUB(cuCtxSynchronize)
+STUB(cuModuleUnload) STUB(cuOccupancyMaxActiveClusters) STUB(cuMemAlloc_v2) STUB(cuMemFree_v2) STUB(cuMemGetInfo_v2)
+    STUB(cuMemHostAlloc) STUB(cuMemFreeHost) STUB(cuMemcpyHtoD_v2) STUB(cuMemcpyDtoH_v2) STUB(cuMemcpyDtoD_v2)
+        STUB(cuMemcpyAsync) STUB(cuMemcpyHtoDAsync_v2) STUB(cuMemcpyDtoHAsync_v2) STUB(cuMemcpyDtoDAsync_v2)
+            STUB(cuMemsetD8_v2) STUB(cuMemsetD8Async) STUB(cuMemsetD32Async) STUB(cuPointerGetAttribute)
+                STUB(cuStreamCreate) STUB(cuStreamDestroy_v2) STUB(cuStreamSynchronize) STUB(cuStreamQuery)
+                    STUB(cuStreamGetCtx) STUB(cuStreamWaitEvent) STUB(cuStreamBeginCapture_v2) STUB(cuStreamEndCapture)
+                        STUB(cuStreamIsCapturing) STUB(cuGraphInstantiateWithFlags) STUB(cuGraphGetNodes)
+                            STUB(cuGraphLaunch) STUB(cuGraphDestroy) STUB(cuGraphExecDestroy) STUB(cuEventCreate)
+                                STUB(cuEventDestroy_v2) STUB(cuEventRecord) STUB(cuEventSynchronize)
+                                    STUB(cuEventElapsedTime)

@@ -1,13 +1,13 @@
-// A libcuda.so.1 that runs nothing and writes down what it was asked. Its devices: 0 and 1 are SM90, 2 is SM80, 3 is SM75,
-// 4 is SM120 with 48 KB of shared memory.
+// A libcuda.so.1 that runs nothing and writes down what it was asked. Its devices: 0 and 1 are SM90, 2 is SM80, 3 is
+// SM75, 4 is SM120 with 48 KB of shared memory.
 #pragma once
 
 #include <cstddef>
 
 struct FakeCudaState {
   int retains = 0, loads = 0, launches = 0, pushes = 0, pops = 0, set_shared = 0;
-  int fail_next_load = 0;    // result of the next cuModuleLoadData; 0: works
-  int fail_next_launch = 0;  // the same of cuLaunchKernelEx
+  int fail_next_load = 0;      // result of the next cuModuleLoadData; 0: works
+  int fail_next_launch = 0;    // the same of cuLaunchKernelEx
   std::size_t args_bytes = 0;  // what cuFuncGetParamInfo answers
   // The last launch.
   unsigned grid[3] = {}, block[3] = {};

@@ -142,10 +142,11 @@ TEST_F(Module, WrongArgumentStructIsCaught) {
 TEST_F(Module, ErrorsSayWhatFailed) {
   const LoadedKernel& k = modules_->load(entry_, 0);
   state().fail_next_launch = 1;
-  expect_error(ErrorCode::cuda,
-               "cuLaunchKernelEx: kernel demo:scale<2>, grid 3x1x1, 128 threads, 100000 bytes of shared memory, cluster 1: "
-               "CUDA_ERROR_OTHER (1): made up",
-               [&] { launch(k, {.grid = {3}}, Args{}); });
+  expect_error(
+      ErrorCode::cuda,
+      "cuLaunchKernelEx: kernel demo:scale<2>, grid 3x1x1, 128 threads, 100000 bytes of shared memory, cluster 1: "
+      "CUDA_ERROR_OTHER (1): made up",
+      [&] { launch(k, {.grid = {3}}, Args{}); });
   state().fail_next_launch = 2;
   expect_error(ErrorCode::out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY", [&] { launch(k, {.grid = {3}}, Args{}); });
   state().fail_next_load = 999;
@@ -168,7 +169,8 @@ TEST_F(Module, RefusedImagesAreCompiled) {
 }
 
 TEST_F(Module, DevicesThatDoNotFit) {
-  expect_error(ErrorCode::unsupported, "cuda:3 (F): expected compute capability 8.0", [&] { modules_->load(entry_, 3); });
+  expect_error(ErrorCode::unsupported, "cuda:3 (F): expected compute capability 8.0",
+               [&] { modules_->load(entry_, 3); });
   expect_error(ErrorCode::unsupported, "needs 100016 bytes of shared memory, cuda:4 (F) has 49152",
                [&] { modules_->load(entry_, 4); });
   expect_error("device: expected cuda:0 to cuda:4, got cuda:5", [&] { modules_->load(entry_, 5); });

@@ -19,8 +19,8 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
-using ::testing::SizeIs;
 using testing::LogCatcher;
+using ::testing::SizeIs;
 using testing::TempFolder;
 using Bytes = std::vector<std::byte>;
 
@@ -102,7 +102,9 @@ TEST(DiskCache, UnacceptedEntriesAreMadeAgain) {
   DiskCache cache(folder.path());
   cache.load_or_make(key_of("k"), [] { return bytes_of("old"); });
   const auto accept = [](std::span<const std::byte> b) { return b.size() > 3; };
-  EXPECT_EQ(cache.load_or_make(key_of("k"), [] { return bytes_of("newer"); }, accept), bytes_of("newer"));
+  EXPECT_EQ(cache.load_or_make(
+                key_of("k"), [] { return bytes_of("newer"); }, accept),
+            bytes_of("newer"));
   EXPECT_EQ(cache.load(key_of("k")), bytes_of("newer"));
 }
 

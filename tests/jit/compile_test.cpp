@@ -15,9 +15,9 @@ namespace octomoe::jit {
 namespace {
 
 using octomoe::testing::expect_error;
+using ::testing::HasSubstr;
 using testing::small_entry;
 using testing::small_sources;
-using ::testing::HasSubstr;
 
 Key key_of(const KernelEntry& entry, const SourceSet& sources, Target target = 80) {
   return source_key(translate(entry, target, sources));
@@ -83,7 +83,11 @@ TEST(Compile, MakesCubinsForEveryArchitecture) {
   for (const int arch : {80, 86, 89, 90}) {
     const CompiledKernel k = compile(small_entry(), arch, sources);
     ASSERT_GT(k.image.size(), 100u);
-    EXPECT_EQ(std::memcmp(k.image.data(), "\x7f" "ELF", 4), 0);
+    EXPECT_EQ(std::memcmp(k.image.data(),
+                          "\x7f"
+                          "ELF",
+                          4),
+              0);
     EXPECT_GT(k.report.registers, 0) << arch;
     EXPECT_EQ(k.report.stack_bytes, 0);
     EXPECT_THAT(faults(k.report, ""), ::testing::IsEmpty());
@@ -113,14 +117,17 @@ TEST(Compile, ReportsLocalAndSharedMemory) {
 TEST(Compile, FailuresNameKernelFileAndLine) {
   OCTOMOE_NEED_NVRTC();
   SourceSet s = small_sources();
-  s.set("core/base.h", "#pragma once\nnamespace demo { using u32 = unsigned int; inline constexpr int kAdd = nonsense; }\n");
+  s.set("core/base.h",
+        "#pragma once\nnamespace demo { using u32 = unsigned int; inline constexpr int kAdd = nonsense; }\n");
   expect_error(ErrorCode::cuda, "core/base.h(2): error: identifier \"nonsense\" is undefined",
                [&] { compile(small_entry(), 80, s); });
-  expect_error(ErrorCode::cuda, "kernel demo:scale<2> for sm_90a does not compile", [&] { compile(small_entry(), 90, s); });
+  expect_error(ErrorCode::cuda, "kernel demo:scale<2> for sm_90a does not compile",
+               [&] { compile(small_entry(), 90, s); });
   // ptxas's complaints count too: wgmma is not in sm_80.
   s = small_sources();
-  s.set("demo.cuh", "namespace demo { struct Args {}; template <int> __device__ void scale(const Args&) "
-                    "{ asm volatile(\"wgmma.fence.sync.aligned;\"); } }");
+  s.set("demo.cuh",
+        "namespace demo { struct Args {}; template <int> __device__ void scale(const Args&) "
+        "{ asm volatile(\"wgmma.fence.sync.aligned;\"); } }");
   expect_error(ErrorCode::cuda, "wgmma", [&] { compile(small_entry(), 80, s); });
   EXPECT_NO_THROW(compile(small_entry(), 90, s));
 }

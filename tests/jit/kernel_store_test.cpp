@@ -14,14 +14,14 @@ namespace octomoe::jit {
 namespace {
 
 using octomoe::testing::expect_error;
-using testing::LogCatcher;
-using testing::small_entry;
-using testing::small_sources;
-using testing::TempFolder;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::LogCatcher;
 using ::testing::SizeIs;
+using testing::small_entry;
+using testing::small_sources;
+using testing::TempFolder;
 
 // A pack of an image that no compiler made, for entry and target.
 std::shared_ptr<const Pack> pack_of(const KernelEntry& entry, Target target, const SourceSet& sources,
@@ -40,8 +40,8 @@ TEST(KernelStore, TakesFromThePackFirst) {
   KernelStore store({.sources = &sources, .packs = {pack_of(entry, 80, sources)}});
   const auto image = store.get(entry, 80);
   EXPECT_EQ(image->image.size(), 500u);
-  EXPECT_EQ(store.get(entry, 80), image);     // once in a process
-  EXPECT_EQ(store.get(entry, 86), image);     // an SM80 cubin runs on SM86
+  EXPECT_EQ(store.get(entry, 80), image);  // once in a process
+  EXPECT_EQ(store.get(entry, 86), image);  // an SM80 cubin runs on SM86
   EXPECT_EQ(store.counts().from_pack, 1);
 }
 
@@ -66,7 +66,8 @@ TEST(KernelStore, AddedPacksComeFirst) {
 TEST(KernelStore, OldDevicesGetAClearError) {
   const SourceSet sources = small_sources();
   KernelStore store({.sources = &sources});
-  expect_error(ErrorCode::unsupported, "compute capability 8.0 (Ampere) or newer, got 7.0", [&] { store.get(small_entry(), 70); });
+  expect_error(ErrorCode::unsupported, "compute capability 8.0 (Ampere) or newer, got 7.0",
+               [&] { store.get(small_entry(), 70); });
 }
 
 TEST(KernelStore, CompilesThenFindsInTheCache) {
@@ -216,9 +217,8 @@ TEST(PacksApi, NamedByTheEnvironment) {
     expect_error(ErrorCode::io, "none.pack", [&] { load_kernel_pack(folder.path("none.pack")); });
   });
   testing::write_file(folder.path("bad.pack"), "something else");
-  in_child(folder.path("bad.pack"), [&] {
-    expect_error(ErrorCode::format, "bad.pack: not a kernel pack", [] { kernel_packs(); });
-  });
+  in_child(folder.path("bad.pack"),
+           [&] { expect_error(ErrorCode::format, "bad.pack: not a kernel pack", [] { kernel_packs(); }); });
 }
 
 }  // namespace

@@ -17,8 +17,10 @@ using testing::TempFolder;
 
 std::vector<PackItem> items() {
   std::vector<PackItem> out;
-  for (const auto& [id, target, bytes] : {std::tuple("gemm:a", Target(80), 5000), {"gemm:b", Target(90), 300},
-                                          {"gemm:a", Target(90), 7000}, {"gemm:c", Target(90, true), 1}}) {
+  for (const auto& [id, target, bytes] : {std::tuple("gemm:a", Target(80), 5000),
+                                          {"gemm:b", Target(90), 300},
+                                          {"gemm:a", Target(90), 7000},
+                                          {"gemm:c", Target(90, true), 1}}) {
     PackItem item{made_up_kernel(id, target, static_cast<std::size_t>(bytes)), {}};
     item.entry.expect = "IMMA";
     item.entry.threads = 256;

@@ -18,7 +18,8 @@ std::vector<std::string> names(const std::string& text) {
 }
 
 TEST(Includes, AreFoundInOrderWithTheirLines) {
-  const auto found = parse_includes("// purpose\n#pragma once\n\n#include \"a.h\"\n  #  include   \"b/c.cuh\"  // why\n", "x");
+  const auto found =
+      parse_includes("// purpose\n#pragma once\n\n#include \"a.h\"\n  #  include   \"b/c.cuh\"  // why\n", "x");
   EXPECT_THAT(found, ElementsAre(Include{"a.h", 4, false}, Include{"b/c.cuh", 5, false}));
 }
 
@@ -32,7 +33,8 @@ TEST(Includes, NotInCommentsOrLiterals) {
   EXPECT_THAT(names("const char* s = \"/*\";\n#include \"b.h\"\n// */\n"), ElementsAre("b.h"));
   EXPECT_THAT(names("const char* s = R\"x(\n#include \"a.h\"\n)\" )x\";\n#include \"b.h\"\n"), ElementsAre("b.h"));
   EXPECT_THAT(names("auto s = u8R\"(\n#include \"a.h\"\n)\";\n#include \"b.h\"\n"), ElementsAre("b.h"));
-  EXPECT_THAT(names("char c = '\"';\n#include \"b.h\"\nchar d = '\\'';\n#include \"c.h\"\n"), ElementsAre("b.h", "c.h"));
+  EXPECT_THAT(names("char c = '\"';\n#include \"b.h\"\nchar d = '\\'';\n#include \"c.h\"\n"),
+              ElementsAre("b.h", "c.h"));
   EXPECT_THAT(names("int n = 1'000'000;\n#include \"b.h\"\n"), ElementsAre("b.h"));
   EXPECT_THAT(names("int x; #include \"a.h\"\n"), ElementsAre());
 }
@@ -44,7 +46,8 @@ TEST(Includes, AcrossSplicedLinesAndCarriageReturns) {
 }
 
 TEST(Includes, OtherDirectivesAreLeftAlone) {
-  EXPECT_THAT(names("#define X \"a.h\"\n#include_next \"b.h\"\n#error it's fine\n#include \"c.h\"\n"), ElementsAre("c.h"));
+  EXPECT_THAT(names("#define X \"a.h\"\n#include_next \"b.h\"\n#error it's fine\n#include \"c.h\"\n"),
+              ElementsAre("c.h"));
 }
 
 TEST(Includes, ComputedOnesAreRefused) {

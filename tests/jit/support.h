@@ -41,7 +41,8 @@ inline bool have_nvrtc() {
 
 inline SourceSet small_sources() {
   SourceSet s;
-  s.set("core/base.h", "#pragma once\nnamespace demo {\nusing u32 = unsigned int;\ninline constexpr int kAdd = 3;\n}\n");
+  s.set("core/base.h",
+        "#pragma once\nnamespace demo {\nusing u32 = unsigned int;\ninline constexpr int kAdd = 3;\n}\n");
   s.set("core/unused.h", "#pragma once\n");
   s.set("demo.cuh", R"(#pragma once
 #include "core/base.h"

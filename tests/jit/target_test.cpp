@@ -39,11 +39,13 @@ TEST(Target, HopperOnlyKernelsRunOnHopperOnly) {
   hopper.archs = {90};
   EXPECT_THAT(targets_for(hopper, 90), ElementsAre(Target(90)));
   for (const int cc : {80, 89, 100}) {
-    expect_error(ErrorCode::unsupported, "made for sm_90a, cannot run on compute capability", [&] { targets_for(hopper, cc); });
+    expect_error(ErrorCode::unsupported, "made for sm_90a, cannot run on compute capability",
+                 [&] { targets_for(hopper, cc); });
   }
   KernelEntry ada = small_entry();
   ada.archs = {89};
-  expect_error(ErrorCode::unsupported, "made for sm_89, cannot run on compute capability 8.6", [&] { targets_for(ada, 86); });
+  expect_error(ErrorCode::unsupported, "made for sm_89, cannot run on compute capability 8.6",
+               [&] { targets_for(ada, 86); });
   EXPECT_THAT(targets_for(ada, 90), ElementsAre(Target(90), Target(90, true)));
 }
 
