@@ -44,8 +44,10 @@ struct Size {
 
 void report(benchmark::State& state, const Size& s) {
   const double count = static_cast<double>(state.iterations());
-  state.counters["GOPS"] = benchmark::Counter(2e-9 * static_cast<double>(s.m * s.n * s.k) * count, benchmark::Counter::kIsRate);
-  state.counters["GB/s"] = benchmark::Counter(1e-9 * static_cast<double>(s.n * s.k) * count, benchmark::Counter::kIsRate);
+  state.counters["GOPS"] =
+      benchmark::Counter(2e-9 * static_cast<double>(s.m * s.n * s.k) * count, benchmark::Counter::kIsRate);
+  state.counters["GB/s"] =
+      benchmark::Counter(1e-9 * static_cast<double>(s.n * s.k) * count, benchmark::Counter::kIsRate);
 }
 
 void ours(benchmark::State& state, Scheme scheme, Size s, int threads) {
@@ -56,7 +58,8 @@ void ours(benchmark::State& state, Scheme scheme, Size s, int threads) {
   m.n = s.n;
   m.k = s.k;
   m.values = random_int8({m.experts, s.n, s.k}, 1);
-  const std::int64_t per_expert = scheme.kind == SchemeKind::int8_channel ? s.n : m.blocks_n() * std::max(m.blocks_k(), m.super_groups());
+  const std::int64_t per_expert =
+      scheme.kind == SchemeKind::int8_channel ? s.n : m.blocks_n() * std::max(m.blocks_k(), m.super_groups());
   m.scale = Tensor::zeros(DType::float32, {m.experts, per_expert});
   std::fill_n(m.scale.as<float>(), m.scale.elems(), 0.01f);
   if (scheme.kind == SchemeKind::int8_hybrid) {
@@ -102,7 +105,8 @@ class OneDnn {
   using Type = dnnl::memory::data_type;
   OneDnn(const Size& s, Type a_type) : size_(s), engine_(dnnl::engine::kind::cpu, 0), stream_(engine_) {
     using tag = dnnl::memory::format_tag;
-    const dnnl::memory::desc a({s.m, s.k}, a_type, tag::ab), any({s.n, s.k}, Type::s8, tag::any), c({s.m, s.n}, Type::s32, tag::ab);
+    const dnnl::memory::desc a({s.m, s.k}, a_type, tag::ab), any({s.n, s.k}, Type::s8, tag::any),
+        c({s.m, s.n}, Type::s32, tag::ab);
     using Product = dnnl::inner_product_forward;
     const Product::primitive_desc pd(Product::desc(dnnl::prop_kind::forward_inference, a, any, c), engine_);
     product_ = Product(pd);
@@ -197,7 +201,8 @@ void register_all() {
   const Size s{16, 256, 512};
   benchmark::RegisterBenchmark("onednn_setup", onednn_setup, s)->Iterations(50)->Unit(benchmark::kMicrosecond);
   for (const auto& [a, w] : {std::pair<int, int>{127, 127}, {127, -127}, {-128, 127}, {-128, -128}}) {
-    benchmark::RegisterBenchmark(("onednn_exact/a" + std::to_string(a) + "/w" + std::to_string(w)).c_str(), onednn_exact, s, a, w)
+    benchmark::RegisterBenchmark(("onednn_exact/a" + std::to_string(a) + "/w" + std::to_string(w)).c_str(),
+                                 onednn_exact, s, a, w)
         ->Iterations(1);
   }
 #endif

@@ -370,7 +370,17 @@ def train(args):
         "bytes_seen": history[-1]["step"] * args.batch * args.seq,
         "settings": {
             name: getattr(args, name)
-            for name in "steps batch seq lr warmup weight_decay dropout seed compile".split()
+            for name in [
+                "steps",
+                "batch",
+                "seq",
+                "lr",
+                "warmup",
+                "weight_decay",
+                "dropout",
+                "seed",
+                "compile",
+            ]
         },
         "versions": {
             "python": platform.python_version(),

@@ -30,4 +30,4 @@ class Error : public std::runtime_error {
   ErrorCode code_;
 };
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

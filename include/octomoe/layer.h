@@ -16,14 +16,14 @@ namespace octomoe OCTOMOE_API {
 using Stream = void*;  // cudaStream_t of a CUDA device; ignored on the CPU
 
 struct LayerOptions {
-  float swiglu_alpha = 1.702f;         // swigluoai
-  std::optional<float> swiglu_limit;   // swigluoai (default 7 there) and swiglu (default: no clamp)
-  bool router_weight_on_input = false; // multiply x instead of the output row
+  float swiglu_alpha = 1.702f;              // swigluoai
+  std::optional<float> swiglu_limit;        // swigluoai (default 7 there) and swiglu (default: no clamp)
+  bool router_weight_on_input = false;      // multiply x instead of the output row
   std::optional<MoeWeights> shared_expert;  // E = 1 weights, same H and scheme kind; I may differ
-  Tensor shared_gate;                  // [H] float32/bf16/fp16: the shared expert's weight is sigmoid(x . gate)
-  Tensor expert_map;                   // int32 [global experts] -> local expert, -1 = not on this rank
-  int threads = 0;                     // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
-  bool keep_weights = false;           // CPU: keep the natural layout beside the packed one (weights() stays usable)
+  Tensor shared_gate;                       // [H] float32/bf16/fp16: the shared expert's weight is sigmoid(x . gate)
+  Tensor expert_map;                        // int32 [global experts] -> local expert, -1 = not on this rank
+  int threads = 0;                          // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
+  bool keep_weights = false;  // CPU: keep the natural layout beside the packed one (weights() stays usable)
 };
 
 struct ForwardOptions {
@@ -48,7 +48,7 @@ class MoeLayer {
   void forward(TensorView x, TensorView topk_ids, TensorView topk_weights, TensorView out,
                const ForwardOptions& options = {}, Stream stream = nullptr);
 
-  std::int64_t experts() const;       // local
+  std::int64_t experts() const;  // local
   std::int64_t hidden() const;
   std::int64_t intermediate() const;
   const Scheme& scheme() const;
@@ -97,16 +97,16 @@ struct GemmOptions {
   TensorView bias;  // float32 [E, N]
 };
 
-// d[r, :] = a[r, :] . b[expert of r]^T for every row; d [R, N] bf16, fp16 or float32 ([E, max_rows, N] when masked, rows
-// past the count are not written). Offsets must start at 0, not decrease and end at R.
+// d[r, :] = a[r, :] . b[expert of r]^T for every row; d [R, N] bf16, fp16 or float32 ([E, max_rows, N] when masked,
+// rows past the count are not written). Offsets must start at 0, not decrease and end at R.
 void grouped_gemm(const Activations& a, const PreparedMatrix& b, TensorView d, const Groups& groups,
                   const GemmOptions& options = {}, Stream stream = nullptr);
 
 enum class Scoring : std::uint8_t { softmax, sigmoid };
 enum class Renormalize : std::uint8_t {
   none,
-  divide,  // w / max(sum, renormalize_min)
-  add_eps, // w / (sum + renormalize_min)
+  divide,   // w / max(sum, renormalize_min)
+  add_eps,  // w / (sum + renormalize_min)
 };
 
 struct RouteOptions {
@@ -114,9 +114,9 @@ struct RouteOptions {
   Renormalize renormalize = Renormalize::divide;
   float renormalize_min = 0.0f;
   float scaling_factor = 1.0f;
-  int groups = 1;             // > 1: grouped top-k
+  int groups = 1;  // > 1: grouped top-k
   int topk_groups = 1;
-  TensorView correction_bias; // float32 [E], used for selection only
+  TensorView correction_bias;  // float32 [E], used for selection only
 
   static RouteOptions qwen3() { return {}; }
   static RouteOptions ernie45(TensorView bias);      // softmax, bias, sum clamped at 1e-12
@@ -124,9 +124,9 @@ struct RouteOptions {
   static RouteOptions mixtral() { return {}; }       // top-k softmax = softmax, top-k, renormalise
 };
 
-// logits [T, E] float32/bf16/fp16 -> topk_weights [T, k] float32, topk_ids [T, k] int32. Ties go to the lower id. A token
-// whose logits hold a NaN or +Inf gets NaN weights and the ids 0..k-1.
+// logits [T, E] float32/bf16/fp16 -> topk_weights [T, k] float32, topk_ids [T, k] int32. Ties go to the lower id. A
+// token whose logits hold a NaN or +Inf gets NaN weights and the ids 0..k-1.
 void route(TensorView logits, TensorView topk_weights, TensorView topk_ids, const RouteOptions& options = {},
            Stream stream = nullptr);
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

@@ -13,21 +13,21 @@ namespace octomoe OCTOMOE_API {
 enum class SchemeKind : std::uint8_t { int8_channel, int8_block, int8_hybrid, w4a8_fp8, bf16, fp16 };
 
 enum class ActivationScale : std::uint8_t {
-  dynamic,     // from each row (int8_block: from each group; int8_hybrid: Q per group and F per row)
-  static_,     // given: one float per tensor (int8_channel) or per expert (w4a8_fp8)
-  none,        // w4a8_fp8 only: x is converted as it is
+  dynamic,  // from each row (int8_block: from each group; int8_hybrid: Q per group and F per row)
+  static_,  // given: one float per tensor (int8_channel) or per expert (w4a8_fp8)
+  none,     // w4a8_fp8 only: x is converted as it is
 };
 
 struct Scheme {
   SchemeKind kind = SchemeKind::int8_channel;
   ActivationScale activation_scale = ActivationScale::dynamic;
-  bool asymmetric = false;   // int8_channel, dynamic: activations with a zero point per row
-  bool per_tensor = false;   // int8_channel: one weight scale per expert instead of one per channel
-  int block_n = 128;         // int8_block, int8_hybrid: weight rows of a scale block
-  int block_k = 128;         // int8_block, int8_hybrid: columns of a scale block, weights and activations; multiple of 32
-  int super_group = 256;     // int8_hybrid: K-blocks that share one float
-  int q_max = 16;            // int8_hybrid: largest integer scale, 1..64
-  int group_size = 128;      // w4a8_fp8: columns per weight scale, multiple of 32; 0 = one scale per channel
+  bool asymmetric = false;  // int8_channel, dynamic: activations with a zero point per row
+  bool per_tensor = false;  // int8_channel: one weight scale per expert instead of one per channel
+  int block_n = 128;        // int8_block, int8_hybrid: weight rows of a scale block
+  int block_k = 128;      // int8_block, int8_hybrid: columns of a scale block, weights and activations; multiple of 32
+  int super_group = 256;  // int8_hybrid: K-blocks that share one float
+  int q_max = 16;         // int8_hybrid: largest integer scale, 1..64
+  int group_size = 128;   // w4a8_fp8: columns per weight scale, multiple of 32; 0 = one scale per channel
 
   static Scheme int8_channel() { return {}; }
   static Scheme int8_block() { return of(SchemeKind::int8_block); }
@@ -52,12 +52,20 @@ struct Scheme {
 
 const char* to_string(SchemeKind kind);
 std::string to_string(const Scheme& scheme);  // canonical; parse(to_string(s)) == s
-void check(const Scheme& scheme);             // Error(invalid_argument) if a parameter is out of range or does not apply
-std::vector<Scheme> all_schemes();            // the default of each kind, the order of the documentation
+void check(const Scheme& scheme);   // Error(invalid_argument) if a parameter is out of range or does not apply
+std::vector<Scheme> all_schemes();  // the default of each kind, the order of the documentation
 
 enum class Activation : std::uint8_t {
-  swiglu, geglu_tanh, geglu_erf, swigluoai,          // gated: w13 holds gate and up, [E, 2I, H]
-  silu, gelu_tanh, gelu_erf, relu, relu2, none,      // not gated: w13 is [E, I, H]
+  swiglu,
+  geglu_tanh,
+  geglu_erf,
+  swigluoai,  // gated: w13 holds gate and up, [E, 2I, H]
+  silu,
+  gelu_tanh,
+  gelu_erf,
+  relu,
+  relu2,
+  none,  // not gated: w13 is [E, I, H]
 };
 inline bool is_gated(Activation a) { return a <= Activation::swigluoai; }
 const char* to_string(Activation activation);
@@ -68,4 +76,4 @@ enum class GateUpOrder : std::uint8_t { gate_up, up_gate };
 const char* to_string(GateUpOrder order);
 GateUpOrder parse_gate_up_order(const std::string& name);
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

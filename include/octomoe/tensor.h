@@ -132,4 +132,4 @@ class Tensor {
   std::shared_ptr<const void> owner_;
 };
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

@@ -24,16 +24,16 @@ struct QuantizedMatrix {
   int segments = 1;  // 2 for a gated w13: scale blocks restart at row N/2
   Tensor values;
   Tensor scale;
-  Tensor q;                // int8_hybrid: uint8 [E, NB, KB], integer scales 1..q_max
-  Tensor column_sum;       // asymmetric: int32 [E, N] = sum over k of w
-  Tensor activation_scale; // static: float32 [1] (int8_channel) or [E] (w4a8_fp8) of the matrix's input
-  int flush_blocks = 0;    // int8_hybrid: K-blocks summed in int32 before a float step (docs/schemes.md 5)
+  Tensor q;                 // int8_hybrid: uint8 [E, NB, KB], integer scales 1..q_max
+  Tensor column_sum;        // asymmetric: int32 [E, N] = sum over k of w
+  Tensor activation_scale;  // static: float32 [1] (int8_channel) or [E] (w4a8_fp8) of the matrix's input
+  int flush_blocks = 0;     // int8_hybrid: K-blocks summed in int32 before a float step (docs/schemes.md 5)
 
-  std::int64_t blocks_n() const;     // NB
-  std::int64_t blocks_k() const;     // KB
-  std::int64_t super_groups() const; // SG
+  std::int64_t blocks_n() const;      // NB
+  std::int64_t blocks_k() const;      // KB
+  std::int64_t super_groups() const;  // SG
   std::int64_t block_of_row(std::int64_t row) const;
-  std::size_t bytes() const;         // values and scales
+  std::size_t bytes() const;  // values and scales
 };
 
 struct WeightOptions {
@@ -77,20 +77,20 @@ struct MoeWeights {
   static MoeWeights from_float(Tensor w13, Tensor w2, const Options& options = {});
 };
 
-// Quantise float32, float16 or bfloat16 weights w13 [E, 2I or I, H] and w2 [E, H, I] (CPU, rows contiguous) to `scheme`.
-// Deterministic for any thread count. Error(invalid_argument) names expert and row of an Inf or NaN.
+// Quantise float32, float16 or bfloat16 weights w13 [E, 2I or I, H] and w2 [E, H, I] (CPU, rows contiguous) to
+// `scheme`. Deterministic for any thread count. Error(invalid_argument) names expert and row of an Inf or NaN.
 MoeWeights quantize(const Scheme& scheme, TensorView w13, TensorView w2, const QuantizeOptions& options = {});
 
 // One matrix stack [E, N, K], for grouped_gemm and for streaming one expert at a time.
 QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments = 1, int threads = 0,
                                 const std::string& name = "w");
 // Adopts integers (or bf16/fp16 values) and scales of one matrix stack; q: int8_hybrid only. Error names `name`.
-QuantizedMatrix adopt_matrix(const Scheme& scheme, Tensor values, TensorView scale = {}, TensorView q = {}, int segments = 1,
-                             const std::string& name = "w", int threads = 0);
+QuantizedMatrix adopt_matrix(const Scheme& scheme, Tensor values, TensorView scale = {}, TensorView q = {},
+                             int segments = 1, const std::string& name = "w", int threads = 0);
 // Completes and checks a matrix whose values, scale and q are set: column sums, overflow bound, flush_blocks.
 void finish_matrix(QuantizedMatrix& m, const std::string& name, int threads = 0);
 
 // float32 [E, N, K] that the quantised matrix stands for.
 Tensor dequantize(const QuantizedMatrix& m, int threads = 0);
 
-}  // namespace octomoe
+}  // namespace OCTOMOE_API

@@ -331,8 +331,7 @@ struct GroupedGemm {
     for (int nt = 0; nt < kNT; ++nt) {
       if constexpr (kPending) promote(total, sums, s, nt);
 #pragma unroll
-      for (int mt = 0; mt < kMT; ++mt)
-        ptx::mma_s8_from(sums[mt][nt], f.w[mt], f.a[nt][0], f.a[nt][1], initial_sum());
+      for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8_from(sums[mt][nt], f.w[mt], f.a[nt][0], f.a[nt][1], initial_sum());
     }
   }
 

@@ -18,12 +18,14 @@ class ThreadPool {
 
   int threads() const;
 
-  // Calls fn(index, thread) for index in [0, count), thread in [0, threads()). Indices are handed out one after another,
-  // so put the largest work first. Returns when all are done; the first exception thrown is rethrown here (the rest of
-  // the loop is skipped). Not allocating. Calls from several threads are serialised; a call from inside fn runs inline.
+  // Calls fn(index, thread) for index in [0, count), thread in [0, threads()). Indices are handed out one after
+  // another, so put the largest work first. Returns when all are done; the first exception thrown is rethrown here (the
+  // rest of the loop is skipped). Not allocating. Calls from several threads are serialised; a call from inside fn runs
+  // inline.
   template <class Fn>
   void parallel_for(std::int64_t count, const Fn& fn) {
-    run(count, [](const void* f, std::int64_t i, int t) { (*static_cast<const Fn*>(f))(i, t); }, &fn);
+    run(
+        count, [](const void* f, std::int64_t i, int t) { (*static_cast<const Fn*>(f))(i, t); }, &fn);
   }
 
   // A shared pool for load-time work (quantising, reading), made on first use.

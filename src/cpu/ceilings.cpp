@@ -93,10 +93,14 @@ using Peak = std::int64_t (*)();
 Peak peak_of(Isa isa) {
 #if OCTOMOE_X86
   switch (isa) {
-    case Isa::portable: break;
-    case Isa::avx2: return peak_avx2;
-    case Isa::vnni: return peak_vnni;
-    case Isa::amx: return peak_amx;
+    case Isa::portable:
+      break;
+    case Isa::avx2:
+      return peak_avx2;
+    case Isa::vnni:
+      return peak_vnni;
+    case Isa::amx:
+      return peak_amx;
   }
 #else
   (void)isa;

@@ -65,7 +65,8 @@ void put(Value v, std::uint8_t* out, DType dtype, std::int64_t column) {
   if (dtype == DType::float32) {
     reinterpret_cast<float*>(out)[column] = num::canonical(v);
   } else {
-    reinterpret_cast<std::uint16_t*>(out)[column] = dtype == DType::bfloat16 ? num::float_to_bf16(v) : num::float_to_fp16(v);
+    reinterpret_cast<std::uint16_t*>(out)[column] =
+        dtype == DType::bfloat16 ? num::float_to_bf16(v) : num::float_to_fp16(v);
   }
 }
 #endif
@@ -119,14 +120,22 @@ void Finish(const FinishArgs& a) {
         u = add(between(u, -limit, limit), make(1.0f));
         return mul(mul(g, sigmoid(mul(make(alpha), g))), u);
       });
-    case Activation::geglu_tanh: return each(a, [](Value g, Value u) HWY_ATTR { return mul(gelu_tanh(g), u); });
-    case Activation::geglu_erf: return each(a, [](Value g, Value u) HWY_ATTR { return mul(gelu_erf(g), u); });
-    case Activation::silu: return each(a, [](Value g, Value) HWY_ATTR { return silu(g); });
-    case Activation::gelu_tanh: return each(a, [](Value g, Value) HWY_ATTR { return gelu_tanh(g); });
-    case Activation::gelu_erf: return each(a, [](Value g, Value) HWY_ATTR { return gelu_erf(g); });
-    case Activation::relu: return each(a, [](Value g, Value) HWY_ATTR { return relu(g); });
-    case Activation::relu2: return each(a, [](Value g, Value) HWY_ATTR { return mul(relu(g), relu(g)); });
-    case Activation::none: return each(a, [](Value g, Value) HWY_ATTR { return g; });
+    case Activation::geglu_tanh:
+      return each(a, [](Value g, Value u) HWY_ATTR { return mul(gelu_tanh(g), u); });
+    case Activation::geglu_erf:
+      return each(a, [](Value g, Value u) HWY_ATTR { return mul(gelu_erf(g), u); });
+    case Activation::silu:
+      return each(a, [](Value g, Value) HWY_ATTR { return silu(g); });
+    case Activation::gelu_tanh:
+      return each(a, [](Value g, Value) HWY_ATTR { return gelu_tanh(g); });
+    case Activation::gelu_erf:
+      return each(a, [](Value g, Value) HWY_ATTR { return gelu_erf(g); });
+    case Activation::relu:
+      return each(a, [](Value g, Value) HWY_ATTR { return relu(g); });
+    case Activation::relu2:
+      return each(a, [](Value g, Value) HWY_ATTR { return mul(relu(g), relu(g)); });
+    case Activation::none:
+      return each(a, [](Value g, Value) HWY_ATTR { return g; });
   }
 }
 

@@ -11,7 +11,7 @@ namespace octomoe::cpu {
 
 struct ActivationStep {
   Activation kind = Activation::none;
-  float alpha = 0.0f;  // swigluoai
+  float alpha = 0.0f;                                    // swigluoai
   float limit = std::numeric_limits<float>::infinity();  // swiglu, swigluoai
 };
 
@@ -20,16 +20,16 @@ struct FinishArgs {
   int rows = 0;
   bool integers = false;
   // integers: v = float(c - zero * column_sum) * (sw * sa)
-  const float* sw = nullptr;                // [32]
-  const float* sa = nullptr;                // [rows]
-  const std::int32_t* zero = nullptr;       // [rows] or null
-  const std::int32_t* column_sum = nullptr; // [32]
-  const float* factor = nullptr;            // [rows] or null: v = v * factor
-  const float* bias = nullptr;              // [32] or null
-  bool gated = false;                       // panel 0 is the gate and panel 1 the up value of the same columns
+  const float* sw = nullptr;                 // [32]
+  const float* sa = nullptr;                 // [rows]
+  const std::int32_t* zero = nullptr;        // [rows] or null
+  const std::int32_t* column_sum = nullptr;  // [32]
+  const float* factor = nullptr;             // [rows] or null: v = v * factor
+  const float* bias = nullptr;               // [32] or null
+  bool gated = false;                        // panel 0 is the gate and panel 1 the up value of the same columns
   ActivationStep activation;
-  std::int64_t columns = 0;                 // of the output, at most 16 (gated) or 32
-  std::uint8_t* const* out = nullptr;       // [rows]: where the unit's first column goes
+  std::int64_t columns = 0;            // of the output, at most 16 (gated) or 32
+  std::uint8_t* const* out = nullptr;  // [rows]: where the unit's first column goes
   DType out_dtype = DType::bfloat16;
 };
 void finish(const FinishArgs& args);

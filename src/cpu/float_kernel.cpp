@@ -115,13 +115,11 @@ template <class Format, int M, int P>
 void run_tile(const FloatUnit& u, Tile t) {
   const D d;
   V acc[P][M][kVecs];
-#define EACH                        \
-  OCTOMOE_UNROLL                    \
-  for (int m = 0; m < M; ++m)       \
-    OCTOMOE_UNROLL                  \
-    for (int p = 0; p < P; ++p)     \
-      OCTOMOE_UNROLL                \
-      for (int i = 0; i < kVecs; ++i)
+#define EACH                                 \
+  OCTOMOE_UNROLL                             \
+  for (int m = 0; m < M; ++m) OCTOMOE_UNROLL \
+  for (int p = 0; p < P; ++p) OCTOMOE_UNROLL \
+  for (int i = 0; i < kVecs; ++i)
   if (u.sw == nullptr) {
     if (t.begin == 0) {
       EACH acc[p][m][i] = hn::Zero(d);
@@ -165,8 +163,7 @@ void run(const FloatUnit& u) {
   std::int64_t slice = tiles == 1 ? u.k : kSlice;
   if (groups) slice = (slice + u.group - 1) / u.group * u.group;
   const std::int64_t slices = (u.k + slice - 1) / slice;
-  const std::int64_t steps =
-      u.prefetch ? 2 * u.panel_bytes / Format::kBytesPerStep / (tiles * passes * slices) : 0;
+  const std::int64_t steps = u.prefetch ? 2 * u.panel_bytes / Format::kBytesPerStep / (tiles * passes * slices) : 0;
   const char* ahead = u.prefetch;
   for (int p = 0; p < passes; ++p) {
     for (std::int64_t begin = 0; begin < u.k; begin += slice) {
@@ -188,9 +185,12 @@ void run(const FloatUnit& u) {
 
 void FloatProduct(const FloatUnit& u) {
   switch (u.format) {
-    case FloatWeight::bf16: return run<Bf16>(u);
-    case FloatWeight::fp16: return run<Fp16>(u);
-    case FloatWeight::int4: return run<Int4>(u);
+    case FloatWeight::bf16:
+      return run<Bf16>(u);
+    case FloatWeight::fp16:
+      return run<Fp16>(u);
+    case FloatWeight::int4:
+      return run<Int4>(u);
   }
 }
 

@@ -11,11 +11,11 @@
 namespace octomoe::cpu {
 namespace {
 
-constexpr std::int64_t kTaskRows = 96;                   // c of a unit is then 12 KB: it stays in the first-level cache
-constexpr std::int64_t kTaskRowBytes = 384 * 1024;       // of a second-level cache of 1 MB
-constexpr std::int64_t kTasksPerThread = 8;              // enough to even out the end of a phase
-constexpr std::int64_t kRowsWorthOfStreaming = 8;        // a task also reads its weights: about 8 rows' arithmetic
-constexpr std::int64_t kMinUnits = 4;                    // per task: gathering rows is paid once for these
+constexpr std::int64_t kTaskRows = 96;              // c of a unit is then 12 KB: it stays in the first-level cache
+constexpr std::int64_t kTaskRowBytes = 384 * 1024;  // of a second-level cache of 1 MB
+constexpr std::int64_t kTasksPerThread = 8;         // enough to even out the end of a phase
+constexpr std::int64_t kRowsWorthOfStreaming = 8;   // a task also reads its weights: about 8 rows' arithmetic
+constexpr std::int64_t kMinUnits = 4;               // per task: gathering rows is paid once for these
 
 std::int64_t value_bytes(const PackedMatrix& b) {
   return b.scheme.kind == SchemeKind::bf16 || b.scheme.kind == SchemeKind::fp16 ? 2 : 1;
@@ -66,7 +66,9 @@ std::size_t carve_scratch(const PackedMatrix& b, std::int64_t rows, std::uint8_t
 // One row as the kernel wants it.
 void expand_row(const PackedMatrix& b, const std::uint8_t* src, std::uint8_t* dst) {
   switch (b.rows) {
-    case RowFormat::int16: widen_int8(reinterpret_cast<const std::int8_t*>(src), b.k, reinterpret_cast<std::int16_t*>(dst)); return;
+    case RowFormat::int16:
+      widen_int8(reinterpret_cast<const std::int8_t*>(src), b.k, reinterpret_cast<std::int16_t*>(dst));
+      return;
     case RowFormat::int8:
       for (std::int64_t i = 0; i < b.blocks; ++i) {
         const std::int64_t first = i * b.block_k, count = std::min(b.block_k, b.k - first);
@@ -76,10 +78,13 @@ void expand_row(const PackedMatrix& b, const std::uint8_t* src, std::uint8_t* ds
         }
       }
       return;
-    case RowFormat::bf16: std::memcpy(dst, src, static_cast<std::size_t>(b.k) * 2); return;
+    case RowFormat::bf16:
+      std::memcpy(dst, src, static_cast<std::size_t>(b.k) * 2);
+      return;
     case RowFormat::float32:
       if (b.scheme.kind == SchemeKind::w4a8_fp8) return e4m3_to_float(src, b.k, reinterpret_cast<float*>(dst));
-      to_float(src, b.scheme.kind == SchemeKind::fp16 ? DType::float16 : DType::bfloat16, b.k, reinterpret_cast<float*>(dst));
+      to_float(src, b.scheme.kind == SchemeKind::fp16 ? DType::float16 : DType::bfloat16, b.k,
+               reinterpret_cast<float*>(dst));
       return;
   }
 }
@@ -178,8 +183,10 @@ void quantize_row(const PackedMatrix& b, const float* x, float static_scale, con
   };
 
   switch (s.kind) {
-    case SchemeKind::bf16: return from_float(x, b.k, DType::bfloat16, values);
-    case SchemeKind::fp16: return from_float(x, b.k, DType::float16, values);
+    case SchemeKind::bf16:
+      return from_float(x, b.k, DType::bfloat16, values);
+    case SchemeKind::fp16:
+      return from_float(x, b.k, DType::float16, values);
     case SchemeKind::int8_block:
       for (std::int64_t i = 0; i < b.blocks; ++i) {
         const std::int64_t first = i * b.block_k, count = std::min(b.block_k, b.k - first);
@@ -203,7 +210,8 @@ void quantize_row(const PackedMatrix& b, const float* x, float static_scale, con
       }
       return;
     case SchemeKind::int8_channel:
-    case SchemeKind::w4a8_fp8: break;
+    case SchemeKind::w4a8_fp8:
+      break;
   }
 
   if (s.asymmetric) {
@@ -224,8 +232,10 @@ void quantize_row(const PackedMatrix& b, const float* x, float static_scale, con
     }
   }
   scale[0] = g.scale;
-  if (s.is_integer()) int8(0, b.k, g.inverse);
-  else quantize_e4m3(x, b.k, g.inverse, values);
+  if (s.is_integer())
+    int8(0, b.k, g.inverse);
+  else
+    quantize_e4m3(x, b.k, g.inverse, values);
 }
 
 std::int64_t rows_per_task(const PackedMatrix& b) {
@@ -246,7 +256,9 @@ std::size_t max_tasks(const PackedMatrix& b, std::int64_t rows, std::int64_t gro
 std::int64_t make_tasks(const Product* products, const Group* groups, std::int64_t count, int threads, Task* tasks) {
   const auto blocks_of = [&](const Group& g) { return ceil_div(g.rows, rows_per_task(*products[g.product].b)); };
   // Multiply-adds over 2^10, streaming included.
-  const auto cost_of = [&](const PackedMatrix& b, std::int64_t rows) { return (rows + kRowsWorthOfStreaming) * b.k * kUnit / 1024 + 1; };
+  const auto cost_of = [&](const PackedMatrix& b, std::int64_t rows) {
+    return (rows + kRowsWorthOfStreaming) * b.k * kUnit / 1024 + 1;
+  };
   std::int64_t total = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     if (groups[i].rows == 0) continue;
@@ -269,15 +281,20 @@ std::int64_t make_tasks(const Product* products, const Group* groups, std::int64
       const std::int64_t pieces = ceil_div(b.units, wanted), width = ceil_div(b.units, pieces);
       for (std::int64_t u = 0; u < b.units; u += width) {
         const std::int64_t units = std::min(width, b.units - u);
-        tasks[made] = {g.product, g.expert, g.row + row, static_cast<std::int32_t>(rows), static_cast<std::int32_t>(u),
-                       static_cast<std::int32_t>(units), static_cast<std::int32_t>(made), cost * units};
+        tasks[made] = {g.product,
+                       g.expert,
+                       g.row + row,
+                       static_cast<std::int32_t>(rows),
+                       static_cast<std::int32_t>(u),
+                       static_cast<std::int32_t>(units),
+                       static_cast<std::int32_t>(made),
+                       cost * units};
         ++made;
       }
     }
   }
-  std::sort(tasks, tasks + made, [](const Task& a, const Task& b) {
-    return a.cost != b.cost ? a.cost > b.cost : a.order < b.order;
-  });
+  std::sort(tasks, tasks + made,
+            [](const Task& a, const Task& b) { return a.cost != b.cost ? a.cost > b.cost : a.order < b.order; });
   return made;
 }
 

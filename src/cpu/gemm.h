@@ -14,10 +14,10 @@ namespace octomoe::cpu {
 struct RowSet {
   std::uint8_t* values = nullptr;
   std::int64_t stride_bytes = 0;
-  float* scale = nullptr;          // [rows][row_scales]; null: bf16, fp16
-  std::int64_t scale_stride = 0;   // 0: all rows share one
-  std::uint8_t* q = nullptr;       // hybrid [rows][blocks]
-  std::int32_t* zero = nullptr;    // asymmetric [rows]
+  float* scale = nullptr;         // [rows][row_scales]; null: bf16, fp16
+  std::int64_t scale_stride = 0;  // 0: all rows share one
+  std::uint8_t* q = nullptr;      // hybrid [rows][blocks]
+  std::int32_t* zero = nullptr;   // asymmetric [rows]
 };
 
 // What a RowSet of `rows` rows needs, and its parts laid out from `base` (null: only the size is of interest).
@@ -35,7 +35,7 @@ struct Product {
   const float* bias = nullptr;           // [E][units][32]; null: none
   std::uint8_t* out = nullptr;
   std::int64_t out_stride_bytes = 0;
-  const std::int64_t* dest = nullptr;    // row of `out`; null: itself
+  const std::int64_t* dest = nullptr;  // row of `out`; null: itself
   DType out_dtype = DType::bfloat16;
   ActivationStep activation;
 };

@@ -12,8 +12,8 @@ struct IntDriver {
   using Ints = typename S::Ints;
   using Floats = typename S::Floats;
 
-  // One call of a tile: rows and panel it begins at, K-blocks [begin, end) (without blocks: columns), and how much of the
-  // next unit it fetches ahead.
+  // One call of a tile: rows and panel it begins at, K-blocks [begin, end) (without blocks: columns), and how much of
+  // the next unit it fetches ahead.
   struct Tile {
     int row, panel;
     std::int64_t begin, end;
@@ -22,8 +22,8 @@ struct IntDriver {
   };
 
   template <int M, int P>
-  static OCTOMOE_INLINE void dot(const IntUnit& u, Tile& t, std::int64_t a_offset, std::int64_t first, std::int64_t length,
-                                 Ints (&acc)[M][P]) {
+  static OCTOMOE_INLINE void dot(const IntUnit& u, Tile& t, std::int64_t a_offset, std::int64_t first,
+                                 std::int64_t length, Ints (&acc)[M][P]) {
     const char* a = static_cast<const char*>(u.a) + t.row * u.a_stride + a_offset * S::kRowBytes;
     const std::int8_t* w = u.w + t.panel * u.panel_bytes + first * kPanel;
     S::template dot<M, P>(acc, a, u.a_stride, w, u.panel_bytes, length, t.ahead, t.lines);
@@ -115,9 +115,12 @@ struct IntDriver {
   template <int M, int P>
   static void run_tile(const IntUnit& u, Tile t) {
     switch (u.promote) {
-      case Promote::none: return run_none<M, P>(u, t);
-      case Promote::block: return run_block<M, P>(u, t);
-      case Promote::hybrid: return run_hybrid<M, P>(u, t);
+      case Promote::none:
+        return run_none<M, P>(u, t);
+      case Promote::block:
+        return run_block<M, P>(u, t);
+      case Promote::hybrid:
+        return run_hybrid<M, P>(u, t);
     }
   }
 
@@ -129,8 +132,8 @@ struct IntDriver {
     }
   }
 
-  // Rows in tiles of nearly equal size (8 rows: 4 + 4, not 6 + 2), each fetching its share of the next unit. K is cut so
-  // that a slice of a panel and of a tile's rows stay in the first-level cache while the tiles pass over it.
+  // Rows in tiles of nearly equal size (8 rows: 4 + 4, not 6 + 2), each fetching its share of the next unit. K is cut
+  // so that a slice of a panel and of a tile's rows stay in the first-level cache while the tiles pass over it.
   static void run(const IntUnit& u) {
     constexpr bool kOnlyJoint = S::kSingle <= S::kJoint;
     const int most = u.rows <= S::kJoint || kOnlyJoint ? S::kJoint : S::kSingle;

@@ -30,7 +30,8 @@ struct Avx2 {
   static OCTOMOE_INLINE Floats broadcast(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
   static OCTOMOE_INLINE Floats load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
   static OCTOMOE_INLINE Ints load(const std::int32_t* p) {
-    return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))}};
+    return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))}};
   }
   static OCTOMOE_INLINE void store(float* p, const Floats& x) {
     _mm256_storeu_ps(p, x.v[0]);
@@ -62,8 +63,8 @@ struct Avx2 {
     return {{_mm256_cvtepu8_epi32(q), _mm256_cvtepu8_epi32(_mm_srli_si128(q, 8))}};
   }
 
-  // acc += pairs of x times pairs of w. Written out, because GCC reassociates the additions of neighbouring steps, needs
-  // more than 16 registers for it and spills half of the accumulators (55 instead of 75 GMAC/s on Zen 4).
+  // acc += pairs of x times pairs of w. Written out, because GCC reassociates the additions of neighbouring steps,
+  // needs more than 16 registers for it and spills half of the accumulators (55 instead of 75 GMAC/s on Zen 4).
   static OCTOMOE_INLINE void multiply_add(__m256i& acc, __m256i x, __m256i w) {
     __m256i product;
     asm("vpmaddwd %[w], %[x], %[t]\n\tvpaddd %[t], %[acc], %[acc]"
@@ -73,7 +74,8 @@ struct Avx2 {
 
   template <int M, int P>
   static OCTOMOE_INLINE void dot(Ints (&acc)[M][P], const char* a, std::int64_t a_stride, const std::int8_t* w,
-                                 std::int64_t panel_bytes, std::int64_t length, const char*& ahead, std::int64_t& lines) {
+                                 std::int64_t panel_bytes, std::int64_t length, const char*& ahead,
+                                 std::int64_t& lines) {
     const auto step = [&](std::int64_t k) __attribute__((always_inline)) {
       OCTOMOE_UNROLL
       for (int p = 0; p < P; ++p) {

@@ -31,19 +31,35 @@ struct Plain {
     return r;
   }
   static Ints zero() { return {}; }
-  static Ints broadcast(std::int32_t x) { return ints([&](int) { return x; }); }
-  static Floats broadcast(float x) { return floats([&](int) { return x; }); }
-  static Floats load(const float* p) { return floats([&](int i) { return p[i]; }); }
-  static Ints load(const std::int32_t* p) { return ints([&](int i) { return p[i]; }); }
+  static Ints broadcast(std::int32_t x) {
+    return ints([&](int) { return x; });
+  }
+  static Floats broadcast(float x) {
+    return floats([&](int) { return x; });
+  }
+  static Floats load(const float* p) {
+    return floats([&](int i) { return p[i]; });
+  }
+  static Ints load(const std::int32_t* p) {
+    return ints([&](int i) { return p[i]; });
+  }
   static void store(float* p, const Floats& x) { __builtin_memcpy(p, x.v, sizeof(x.v)); }
   static void store(std::int32_t* p, const Ints& x) { __builtin_memcpy(p, x.v, sizeof(x.v)); }
-  static Floats convert(const Ints& x) { return floats([&](int i) { return static_cast<float>(x.v[i]); }); }
-  static Floats mul(const Floats& a, const Floats& b) { return floats([&](int i) { return a.v[i] * b.v[i]; }); }
+  static Floats convert(const Ints& x) {
+    return floats([&](int i) { return static_cast<float>(x.v[i]); });
+  }
+  static Floats mul(const Floats& a, const Floats& b) {
+    return floats([&](int i) { return a.v[i] * b.v[i]; });
+  }
   static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return floats([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
   }
-  static Ints mul(const Ints& a, const Ints& b) { return ints([&](int i) { return a.v[i] * b.v[i]; }); }
-  static Ints add(const Ints& a, const Ints& b) { return ints([&](int i) { return a.v[i] + b.v[i]; }); }
+  static Ints mul(const Ints& a, const Ints& b) {
+    return ints([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static Ints add(const Ints& a, const Ints& b) {
+    return ints([&](int i) { return a.v[i] + b.v[i]; });
+  }
   static Floats weight_scale(const float* p, int width) { return width == 1 ? broadcast(*p) : load(p); }
   static Ints weight_q(const std::uint8_t* p, int width) {
     return ints([&](int i) { return static_cast<std::int32_t>(p[width == 1 ? 0 : i]); });

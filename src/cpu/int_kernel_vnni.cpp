@@ -24,7 +24,8 @@ struct Vnni : Vec512 {
 
   template <int M, int P>
   static OCTOMOE_INLINE void dot(Ints (&acc)[M][P], const char* a, std::int64_t a_stride, const std::int8_t* w,
-                                 std::int64_t panel_bytes, std::int64_t length, const char*& ahead, std::int64_t& lines) {
+                                 std::int64_t panel_bytes, std::int64_t length, const char*& ahead,
+                                 std::int64_t& lines) {
     const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
     // Few rows wait for vpdpbusd's five clocks: they get several chains along K.
     constexpr int kChains = M <= 2 ? 4 : (M <= 4 ? 2 : 1);

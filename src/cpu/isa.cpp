@@ -19,10 +19,14 @@ namespace octomoe::cpu {
 
 const char* to_string(Isa isa) {
   switch (isa) {
-    case Isa::portable: return "portable";
-    case Isa::avx2: return "avx2";
-    case Isa::vnni: return "avx512_vnni";
-    case Isa::amx: return "amx";
+    case Isa::portable:
+      return "portable";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::vnni:
+      return "avx512_vnni";
+    case Isa::amx:
+      return "amx";
   }
   return "?";
 }
@@ -116,8 +120,8 @@ Isa best_isa() {
   for (const Isa f : found) {
     if (f == isa) return isa;
   }
-  throw Error(ErrorCode::unsupported, std::string("OCTOMOE_CPU_ISA=") + wanted + ": this machine has " +
-                                          to_string(found.back()) + " at most");
+  throw Error(ErrorCode::unsupported,
+              std::string("OCTOMOE_CPU_ISA=") + wanted + ": this machine has " + to_string(found.back()) + " at most");
 }
 
 const char* isa_name() { return to_string(best_isa()); }

@@ -8,8 +8,8 @@
 
 namespace octomoe::cpu {
 
-inline constexpr int kPanel = 16;            // columns of a panel: one AMX tile, one AVX-512 or two AVX2 vectors
-inline constexpr int kUnit = 2 * kPanel;     // gate and up of the same 16 columns, or 32 neighbours
+inline constexpr int kPanel = 16;         // columns of a panel: one AMX tile, one AVX-512 or two AVX2 vectors
+inline constexpr int kUnit = 2 * kPanel;  // gate and up of the same 16 columns, or 32 neighbours
 
 // How a row of activations lies in the kernel's scratch, and with it how weights are packed.
 enum class RowFormat : std::uint8_t {
@@ -36,7 +36,8 @@ struct IntUnit {
   std::int64_t k = 0, block_k = 0;  // block_k = k where the scheme has no blocks
   Promote promote = Promote::none;
   // Scales. Activations: sa [rows][sa_stride] per K-block (block) or super group (hybrid); qa [rows][blocks].
-  // Weights: sw [2 panels][blocks or super groups][width], qw [2][blocks][width]; width 1 (a scale for all 16 columns) or 16.
+  // Weights: sw [2 panels][blocks or super groups][width], qw [2][blocks][width]; width 1 (a scale for all 16 columns)
+  // or 16.
   const float* sa = nullptr;
   const std::int32_t* qa = nullptr;
   const float* sw = nullptr;
@@ -52,7 +53,7 @@ struct IntUnit {
 enum class FloatWeight : std::uint8_t { bf16, fp16, int4 };
 
 struct FloatUnit {
-  const void* a = nullptr;  // float32 rows (AMX: bf16)
+  const void* a = nullptr;    // float32 rows (AMX: bf16)
   std::int64_t a_stride = 0;  // bytes
   int rows = 0;
   FloatWeight format = FloatWeight::bf16;

@@ -174,7 +174,8 @@ void for_rows(int rows, const char* prefetch, std::int64_t prefetch_bytes, const
   const std::int64_t lines_per_step = (2 * kTileRows + tiles - 1) / tiles;  // a step reads 32 lines of weights
   int shaped = 0;
   for (int i = 0; i < tiles; ++i) {
-    const Rows r{i * 2 * kTileRows, rows - i * 2 * kTileRows < 2 * kTileRows ? rows - i * 2 * kTileRows : 2 * kTileRows};
+    const Rows r{i * 2 * kTileRows,
+                 rows - i * 2 * kTileRows < 2 * kTileRows ? rows - i * 2 * kTileRows : 2 * kTileRows};
     if (r.count != shaped) {
       const TileConfig config(r.count < kTileRows ? r.count : kTileRows, r.second());
       asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic reads 8 of the 64 bytes in the compiler's eyes

@@ -19,8 +19,10 @@ ActivationStep activation_step(Activation kind, const LayerOptions& o) {
   ActivationStep step;
   step.kind = kind;
   step.alpha = o.swiglu_alpha;
-  if (o.swiglu_limit) step.limit = *o.swiglu_limit;
-  else if (kind == Activation::swigluoai) step.limit = 7.0f;
+  if (o.swiglu_limit)
+    step.limit = *o.swiglu_limit;
+  else if (kind == Activation::swigluoai)
+    step.limit = 7.0f;
   return step;
 }
 
@@ -58,7 +60,7 @@ void for_runs(ThreadPool& pool, std::int64_t count, const Fn& fn) {
 
 struct CpuLayer::Plan {
   std::int64_t tokens;
-  int top_k, slots;  // slots: with the shared expert
+  int top_k, slots;           // slots: with the shared expert
   std::int64_t routed, rows;  // most rows of routed experts, and of all
   std::size_t max_tasks, thread_bytes;
 };
@@ -70,16 +72,16 @@ struct CpuLayer::Chunk {
 
 // Two regions hold the big arrays in turn: h8 stands alone, x8 and h are dead when y begins.
 struct CpuLayer::Buffers {
-  std::uint8_t* threads;           // thread_bytes each
-  std::int32_t* expert_of;         // [T][k] local expert or -1
-  std::int32_t* token;             // [rows] of each sorted row
-  std::int64_t* dest;              // [rows] its place in y: token * slots + slot
-  float* input_weight;             // [rows], only with the router weight on the input
-  std::int64_t* offset;            // [E + 1] first sorted row of each expert
-  Group* groups;                   // [E + 1]
+  std::uint8_t* threads;    // thread_bytes each
+  std::int32_t* expert_of;  // [T][k] local expert or -1
+  std::int32_t* token;      // [rows] of each sorted row
+  std::int64_t* dest;       // [rows] its place in y: token * slots + slot
+  float* input_weight;      // [rows], only with the router weight on the input
+  std::int64_t* offset;     // [E + 1] first sorted row of each expert
+  Group* groups;            // [E + 1]
   Task* tasks;
-  float* shared_weight;            // [T]
-  RowSet x, shared_x, h, shared_h; // quantised
+  float* shared_weight;             // [T]
+  RowSet x, shared_x, h, shared_h;  // quantised
   std::uint8_t *h_rows, *shared_h_rows, *y;
 };
 
@@ -321,8 +323,11 @@ void CpuLayer::combine_tokens(const Plan& p, const Chunk& chunk, Buffers& b) {
         if (!shared && b.expert_of[t * p.top_k + j] < 0) continue;
         const TensorView& w = a.topk_weights;
         y[count] = b.y + (t * p.slots + j) * hidden_ * 2;
-        if (shared) weight[count] = b.shared_weight[t];
-        else weight[count] = weight_on_input_ ? 1.0f : w.as<float>()[(chunk.first + t) * w.strides()[0] + j * w.strides()[1]];
+        if (shared)
+          weight[count] = b.shared_weight[t];
+        else
+          weight[count] =
+              weight_on_input_ ? 1.0f : w.as<float>()[(chunk.first + t) * w.strides()[0] + j * w.strides()[1]];
         ++count;
       }
       combine({y, weight, count, between_, hidden_, row_of(a.out, chunk.first + t), a.out.dtype(), a.accumulate});

@@ -28,9 +28,9 @@ class CpuLayer final : public LayerBackend {
   void forward(const ForwardArgs& args) override;
 
  private:
-  struct Plan;    // sizes of a chunk
-  struct Buffers; // the workspace, cut for a plan
-  struct Chunk;   // arguments of a chunk
+  struct Plan;     // sizes of a chunk
+  struct Buffers;  // the workspace, cut for a plan
+  struct Chunk;    // arguments of a chunk
   Plan plan(std::int64_t tokens, int top_k) const;
   std::size_t carve(const Plan& plan, std::uint8_t* base, Buffers* buffers) const;
 

@@ -95,10 +95,14 @@ class CpuMatrix final : public MatrixBackend {
 
   bool adopts_rows(DType dtype) const {
     switch (matrix_.scheme.kind) {
-      case SchemeKind::bf16: return dtype == DType::bfloat16;
-      case SchemeKind::fp16: return dtype == DType::float16;
-      case SchemeKind::w4a8_fp8: return dtype == DType::float8_e4m3;
-      default: return dtype == DType::int8;
+      case SchemeKind::bf16:
+        return dtype == DType::bfloat16;
+      case SchemeKind::fp16:
+        return dtype == DType::float16;
+      case SchemeKind::w4a8_fp8:
+        return dtype == DType::float8_e4m3;
+      default:
+        return dtype == DType::int8;
     }
   }
 
@@ -156,7 +160,8 @@ class CpuMatrix final : public MatrixBackend {
     } else {
       set.scale_stride = 0;
       set.scale = const_cast<float*>(&one);
-      if (s.activation_scale == ActivationScale::static_) set.scale = a.scale.as<float>() + (s.is_integer() ? 0 : p.expert);
+      if (s.activation_scale == ActivationScale::static_)
+        set.scale = a.scale.as<float>() + (s.is_integer() ? 0 : p.expert);
     }
     if (s.kind == SchemeKind::int8_hybrid) set.q = a.q.as<std::uint8_t>() + flat * matrix_.blocks;
     if (s.asymmetric) set.zero = a.zero.as<std::int32_t>() + flat;
@@ -202,7 +207,8 @@ class CpuMatrix final : public MatrixBackend {
     const std::int64_t count = make_tasks(b.products, b.groups, pieces, pool_.threads(), b.tasks);
     pool_.parallel_for(count, [&](std::int64_t i, int thread) {
       const FloatEnv env;
-      run_task(b.products[b.tasks[i].product], b.tasks[i], b.threads + b.thread_bytes * static_cast<std::size_t>(thread));
+      run_task(b.products[b.tasks[i].product], b.tasks[i],
+               b.threads + b.thread_bytes * static_cast<std::size_t>(thread));
     });
   }
 

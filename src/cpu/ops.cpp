@@ -1,5 +1,5 @@
-// Row operations: quantising, conversions. One vector body per Highway target; the scalar steps of numerics.h finish the
-// last few values of a row and stand in on machines without a fused multiply-add.
+// Row operations: quantising, conversions. One vector body per Highway target; the scalar steps of numerics.h finish
+// the last few values of a row and stand in on machines without a fused multiply-add.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/ops.cpp"
 #include "cpu/hwy_targets.h"
@@ -92,8 +92,9 @@ void MinMax(const float* x, std::int64_t n, float* lo, float* hi) {
   const F df;
   auto vl = hn::Zero(df), vh = hn::Zero(df);
 #endif
-  sweep(n, VECTOR(const auto v = hn::LoadU(df, x + i); vl = hn::IfThenElse(hn::Lt(v, vl), v, vl);
-                  vh = hn::IfThenElse(hn::Gt(v, vh), v, vh);),
+  sweep(n,
+        VECTOR(const auto v = hn::LoadU(df, x + i); vl = hn::IfThenElse(hn::Lt(v, vl), v, vl);
+               vh = hn::IfThenElse(hn::Gt(v, vh), v, vh);),
         [&](std::int64_t i) {
           if (x[i] < l) l = x[i];
           if (x[i] > h) h = x[i];
@@ -120,8 +121,9 @@ void QuantizeInt8(const float* x, std::int64_t n, const Int8Step& s, std::int8_t
   const auto r = hn::Set(df, s.inverse), z = hn::Set(df, static_cast<float>(s.zero));
   const auto lo = hn::Set(df, s.lo), hi = hn::Set(df, s.hi);
 #endif
-  sweep(n, VECTOR(auto v = hn::Add(hn::Round(hn::Mul(hn::LoadU(df, x + i), r)), z); v = clamp_v(v, lo, hi);
-                  hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(I(), v)), d8, q + i);),
+  sweep(n,
+        VECTOR(auto v = hn::Add(hn::Round(hn::Mul(hn::LoadU(df, x + i), r)), z); v = clamp_v(v, lo, hi);
+               hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(I(), v)), d8, q + i);),
         [&](std::int64_t i) { q[i] = static_cast<std::int8_t>(num::quantize(x[i], s.inverse, s.zero, s.lo, s.hi)); });
 }
 
@@ -136,18 +138,19 @@ void QuantizeE4m3(const float* x, std::int64_t n, float inverse, std::uint8_t* q
   const hn::Rebind<std::uint8_t, F> d8;
   const auto r = hn::Set(df, inverse);
 #endif
-  sweep(n, VECTOR(const auto v = hn::Mul(hn::LoadU(df, x + i), r); const auto b = hn::BitCast(du, v);
-                  const auto sign = hn::And(hn::ShiftRight<24>(b), hn::Set(du, 0x80u)); const auto a = hn::Abs(v);
-                  const auto ab = hn::BitCast(du, a);
-                  const auto small = hn::Sub(hn::BitCast(du, hn::Add(a, hn::Set(df, 0x1p14f))),
-                                             hn::Set(du, num::bits(0x1p14f)));
-                  const auto odd = hn::And(hn::ShiftRight<20>(ab), hn::Set(du, 1u));
-                  auto m = hn::Sub(hn::ShiftRight<20>(hn::Add(hn::Add(ab, hn::Set(du, 0x7ffffu)), odd)),
-                                   hn::Set(du, 120u << 3));
-                  m = hn::IfThenElse(hn::RebindMask(du, hn::Lt(a, hn::Set(df, 0x1p-6f))), small, m);
-                  m = hn::IfThenElse(hn::RebindMask(du, hn::Ge(a, hn::Set(df, num::kE4m3Max))), hn::Set(du, 0x7eu), m);
-                  m = hn::IfThenElse(hn::RebindMask(du, is_nan_v(v)), hn::Set(du, 0x7fu), hn::Or(m, sign));
-                  hn::StoreU(hn::TruncateTo(d8, m), d8, q + i);),
+  sweep(n,
+        VECTOR(const auto v = hn::Mul(hn::LoadU(df, x + i), r); const auto b = hn::BitCast(du, v);
+               const auto sign = hn::And(hn::ShiftRight<24>(b), hn::Set(du, 0x80u)); const auto a = hn::Abs(v);
+               const auto ab = hn::BitCast(du, a);
+               const auto small =
+                   hn::Sub(hn::BitCast(du, hn::Add(a, hn::Set(df, 0x1p14f))), hn::Set(du, num::bits(0x1p14f)));
+               const auto odd = hn::And(hn::ShiftRight<20>(ab), hn::Set(du, 1u));
+               auto m = hn::Sub(hn::ShiftRight<20>(hn::Add(hn::Add(ab, hn::Set(du, 0x7ffffu)), odd)),
+                                hn::Set(du, 120u << 3));
+               m = hn::IfThenElse(hn::RebindMask(du, hn::Lt(a, hn::Set(df, 0x1p-6f))), small, m);
+               m = hn::IfThenElse(hn::RebindMask(du, hn::Ge(a, hn::Set(df, num::kE4m3Max))), hn::Set(du, 0x7eu), m);
+               m = hn::IfThenElse(hn::RebindMask(du, is_nan_v(v)), hn::Set(du, 0x7fu), hn::Or(m, sign));
+               hn::StoreU(hn::TruncateTo(d8, m), d8, q + i);),
         [&](std::int64_t i) { q[i] = num::float_to_e4m3(x[i] * inverse); });
 }
 
@@ -158,13 +161,14 @@ void E4m3ToFloat(const std::uint8_t* q, std::int64_t n, float* x) {
   const hn::Rebind<std::uint8_t, F> d8;
 #endif
   // The 7 magnitude bits, moved to a float's place, are the value times 2^-120, subnormals included.
-  sweep(n, VECTOR(const auto v = hn::PromoteTo(du, hn::LoadU(d8, q + i)); const auto mag = hn::And(v, hn::Set(du, 0x7fu));
-                  auto f = hn::Mul(hn::BitCast(df, hn::ShiftLeft<20>(mag)), hn::Set(df, 0x1p120f));
-                  const auto sign = hn::ShiftLeft<24>(hn::And(v, hn::Set(du, 0x80u)));
-                  f = hn::Or(f, hn::BitCast(df, sign));
-                  f = hn::IfThenElse(hn::RebindMask(df, hn::Eq(mag, hn::Set(du, 0x7fu))), nan_v(), f);
-                  hn::StoreU(f, df, x + i);),
-        [&](std::int64_t i) { x[i] = num::e4m3_to_float(q[i]); });
+  sweep(
+      n,
+      VECTOR(const auto v = hn::PromoteTo(du, hn::LoadU(d8, q + i)); const auto mag = hn::And(v, hn::Set(du, 0x7fu));
+             auto f = hn::Mul(hn::BitCast(df, hn::ShiftLeft<20>(mag)), hn::Set(df, 0x1p120f));
+             const auto sign = hn::ShiftLeft<24>(hn::And(v, hn::Set(du, 0x80u))); f = hn::Or(f, hn::BitCast(df, sign));
+             f = hn::IfThenElse(hn::RebindMask(df, hn::Eq(mag, hn::Set(du, 0x7fu))), nan_v(), f);
+             hn::StoreU(f, df, x + i);),
+      [&](std::int64_t i) { x[i] = num::e4m3_to_float(q[i]); });
 }
 
 void WidenInt8(const std::int8_t* q, std::int64_t n, std::int16_t* x) {
@@ -185,12 +189,14 @@ void Combine(const CombineArgs& c) {
 #if OCTOMOE_VECTOR
   const F df;
 #endif
-  sweep(c.n, VECTOR(auto o = hn::Zero(df); if (c.count > 0) {
-                      o = hn::Mul(hn::Set(df, c.weight[0]), load_any(c.y[0], c.y_dtype, i));
-                    } for (int j = 1; j < c.count; ++j) {
-                      o = hn::MulAdd(hn::Set(df, c.weight[j]), load_any(c.y[j], c.y_dtype, i), o);
-                    } if (c.accumulate) { o = hn::Add(load_any(c.out, c.out_dtype, i), o); }
-                    store_any(o, c.out, c.out_dtype, i);),
+  sweep(c.n,
+        VECTOR(
+            auto o = hn::Zero(df); if (c.count > 0) {
+              o = hn::Mul(hn::Set(df, c.weight[0]), load_any(c.y[0], c.y_dtype, i));
+            } for (int j = 1; j < c.count; ++j) {
+              o = hn::MulAdd(hn::Set(df, c.weight[j]), load_any(c.y[j], c.y_dtype, i), o);
+            } if (c.accumulate) { o = hn::Add(load_any(c.out, c.out_dtype, i), o); } store_any(o, c.out, c.out_dtype,
+                                                                                               i);),
         finish_scalar);
 }
 
@@ -202,7 +208,8 @@ float GateDot(const float* x, const float* gate, std::int64_t n) {
     const F df;
 #endif
     sweep(std::min(kLanes, n - c),
-          VECTOR(hn::Store(hn::MulAdd(hn::LoadU(df, x + c + i), hn::LoadU(df, gate + c + i), hn::Load(df, s + i)), df, s + i);),
+          VECTOR(hn::Store(hn::MulAdd(hn::LoadU(df, x + c + i), hn::LoadU(df, gate + c + i), hn::Load(df, s + i)), df,
+                           s + i);),
           [&](std::int64_t i) { s[i] = std::fma(x[c + i], gate[c + i], s[i]); });
   }
   for (std::int64_t w = kLanes / 2; w >= 1; w /= 2) {
@@ -239,7 +246,9 @@ HWY_EXPORT(GateDot);
 
 #define OCTOMOE_DISPATCH(fn) (portable_only() ? HWY_STATIC_DISPATCH(fn) : HWY_DYNAMIC_DISPATCH(fn))
 
-void to_float(const void* src, DType dtype, std::int64_t n, float* dst) { OCTOMOE_DISPATCH(ToFloat)(src, dtype, n, dst); }
+void to_float(const void* src, DType dtype, std::int64_t n, float* dst) {
+  OCTOMOE_DISPATCH(ToFloat)(src, dtype, n, dst);
+}
 void from_float(const float* src, std::int64_t n, DType dtype, void* dst) {
   OCTOMOE_DISPATCH(FromFloat)(src, n, dtype, dst);
 }

@@ -1,4 +1,5 @@
-// Row operations with runtime dispatch over instruction sets; each equals the scalar step of quant/numerics.h bit for bit.
+// Row operations with runtime dispatch over instruction sets; each equals the scalar step of quant/numerics.h bit for
+// bit.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ std::uint32_t absmax_bits(const float* x, std::int64_t n);
 void min_max(const float* x, std::int64_t n, float* lo, float* hi);
 
 // clamp(rint(x * inverse) + zero, lo, hi); inverse == 0 stores 0.
-void quantize_int8(const float* x, std::int64_t n, float inverse, std::int32_t zero, float lo, float hi, std::int8_t* q);
+void quantize_int8(const float* x, std::int64_t n, float inverse, std::int32_t zero, float lo, float hi,
+                   std::int8_t* q);
 // e4m3(x * inverse); inverse == 0 stores 0.
 void quantize_e4m3(const float* x, std::int64_t n, float inverse, std::uint8_t* q);
 void e4m3_to_float(const std::uint8_t* q, std::int64_t n, float* x);

@@ -22,8 +22,10 @@ template <int kStepBytes>
 void interleave(const PanelRows& rows, std::int64_t row_bytes, std::uint8_t* dst) {
   for (std::int64_t b = 0; b < row_bytes; b += kStepBytes) {
     for (int c = 0; c < kPanel; ++c, dst += kStepBytes) {
-      if (rows.row[c]) std::memcpy(dst, rows.row[c] + b, kStepBytes);
-      else std::memset(dst, 0, kStepBytes);
+      if (rows.row[c])
+        std::memcpy(dst, rows.row[c] + b, kStepBytes);
+      else
+        std::memset(dst, 0, kStepBytes);
     }
   }
 }
@@ -114,14 +116,19 @@ void pack_scales(const QuantizedMatrix& m, PackedMatrix& out) {
       }
       break;
     }
-    case SchemeKind::int8_block: out.scale = pack_blocks(m, out, out.blocks, scale); break;
+    case SchemeKind::int8_block:
+      out.scale = pack_blocks(m, out, out.blocks, scale);
+      break;
     case SchemeKind::int8_hybrid:
       out.scale = pack_blocks(m, out, out.super_groups, scale);
       out.q = pack_blocks(m, out, out.blocks, m.q.as<std::uint8_t>());
       break;
-    case SchemeKind::w4a8_fp8: out.scale = pack_groups(out, scale); break;
+    case SchemeKind::w4a8_fp8:
+      out.scale = pack_groups(out, scale);
+      break;
     case SchemeKind::bf16:
-    case SchemeKind::fp16: break;
+    case SchemeKind::fp16:
+      break;
   }
   if (out.scheme.asymmetric) out.column_sum = pack_columns(out, m.column_sum.as<std::int32_t>());
 }
@@ -135,15 +142,21 @@ void choose_kernel(PackedMatrix& out) {
   out.rows = out.integer_scheme() ? kernels.integer_rows : RowFormat::float32;
   out.block_stride = out.block_k;
   switch (out.scheme.kind) {
-    case SchemeKind::w4a8_fp8: out.float_weight = FloatWeight::int4; break;
-    case SchemeKind::fp16: out.float_weight = FloatWeight::fp16; break;
+    case SchemeKind::w4a8_fp8:
+      out.float_weight = FloatWeight::int4;
+      break;
+    case SchemeKind::fp16:
+      out.float_weight = FloatWeight::fp16;
+      break;
     case SchemeKind::bf16:
       if (const FloatKernel amx = amx_bf16_kernel(out.isa, out.k)) {
         out.floating = amx;
         out.rows = RowFormat::bf16;
       }
       break;
-    default: out.block_stride = round_up(out.block_k, kernels.block_padding); break;
+    default:
+      out.block_stride = round_up(out.block_k, kernels.block_padding);
+      break;
   }
 }
 
@@ -159,10 +172,14 @@ std::int64_t PackedMatrix::row_bytes() const {
 std::int64_t PackedMatrix::row_scales() const {
   switch (scheme.kind) {
     case SchemeKind::int8_channel:
-    case SchemeKind::w4a8_fp8: return 1;
-    case SchemeKind::int8_block: return blocks;
-    case SchemeKind::int8_hybrid: return super_groups;
-    default: return 0;
+    case SchemeKind::w4a8_fp8:
+      return 1;
+    case SchemeKind::int8_block:
+      return blocks;
+    case SchemeKind::int8_hybrid:
+      return super_groups;
+    default:
+      return 0;
   }
 }
 
@@ -196,7 +213,8 @@ PackedMatrix pack(const QuantizedMatrix& m, const PackOptions& options, ThreadPo
   pack_scales(m, out);
   if (options.bias.defined()) out.bias = pack_columns(out, options.bias.as<float>());
   if (m.activation_scale.defined()) {
-    out.static_scale.assign(m.activation_scale.as<float>(), m.activation_scale.as<float>() + m.activation_scale.elems());
+    out.static_scale.assign(m.activation_scale.as<float>(),
+                            m.activation_scale.as<float>() + m.activation_scale.elems());
   }
 
   const std::int64_t row_bytes = static_cast<std::int64_t>(m.values.bytes()) / (m.experts * m.n);
@@ -213,12 +231,20 @@ PackedMatrix pack(const QuantizedMatrix& m, const PackOptions& options, ThreadPo
       }
       auto* dst = out.weights.as<std::uint8_t>() + (i * 2 + p) * out.panel_bytes;
       switch (out.rows) {
-        case RowFormat::int16: interleave<2>(rows, row_bytes, dst); break;  // pairs of int8
-        case RowFormat::int8: interleave<4>(rows, row_bytes, dst); break;   // fours of int8
-        case RowFormat::bf16: interleave<4>(rows, row_bytes, dst); break;   // pairs of bf16
+        case RowFormat::int16:
+          interleave<2>(rows, row_bytes, dst);
+          break;  // pairs of int8
+        case RowFormat::int8:
+          interleave<4>(rows, row_bytes, dst);
+          break;  // fours of int8
+        case RowFormat::bf16:
+          interleave<4>(rows, row_bytes, dst);
+          break;  // pairs of bf16
         case RowFormat::float32:
-          if (out.float_weight == FloatWeight::int4) interleave<4>(rows, row_bytes, dst);  // eights of int4
-          else interleave<2>(rows, row_bytes, dst);
+          if (out.float_weight == FloatWeight::int4)
+            interleave<4>(rows, row_bytes, dst);  // eights of int4
+          else
+            interleave<2>(rows, row_bytes, dst);
           break;
       }
     }

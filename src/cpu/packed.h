@@ -1,8 +1,8 @@
 // PackedMatrix: the weights of one QuantizedMatrix in the order that the kernels read them, at the same size.
 //
-// A unit is two panels of 16 columns: gate and up of the same columns for a gated w13, otherwise 32 neighbouring columns.
-// Columns are padded to whole units with zero weights; K is not padded. Units of an expert follow each other, experts
-// too: a task streams one piece of memory.
+// A unit is two panels of 16 columns: gate and up of the same columns for a gated w13, otherwise 32 neighbouring
+// columns. Columns are padded to whole units with zero weights; K is not padded. Units of an expert follow each other,
+// experts too: a task streams one piece of memory.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@
 namespace octomoe::cpu {
 
 struct PackOptions {
-  bool gated = false;                              // pair gate and up (segments == 2)
+  bool gated = false;  // pair gate and up (segments == 2)
   GateUpOrder order = GateUpOrder::gate_up;
-  Tensor bias;                                     // float32 [E, N] or undefined
+  Tensor bias;  // float32 [E, N] or undefined
   Isa isa = Isa::portable;
 };
 
@@ -36,17 +36,17 @@ struct PackedMatrix {
   int row_tile = 6;
 
   std::int64_t panel_bytes = 0;
-  HugeBuffer weights;            // [E][units][2 panels]
+  HugeBuffer weights;  // [E][units][2 panels]
 
   std::int64_t block_k = 0, blocks = 1, block_stride = 0;  // block_stride: elements of a padded K-block of a row
   std::int64_t super_group = 1, super_groups = 1, flush_blocks = 1, groups = 1, group = 0;
-  int width = 1;                        // 1: a block scale holds for all columns of a panel, else 16
-  std::vector<float> scale;             // channel [E][units][32]; block [E][units][2][blocks][width]; hybrid the same with
-                                        // super groups; w4a8 [E][units][2][groups][16]
-  std::vector<std::uint8_t> q;          // hybrid [E][units][2][blocks][width]
-  std::vector<std::int32_t> column_sum; // asymmetric [E][units][32]
-  std::vector<float> bias;              // [E][units][32], empty without
-  std::vector<float> static_scale;      // [1] or [E]
+  int width = 1;                // 1: a block scale holds for all columns of a panel, else 16
+  std::vector<float> scale;     // channel [E][units][32]; block [E][units][2][blocks][width]; hybrid the same with
+                                // super groups; w4a8 [E][units][2][groups][16]
+  std::vector<std::uint8_t> q;  // hybrid [E][units][2][blocks][width]
+  std::vector<std::int32_t> column_sum;  // asymmetric [E][units][32]
+  std::vector<float> bias;               // [E][units][32], empty without
+  std::vector<float> static_scale;       // [1] or [E]
 
   bool integer_scheme() const { return scheme.is_integer(); }
   const std::uint8_t* unit(std::int64_t e, std::int64_t u) const {

@@ -1,6 +1,6 @@
 // OCTOMOE_TARGET_BEGIN("avx2,fma") ... OCTOMOE_TARGET_END: functions between them are compiled for these instruction
-// sets, lambdas and templates included. Include every header before: an inline function of a header compiled for AVX-512
-// could be the copy that the linker keeps for the whole program.
+// sets, lambdas and templates included. Include every header before: an inline function of a header compiled for
+// AVX-512 could be the copy that the linker keeps for the whole program.
 #pragma once
 
 #if defined(__x86_64__) && !defined(OCTOMOE_NO_X86)

@@ -1,8 +1,8 @@
 // Vector forms of the float steps of quant/numerics.h, the same operations in the same order. Included once per Highway
 // target (no include guard by design; see foreach_target.h).
 //
-// OCTOMOE_VECTOR is 1 for targets with a fused multiply-add and exact half conversions; elsewhere row operations run the
-// scalar steps of numerics.h, which are the law.
+// OCTOMOE_VECTOR is 1 for targets with a fused multiply-add and exact half conversions; elsewhere row operations run
+// the scalar steps of numerics.h, which are the law.
 #if defined(OCTOMOE_CPU_VEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef OCTOMOE_CPU_VEC_INL_H_
 #undef OCTOMOE_CPU_VEC_INL_H_

@@ -28,7 +28,8 @@ void check_matrix(const QuantizedMatrix& m, const char* name) {
   if (l.scale.rank() > 0) part(m.scale, "scale", l.scale, DType::float32);
   if (m.scheme.kind == SchemeKind::int8_hybrid) {
     part(m.q, "q", Shape{m.experts, l.blocks_n, l.blocks_k}, DType::uint8);
-    if (m.flush_blocks < 1) bad_argument("{}.flush_blocks: expected at least 1 (finish_matrix sets it), got {}", name, m.flush_blocks);
+    if (m.flush_blocks < 1)
+      bad_argument("{}.flush_blocks: expected at least 1 (finish_matrix sets it), got {}", name, m.flush_blocks);
   }
   if (m.scheme.asymmetric) part(m.column_sum, "column_sum", Shape{m.experts, m.n}, DType::int32);
 }
@@ -59,7 +60,8 @@ void check_layer(Device device, const MoeWeights& w, const LayerOptions& o) {
   if (!(o.swiglu_alpha == o.swiglu_alpha) || std::isinf(o.swiglu_alpha)) {
     bad_argument("swiglu_alpha: expected a finite number, got {}", o.swiglu_alpha);
   }
-  if (o.swiglu_limit && !(*o.swiglu_limit > 0)) bad_argument("swiglu_limit: expected a number above 0, got {}", *o.swiglu_limit);
+  if (o.swiglu_limit && !(*o.swiglu_limit > 0))
+    bad_argument("swiglu_limit: expected a number above 0, got {}", *o.swiglu_limit);
   if (o.swiglu_limit && w.activation != Activation::swiglu && w.activation != Activation::swigluoai) {
     bad_argument("swiglu_limit: expected none with activation {}, got {}", to_string(w.activation), *o.swiglu_limit);
   }
@@ -78,7 +80,8 @@ void check_layer(Device device, const MoeWeights& w, const LayerOptions& o) {
   }
   if (o.shared_expert) {
     check_weights(*o.shared_expert, "shared_expert.");
-    if (o.shared_expert->experts() != 1 || o.shared_expert->hidden() != w.hidden() || o.shared_expert->scheme != w.scheme) {
+    if (o.shared_expert->experts() != 1 || o.shared_expert->hidden() != w.hidden() ||
+        o.shared_expert->scheme != w.scheme) {
       bad_argument("shared_expert: expected one expert of hidden size {} in {}, got {} of {} in {}", w.hidden(),
                    to_string(w.scheme), o.shared_expert->experts(), o.shared_expert->hidden(),
                    to_string(o.shared_expert->scheme));
@@ -99,7 +102,8 @@ void check_ids(const TensorView& ids, std::int64_t limit) {
   for (std::int64_t t = 0; t < ids.dim(0); ++t) {
     for (std::int64_t j = 0; j < ids.dim(1); ++j) {
       const std::int64_t offset = t * ids.strides()[0] + j * ids.strides()[1];
-      const std::int64_t id = ids.dtype() == DType::int32 ? ids.as<std::int32_t>()[offset] : ids.as<std::int64_t>()[offset];
+      const std::int64_t id =
+          ids.dtype() == DType::int32 ? ids.as<std::int32_t>()[offset] : ids.as<std::int64_t>()[offset];
       if (id < -1 || id >= limit) {
         bad_argument("topk_ids: expected expert ids in -1..{}, got {} at token {}, slot {}", limit - 1, id, t, j);
       }
@@ -163,11 +167,13 @@ void check_scales(const TensorView& t, const char* name) {
   for (std::int64_t i = 0; i < t.elems(); ++i) {
     const float v = t.as<float>()[i];
     // NaN marks a row that held NaN (docs/schemes.md 1), so it passes.
-    if (v < 0 || std::isinf(v)) bad_argument("{}: expected scales that are finite and at least 0, got {} at element {}", name, v, i);
+    if (v < 0 || std::isinf(v))
+      bad_argument("{}: expected scales that are finite and at least 0, got {} at element {}", name, v, i);
   }
 }
 
-void check_given_activations(const MatrixShape& m, const Activations& a, std::initializer_list<std::int64_t> rows, bool host) {
+void check_given_activations(const MatrixShape& m, const Activations& a, std::initializer_list<std::int64_t> rows,
+                             bool host) {
   const Scheme& s = m.scheme;
   const auto shape = [&](std::int64_t columns) {
     std::vector<std::int64_t> d(rows);
@@ -186,17 +192,23 @@ void check_given_activations(const MatrixShape& m, const Activations& a, std::in
   const auto unwanted = [&](const TensorView& t, const char* name) {
     if (t.defined()) bad_argument("{}: expected none in scheme {}, got one", name, to_string(s));
   };
-  if (s.kind == SchemeKind::int8_block) part(a.scale, "a.scale", shape(l.blocks_k), DType::float32);
-  else if (s.kind == SchemeKind::int8_hybrid) part(a.scale, "a.scale", shape(l.super_groups), DType::float32);
-  else if (s.activation_scale == ActivationScale::none) unwanted(a.scale, "a.scale");
-  else if (s.activation_scale == ActivationScale::static_) part(a.scale, "a.scale", Shape{s.is_integer() ? 1 : m.experts}, DType::float32);
-  else part(a.scale, "a.scale", shape(-1), DType::float32);
+  if (s.kind == SchemeKind::int8_block)
+    part(a.scale, "a.scale", shape(l.blocks_k), DType::float32);
+  else if (s.kind == SchemeKind::int8_hybrid)
+    part(a.scale, "a.scale", shape(l.super_groups), DType::float32);
+  else if (s.activation_scale == ActivationScale::none)
+    unwanted(a.scale, "a.scale");
+  else if (s.activation_scale == ActivationScale::static_)
+    part(a.scale, "a.scale", Shape{s.is_integer() ? 1 : m.experts}, DType::float32);
+  else
+    part(a.scale, "a.scale", shape(-1), DType::float32);
   if (host && a.scale.defined()) check_scales(a.scale, "a.scale");
   if (s.kind == SchemeKind::int8_hybrid) {
     part(a.q, "a.q", shape(l.blocks_k), DType::uint8);
     for (std::int64_t i = 0; host && i < a.q.elems(); ++i) {
       const int q = a.q.as<std::uint8_t>()[i];
-      if (q < 1 || q > s.q_max) bad_argument("a.q: expected integer scales in 1..{}, got {} at element {}", s.q_max, q, i);
+      if (q < 1 || q > s.q_max)
+        bad_argument("a.q: expected integer scales in 1..{}, got {} at element {}", s.q_max, q, i);
     }
   } else {
     unwanted(a.q, "a.q");
@@ -246,26 +258,34 @@ void check_gemm(const MatrixShape& m, const GemmArgs& g) {
     rows = a.values.dim(0);
     check_shape(g.d, "d", {rows, m.n});
   }
-  const bool given = m.scheme.is_integer()                          ? a.values.dtype() == DType::int8
+  const bool given = m.scheme.is_integer()                   ? a.values.dtype() == DType::int8
                      : m.scheme.kind == SchemeKind::w4a8_fp8 ? a.values.dtype() == DType::float8_e4m3
-                                                              : false;
+                                                             : false;
   if (given) {
-    if (masked) check_given_activations(m, a, {m.experts, rows}, host);
-    else check_given_activations(m, a, {rows}, host);
+    if (masked)
+      check_given_activations(m, a, {m.experts, rows}, host);
+    else
+      check_given_activations(m, a, {rows}, host);
   } else {
     switch (m.scheme.kind) {
       case SchemeKind::bf16:
-      case SchemeKind::fp16: check_dtype(a.values, "a", kFloats); break;
+      case SchemeKind::fp16:
+        check_dtype(a.values, "a", kFloats);
+        break;
       case SchemeKind::w4a8_fp8:
         check_dtype(a.values, "a", {DType::float8_e4m3, DType::float32, DType::float16, DType::bfloat16});
         break;
-      default: check_dtype(a.values, "a", {DType::int8, DType::float32, DType::float16, DType::bfloat16}); break;
+      default:
+        check_dtype(a.values, "a", {DType::int8, DType::float32, DType::float16, DType::bfloat16});
+        break;
     }
-    for (const auto& [tensor, name] : {std::pair{&a.scale, "a.scale"}, std::pair{&a.q, "a.q"}, std::pair{&a.zero, "a.zero"}}) {
+    for (const auto& [tensor, name] :
+         {std::pair{&a.scale, "a.scale"}, std::pair{&a.q, "a.q"}, std::pair{&a.zero, "a.zero"}}) {
       if (tensor->defined()) bad_argument("{}: expected none with floating-point activations, got one", name);
     }
     if (m.scheme.activation_scale == ActivationScale::static_ && !m.has_static_scale) {
-      bad_argument("b.activation_scale: expected a static scale for floating-point activations in {}, got none", to_string(m.scheme));
+      bad_argument("b.activation_scale: expected a static scale for floating-point activations in {}, got none",
+                   to_string(m.scheme));
     }
   }
   if (g.bias.defined()) {
@@ -279,14 +299,15 @@ void check_gemm(const MatrixShape& m, const GemmArgs& g) {
   if (!host) return;
   for (std::int64_t e = 0; masked && e < m.experts; ++e) {
     const std::int64_t count = index_at(index, e);
-    if (count < 0 || count > rows) bad_argument("rows_per_expert: expected counts in 0..{}, got {} for expert {}", rows, count, e);
+    if (count < 0 || count > rows)
+      bad_argument("rows_per_expert: expected counts in 0..{}, got {} for expert {}", rows, count, e);
   }
   if (masked) return;
   if (index_at(index, 0) != 0) bad_argument("expert_offsets: expected 0 first, got {}", index_at(index, 0));
   for (std::int64_t e = 0; e < m.experts; ++e) {
     if (index_at(index, e + 1) < index_at(index, e)) {
-      bad_argument("expert_offsets: expected values that do not decrease, got {} after {} at {}", index_at(index, e + 1),
-                   index_at(index, e), e + 1);
+      bad_argument("expert_offsets: expected values that do not decrease, got {} after {} at {}",
+                   index_at(index, e + 1), index_at(index, e), e + 1);
     }
   }
   if (index_at(index, m.experts) != rows) {
@@ -294,7 +315,8 @@ void check_gemm(const MatrixShape& m, const GemmArgs& g) {
   }
 }
 
-void check_route(const TensorView& logits, const TensorView& topk_weights, const TensorView& topk_ids, const RouteOptions& o) {
+void check_route(const TensorView& logits, const TensorView& topk_weights, const TensorView& topk_ids,
+                 const RouteOptions& o) {
   check_defined(logits, "logits");
   check_defined(topk_weights, "topk_weights");
   check_defined(topk_ids, "topk_ids");
@@ -305,23 +327,31 @@ void check_route(const TensorView& logits, const TensorView& topk_weights, const
   check_dtype(logits, "logits", kFloats);
   check_dtype(topk_weights, "topk_weights", {DType::float32});
   check_dtype(topk_ids, "topk_ids", {DType::int32});
-  for (const auto& [tensor, name] : {std::pair{&logits, "logits"}, std::pair{&topk_weights, "topk_weights"}, std::pair{&topk_ids, "topk_ids"}}) {
+  for (const auto& [tensor, name] :
+       {std::pair{&logits, "logits"}, std::pair{&topk_weights, "topk_weights"}, std::pair{&topk_ids, "topk_ids"}}) {
     if (tensor->device() != Device::cpu()) {
-      fail(ErrorCode::unsupported, "{}: expected a tensor on cpu (this build has no CUDA engine), got one on {}", name, to_string(tensor->device()));
+      fail(ErrorCode::unsupported, "{}: expected a tensor on cpu (this build has no CUDA engine), got one on {}", name,
+           to_string(tensor->device()));
     }
     check_rows(*tensor, name);
     check_aligned(*tensor, name);
   }
   const std::int64_t k = topk_ids.dim(1);
   if (experts < 1) bad_argument("logits: expected at least one expert, got {}", to_string(logits.shape()));
-  if (k < 1 || k > experts) bad_argument("topk_ids: expected a top_k in 1..{} (the number of experts), got {}", experts, k);
-  if (o.groups < 1 || experts % o.groups != 0) bad_argument("groups: expected a divisor of {} experts, got {}", experts, o.groups);
-  if (o.topk_groups < 1 || o.topk_groups > o.groups) bad_argument("topk_groups: expected 1..{}, got {}", o.groups, o.topk_groups);
+  if (k < 1 || k > experts)
+    bad_argument("topk_ids: expected a top_k in 1..{} (the number of experts), got {}", experts, k);
+  if (o.groups < 1 || experts % o.groups != 0)
+    bad_argument("groups: expected a divisor of {} experts, got {}", experts, o.groups);
+  if (o.topk_groups < 1 || o.topk_groups > o.groups)
+    bad_argument("topk_groups: expected 1..{}, got {}", o.groups, o.topk_groups);
   if (o.groups > 1 && experts / o.groups * o.topk_groups < k) {
-    bad_argument("topk_groups: expected groups with at least top_k = {} experts in all, got {} of {}", k, o.topk_groups, experts / o.groups);
+    bad_argument("topk_groups: expected groups with at least top_k = {} experts in all, got {} of {}", k, o.topk_groups,
+                 experts / o.groups);
   }
-  if (!(o.renormalize_min >= 0) || std::isinf(o.renormalize_min)) bad_argument("renormalize_min: expected a finite number of at least 0, got {}", o.renormalize_min);
-  if (!std::isfinite(o.scaling_factor)) bad_argument("scaling_factor: expected a finite number, got {}", o.scaling_factor);
+  if (!(o.renormalize_min >= 0) || std::isinf(o.renormalize_min))
+    bad_argument("renormalize_min: expected a finite number of at least 0, got {}", o.renormalize_min);
+  if (!std::isfinite(o.scaling_factor))
+    bad_argument("scaling_factor: expected a finite number, got {}", o.scaling_factor);
   if (o.correction_bias.defined()) {
     check_device(o.correction_bias, "correction_bias", Device::cpu());
     check_dtype(o.correction_bias, "correction_bias", {DType::float32});

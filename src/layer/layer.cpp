@@ -37,7 +37,8 @@ namespace {
 
 void check_capacity(std::int64_t tokens, int top_k, std::int64_t experts) {
   if (tokens < 0) bad_argument("tokens: expected at least 0, got {}", tokens);
-  if (top_k < 1 || top_k > experts) bad_argument("top_k: expected 1..{} (the number of experts), got {}", experts, top_k);
+  if (top_k < 1 || top_k > experts)
+    bad_argument("top_k: expected 1..{} (the number of experts), got {}", experts, top_k);
 }
 
 }  // namespace

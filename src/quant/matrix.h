@@ -22,8 +22,8 @@ MatrixLayout layout_of(const Scheme& scheme, std::int64_t experts, std::int64_t 
 void check_sizes(const Scheme& scheme, std::int64_t experts, std::int64_t n, std::int64_t k, int segments,
                  const std::string& name);
 
-// float32, fp16 or bf16 of any of the accepted shapes -> contiguous float32 of `shape`; every value must be >= 0 and finite
-// if `is_scale`.
+// float32, fp16 or bf16 of any of the accepted shapes -> contiguous float32 of `shape`; every value must be >= 0 and
+// finite if `is_scale`.
 Tensor to_float32(const TensorView& t, const std::string& name, const Shape& shape, bool is_scale);
 
 // Columns per group of activations and weights along K: block_k, group_size, or all of K.

@@ -1,5 +1,5 @@
-// The float steps of docs/schemes.md section 1, 2 and 6, one scalar function each. The reference uses them as they stand;
-// the vector code of the engines repeats the same operations in the same order.
+// The float steps of docs/schemes.md section 1, 2 and 6, one scalar function each. The reference uses them as they
+// stand; the vector code of the engines repeats the same operations in the same order.
 #pragma once
 
 #include <bit>

@@ -58,7 +58,8 @@ std::int8_t int8_of(float x, float inverse) {
 DType between(const Scheme& scheme) { return scheme.kind == SchemeKind::fp16 ? DType::float16 : DType::bfloat16; }
 
 float round_to(DType dtype, float v) {
-  return dtype == DType::float16 ? num::fp16_to_float(num::float_to_fp16(v)) : num::bf16_to_float(num::float_to_bf16(v));
+  return dtype == DType::float16 ? num::fp16_to_float(num::float_to_fp16(v))
+                                 : num::bf16_to_float(num::float_to_bf16(v));
 }
 
 int weight_at(const QuantizedMatrix& m, std::int64_t row, std::int64_t c) {
@@ -73,15 +74,18 @@ Row quantize_row(const Scheme& s, const float* x, std::int64_t k, float static_s
   Row r;
   const auto size = static_cast<std::size_t>(k);
   const bool finite = absmax(x, 0, k) < num::kInfBits;
-  if (s.is_integer()) r.q.resize(size);
-  else r.value.resize(size);
+  if (s.is_integer())
+    r.q.resize(size);
+  else
+    r.value.resize(size);
 
   if (s.kind == SchemeKind::int8_block || s.kind == SchemeKind::int8_hybrid) {
     const std::int64_t blocks = ceil_div(k, s.block_k);
     const std::int64_t per_super = s.kind == SchemeKind::int8_hybrid ? s.super_group : 1;
     for (std::int64_t first = 0; first < blocks; first += per_super) {
       const std::int64_t last = std::min(first + per_super, blocks);
-      const num::SuperScale super = num::super_scale(absmax(x, first * s.block_k, std::min(k, last * s.block_k)), s.q_max);
+      const num::SuperScale super =
+          num::super_scale(absmax(x, first * s.block_k, std::min(k, last * s.block_k)), s.q_max);
       if (s.kind == SchemeKind::int8_hybrid) r.scale.push_back(super.f);
       for (std::int64_t b = first; b < last; ++b) {
         const std::int64_t begin = b * s.block_k, end = std::min(k, begin + s.block_k);
@@ -124,7 +128,8 @@ Row quantize_row(const Scheme& s, const float* x, std::int64_t k, float static_s
   // One scale per row: int8_channel and w4a8_fp8.
   const float limit = s.is_integer() ? num::kInt8Max : num::kE4m3Max;
   num::GroupScale g = num::symmetric_scale(absmax(x, 0, k), limit);
-  if (s.activation_scale == ActivationScale::static_) g = {finite ? static_scale : num::nan(), finite ? 1.0f / static_scale : 0.0f};
+  if (s.activation_scale == ActivationScale::static_)
+    g = {finite ? static_scale : num::nan(), finite ? 1.0f / static_scale : 0.0f};
   if (s.activation_scale == ActivationScale::none) g = {1.0f, 1.0f};
   r.scale = {g.scale};
   for (std::size_t i = 0; i < size; ++i) {
@@ -186,7 +191,8 @@ void product(const QuantizedMatrix& m, std::int64_t expert, const Row& a, float 
           for (std::int64_t chunk = g * s.super_group; chunk < stop; chunk += m.flush_blocks) {
             std::int32_t acc = 0;
             for (std::int64_t b = chunk; b < std::min<std::int64_t>(chunk + m.flush_blocks, stop); ++b) {
-              const std::int32_t q = a.block[static_cast<std::size_t>(b)] * m.q.as<std::uint8_t>()[block * l.blocks_k + b];
+              const std::int32_t q =
+                  a.block[static_cast<std::size_t>(b)] * m.q.as<std::uint8_t>()[block * l.blocks_k + b];
               acc += q * int_dot(b * s.block_k, std::min(m.k, (b + 1) * s.block_k));
             }
             v[n] = first ? static_cast<float>(acc) * p : std::fma(static_cast<float>(acc), p, v[n]);
@@ -231,14 +237,22 @@ float activate(Activation kind, float g, float u, const LayerOptions& o) {
       u = num::clamp(u, -limit, limit) + 1.0f;
       return (g * num::sigmoid(o.swiglu_alpha * g)) * u;
     }
-    case Activation::geglu_tanh: return num::gelu_tanh(g) * u;
-    case Activation::geglu_erf: return num::gelu_erf(g) * u;
-    case Activation::silu: return num::silu(g);
-    case Activation::gelu_tanh: return num::gelu_tanh(g);
-    case Activation::gelu_erf: return num::gelu_erf(g);
-    case Activation::relu: return num::relu(g);
-    case Activation::relu2: return num::relu(g) * num::relu(g);
-    case Activation::none: return g;
+    case Activation::geglu_tanh:
+      return num::gelu_tanh(g) * u;
+    case Activation::geglu_erf:
+      return num::gelu_erf(g) * u;
+    case Activation::silu:
+      return num::silu(g);
+    case Activation::gelu_tanh:
+      return num::gelu_tanh(g);
+    case Activation::gelu_erf:
+      return num::gelu_erf(g);
+    case Activation::relu:
+      return num::relu(g);
+    case Activation::relu2:
+      return num::relu(g) * num::relu(g);
+    case Activation::none:
+      return g;
   }
   return g;
 }
@@ -255,7 +269,8 @@ std::vector<float> expert_row(const MoeWeights& w, const LayerOptions& o, std::i
   const DType type = between(w.scheme);
 
   std::vector<float> v(static_cast<std::size_t>(w.w13.n));
-  product(w.w13, e, quantize_row(w.w13.scheme, x.data(), w.hidden(), static_scale_of(w.w13, e)), input_weight, v.data());
+  product(w.w13, e, quantize_row(w.w13.scheme, x.data(), w.hidden(), static_scale_of(w.w13, e)), input_weight,
+          v.data());
   if (w.b13.defined()) {
     for (std::int64_t n = 0; n < w.w13.n; ++n) v[static_cast<std::size_t>(n)] += w.b13.as<float>()[e * w.w13.n + n];
   }
@@ -333,7 +348,8 @@ void moe_forward(const MoeWeights& w, const LayerOptions& o, TensorView x, Tenso
 void grouped_gemm(const QuantizedMatrix& m, const Activations& a, TensorView d, const Groups& groups, TensorView bias) {
   const bool masked = groups.layout == Groups::Layout::masked;
   const auto index = [&](std::int64_t i) {
-    return groups.index.dtype() == DType::int32 ? groups.index.as<std::int32_t>()[i] : groups.index.as<std::int64_t>()[i];
+    return groups.index.dtype() == DType::int32 ? groups.index.as<std::int32_t>()[i]
+                                                : groups.index.as<std::int64_t>()[i];
   };
   const Scheme& s = m.scheme;
   const std::int64_t kb = m.blocks_k(), sg = m.super_groups();
@@ -345,15 +361,22 @@ void grouped_gemm(const QuantizedMatrix& m, const Activations& a, TensorView d, 
     if (given) {
       for (std::int64_t c = 0; c < m.k; ++c) {
         const std::int64_t offset = row * values.strides()[0] + c;
-        if (s.is_integer()) r.q.push_back(values.as<std::int8_t>()[offset]);
-        else r.value.push_back(num::e4m3_to_float(values.as<std::uint8_t>()[offset]));
+        if (s.is_integer())
+          r.q.push_back(values.as<std::int8_t>()[offset]);
+        else
+          r.value.push_back(num::e4m3_to_float(values.as<std::uint8_t>()[offset]));
       }
       const float* scale = a.scale.as<float>();
-      if (s.kind == SchemeKind::int8_block) r.scale.assign(scale + flat * kb, scale + (flat + 1) * kb);
-      else if (s.kind == SchemeKind::int8_hybrid) r.scale.assign(scale + flat * sg, scale + (flat + 1) * sg);
-      else if (s.activation_scale == ActivationScale::none) r.scale = {1.0f};
-      else if (s.activation_scale == ActivationScale::static_) r.scale = {scale[s.is_integer() ? 0 : e]};
-      else r.scale = {scale[flat]};
+      if (s.kind == SchemeKind::int8_block)
+        r.scale.assign(scale + flat * kb, scale + (flat + 1) * kb);
+      else if (s.kind == SchemeKind::int8_hybrid)
+        r.scale.assign(scale + flat * sg, scale + (flat + 1) * sg);
+      else if (s.activation_scale == ActivationScale::none)
+        r.scale = {1.0f};
+      else if (s.activation_scale == ActivationScale::static_)
+        r.scale = {scale[s.is_integer() ? 0 : e]};
+      else
+        r.scale = {scale[flat]};
       if (s.kind == SchemeKind::int8_hybrid) {
         for (std::int64_t b = 0; b < kb; ++b) r.block.push_back(a.q.as<std::uint8_t>()[flat * kb + b]);
       }
@@ -366,7 +389,8 @@ void grouped_gemm(const QuantizedMatrix& m, const Activations& a, TensorView d, 
     for (std::int64_t n = 0; n < m.n; ++n) {
       const float b = bias.defined() ? bias.as<float>()[e * m.n + n] : 0.0f;
       const float value = bias.defined() ? v[static_cast<std::size_t>(n)] + b : v[static_cast<std::size_t>(n)];
-      store(out.as<char>() + (row * out.strides()[0] + n) * static_cast<std::int64_t>(size_bytes(out.dtype())), out.dtype(), value);
+      store(out.as<char>() + (row * out.strides()[0] + n) * static_cast<std::int64_t>(size_bytes(out.dtype())),
+            out.dtype(), value);
     }
   };
 
@@ -383,7 +407,9 @@ namespace {
 
 double activate_float64(Activation kind, double g, double u, const LayerOptions& o) {
   const auto sigmoid = [](double x) { return 1.0 / (1.0 + std::exp(-x)); };
-  const auto gelu_tanh = [](double x) { return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x))); };
+  const auto gelu_tanh = [](double x) {
+    return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+  };
   const auto gelu_erf = [](double x) { return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0))); };
   switch (kind) {
     case Activation::swiglu:
@@ -397,14 +423,22 @@ double activate_float64(Activation kind, double g, double u, const LayerOptions&
       g = std::min(g, limit);
       return g * sigmoid(o.swiglu_alpha * g) * (std::clamp(u, -limit, limit) + 1.0);
     }
-    case Activation::geglu_tanh: return gelu_tanh(g) * u;
-    case Activation::geglu_erf: return gelu_erf(g) * u;
-    case Activation::silu: return g * sigmoid(g);
-    case Activation::gelu_tanh: return gelu_tanh(g);
-    case Activation::gelu_erf: return gelu_erf(g);
-    case Activation::relu: return std::max(g, 0.0);
-    case Activation::relu2: return std::max(g, 0.0) * std::max(g, 0.0);
-    case Activation::none: return g;
+    case Activation::geglu_tanh:
+      return gelu_tanh(g) * u;
+    case Activation::geglu_erf:
+      return gelu_erf(g) * u;
+    case Activation::silu:
+      return g * sigmoid(g);
+    case Activation::gelu_tanh:
+      return gelu_tanh(g);
+    case Activation::gelu_erf:
+      return gelu_erf(g);
+    case Activation::relu:
+      return std::max(g, 0.0);
+    case Activation::relu2:
+      return std::max(g, 0.0) * std::max(g, 0.0);
+    case Activation::none:
+      return g;
   }
   return g;
 }
@@ -446,7 +480,8 @@ std::vector<double> moe_forward_float64(const FloatWeights& weights, const Layer
   const std::int64_t tokens = x.dim(0), hidden = x.dim(1);
   std::vector<double> out(static_cast<std::size_t>(tokens * hidden), 0.0);
 
-  const auto mlp = [&](const FloatWeights& f, const Dense& a, const Dense& b, std::int64_t e, const std::vector<double>& row) {
+  const auto mlp = [&](const FloatWeights& f, const Dense& a, const Dense& b, std::int64_t e,
+                       const std::vector<double>& row) {
     const std::vector<double> v = a.times(e, row, f.b13);
     const auto inter = static_cast<std::size_t>(b.k);
     std::vector<double> h(inter);
@@ -483,7 +518,8 @@ std::vector<double> moe_forward_float64(const FloatWeights& weights, const Layer
         double dot = 0;
         for (std::int64_t i = 0; i < hidden; ++i) {
           dot += row[static_cast<std::size_t>(i)] *
-                 load(o.shared_gate.as<char>() + i * static_cast<std::int64_t>(size_bytes(o.shared_gate.dtype())), o.shared_gate.dtype());
+                 load(o.shared_gate.as<char>() + i * static_cast<std::int64_t>(size_bytes(o.shared_gate.dtype())),
+                      o.shared_gate.dtype());
         }
         weight = 1.0 / (1.0 + std::exp(-dot));
       }

@@ -1,5 +1,5 @@
-// The judge of every engine: docs/schemes.md as plain loops over one row at a time, slow and meant to be checked by eye.
-// Arguments are taken as checked.
+// The judge of every engine: docs/schemes.md as plain loops over one row at a time, slow and meant to be checked by
+// eye. Arguments are taken as checked.
 #pragma once
 
 #include <cstdint>
@@ -12,24 +12,26 @@ namespace octomoe::reference {
 
 // A quantised activation row. Groups: K-blocks (block, hybrid) or one for the whole row.
 struct Row {
-  std::vector<std::int8_t> q;      // integer schemes
-  std::vector<float> value;        // float schemes: the value that enters the product (E4M3, bf16 or fp16 as float)
-  std::vector<float> scale;        // s_a per row, per K-block (block) or F per super group (hybrid)
-  std::vector<std::int32_t> block; // hybrid: Q per K-block
-  std::int32_t zero = 0;           // asymmetric
+  std::vector<std::int8_t> q;       // integer schemes
+  std::vector<float> value;         // float schemes: the value that enters the product (E4M3, bf16 or fp16 as float)
+  std::vector<float> scale;         // s_a per row, per K-block (block) or F per super group (hybrid)
+  std::vector<std::int32_t> block;  // hybrid: Q per K-block
+  std::int32_t zero = 0;            // asymmetric
 };
 
 // x: k float values. static_scale: used if the scheme is static.
 Row quantize_row(const Scheme& scheme, const float* x, std::int64_t k, float static_scale);
 
-// v[n] = a . w[expert, n] without bias, for all n. `factor` multiplies the row's scales (integer schemes) or the result.
+// v[n] = a . w[expert, n] without bias, for all n. `factor` multiplies the row's scales (integer schemes) or the
+// result.
 void product(const QuantizedMatrix& m, std::int64_t expert, const Row& a, float factor, float* v);
 
 // Whole layer; x, ids, weights, out as MoeLayer::forward takes them.
 void moe_forward(const MoeWeights& weights, const LayerOptions& options, TensorView x, TensorView topk_ids,
                  TensorView topk_weights, TensorView out, bool accumulate = false);
 
-void grouped_gemm(const QuantizedMatrix& b, const Activations& a, TensorView d, const Groups& groups, TensorView bias = {});
+void grouped_gemm(const QuantizedMatrix& b, const Activations& a, TensorView d, const Groups& groups,
+                  TensorView bias = {});
 
 // The same layer on unquantised weights in float64, nothing rounded in between: out [T, H] float64, row after row.
 // w13, w2: float32, fp16 or bf16 [E, N, K]; shared_w13/w2 likewise, E = 1.

@@ -10,8 +10,8 @@ namespace octomoe {
 namespace {
 
 constexpr const char* kSchemeNames[] = {"int8_channel", "int8_block", "int8_hybrid", "w4a8_fp8", "bf16", "fp16"};
-constexpr const char* kActivationNames[] = {"swiglu", "geglu_tanh", "geglu_erf", "swigluoai", "silu",
-                                            "gelu_tanh", "gelu_erf", "relu",     "relu2",     "none"};
+constexpr const char* kActivationNames[] = {"swiglu",    "geglu_tanh", "geglu_erf", "swigluoai", "silu",
+                                            "gelu_tanh", "gelu_erf",   "relu",      "relu2",     "none"};
 
 int parse_int(const std::string& text, std::string_view key, std::string_view value) {
   int n = 0;
@@ -41,7 +41,8 @@ void set_option(Scheme& s, const std::string& text, std::string_view part) {
     if (key == "group") return void(s.group_size = parse_int(text, key, value));
   }
   bad_argument(
-      "scheme \"{}\": expected dynamic, static, none, asymmetric, per_tensor, block=, block_n=, block_k=, super=, q_max= or "
+      "scheme \"{}\": expected dynamic, static, none, asymmetric, per_tensor, block=, block_n=, block_k=, super=, "
+      "q_max= or "
       "group=, got \"{}\"",
       text, part);
 }
@@ -53,7 +54,8 @@ const char* to_string(SchemeKind kind) { return kSchemeNames[static_cast<std::si
 Scheme Scheme::parse(const std::string& text) {
   const std::size_t colon = text.find(':');
   const std::string kind = text.substr(0, colon);
-  const auto* found = std::ranges::find(kSchemeNames, std::string_view(kind), [](const char* n) { return std::string_view(n); });
+  const auto* found =
+      std::ranges::find(kSchemeNames, std::string_view(kind), [](const char* n) { return std::string_view(n); });
   if (found == std::end(kSchemeNames)) {
     bad_argument("scheme: expected int8_channel, int8_block, int8_hybrid, w4a8_fp8, bf16 or fp16, got \"{}\"", text);
   }
@@ -102,7 +104,8 @@ void check(const Scheme& s) {
   need(!s.per_tensor || channel, "per_tensor", "false (it goes with int8_channel)", "true");
   if (s.has_blocks()) {
     need(s.block_n >= 1 && s.block_n <= 1024, "block_n", "1..1024", s.block_n);
-    need(s.block_k >= 32 && s.block_k <= 1024 && s.block_k % 32 == 0, "block_k", "a multiple of 32 in 32..1024", s.block_k);
+    need(s.block_k >= 32 && s.block_k <= 1024 && s.block_k % 32 == 0, "block_k", "a multiple of 32 in 32..1024",
+         s.block_k);
   } else {
     need(s.block_n == base.block_n && s.block_k == base.block_k, "block",
          "the default (blocks go with int8_block and int8_hybrid)", s.block_k);

@@ -35,7 +35,8 @@ namespace {
 constexpr std::size_t kLanes = 32;  // partial sums of the softmax: one a lane of a GPU's warp
 
 struct Scratch {
-  explicit Scratch(std::size_t experts, std::size_t groups) : score(experts), choice(experts), group(groups), kept(groups) {}
+  explicit Scratch(std::size_t experts, std::size_t groups)
+      : score(experts), choice(experts), group(groups), kept(groups) {}
   std::vector<float> score, choice, group;
   std::vector<char> kept;
 };
@@ -129,7 +130,8 @@ void route_token(Scratch& s, const RouteOptions& o, std::size_t k, float* weight
 float load(const TensorView& t, std::int64_t row, std::int64_t column) {
   const std::int64_t i = row * t.strides()[0] + column * t.strides()[1];
   if (t.dtype() == DType::float32) return t.as<float>()[i];
-  return t.dtype() == DType::bfloat16 ? num::bf16_to_float(t.as<std::uint16_t>()[i]) : num::fp16_to_float(t.as<std::uint16_t>()[i]);
+  return t.dtype() == DType::bfloat16 ? num::bf16_to_float(t.as<std::uint16_t>()[i])
+                                      : num::fp16_to_float(t.as<std::uint16_t>()[i]);
 }
 
 }  // namespace

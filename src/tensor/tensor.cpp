@@ -10,13 +10,20 @@ namespace octomoe {
 
 const char* to_string(ErrorCode code) {
   switch (code) {
-    case ErrorCode::invalid_argument: return "invalid_argument";
-    case ErrorCode::unsupported: return "unsupported";
-    case ErrorCode::io: return "io";
-    case ErrorCode::format: return "format";
-    case ErrorCode::out_of_memory: return "out_of_memory";
-    case ErrorCode::cuda: return "cuda";
-    case ErrorCode::internal: return "internal";
+    case ErrorCode::invalid_argument:
+      return "invalid_argument";
+    case ErrorCode::unsupported:
+      return "unsupported";
+    case ErrorCode::io:
+      return "io";
+    case ErrorCode::format:
+      return "format";
+    case ErrorCode::out_of_memory:
+      return "out_of_memory";
+    case ErrorCode::cuda:
+      return "cuda";
+    case ErrorCode::internal:
+      return "internal";
   }
   return "?";
 }
@@ -30,10 +37,10 @@ struct DTypeInfo {
   const char* alias;
 };
 constexpr DTypeInfo kDTypes[] = {
-    {DType::float32, 4, "float32", "f32"},   {DType::float16, 2, "float16", "fp16"},
+    {DType::float32, 4, "float32", "f32"},    {DType::float16, 2, "float16", "fp16"},
     {DType::bfloat16, 2, "bfloat16", "bf16"}, {DType::float8_e4m3, 1, "float8_e4m3", "float8_e4m3fn"},
-    {DType::int8, 1, "int8", "i8"},          {DType::uint8, 1, "uint8", "u8"},
-    {DType::int4x2, 1, "int4x2", "int4"},    {DType::int32, 4, "int32", "i32"},
+    {DType::int8, 1, "int8", "i8"},           {DType::uint8, 1, "uint8", "u8"},
+    {DType::int4x2, 1, "int4x2", "int4"},     {DType::int32, 4, "int32", "i32"},
     {DType::int64, 8, "int64", "i64"},
 };
 
@@ -48,8 +55,9 @@ DType parse_dtype(const std::string& name) {
   for (const DTypeInfo& d : kDTypes) {
     if (name == d.name || name == d.alias) return d.dtype;
   }
-  bad_argument("dtype: expected one of float32, float16, bfloat16, float8_e4m3, int8, uint8, int4x2, int32, int64, got \"{}\"",
-               name);
+  bad_argument(
+      "dtype: expected one of float32, float16, bfloat16, float8_e4m3, int8, uint8, int4x2, int32, int64, got \"{}\"",
+      name);
 }
 
 Device Device::parse(const std::string& name) {

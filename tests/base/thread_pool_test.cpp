@@ -30,7 +30,10 @@ TEST(ThreadPool, RunsEveryIndexOnce) {
 
 TEST(ThreadPool, RethrowsAndStaysUsable) {
   ThreadPool pool(3);
-  EXPECT_THROW(pool.parallel_for(100, [](std::int64_t i, int) { if (i == 40) throw std::runtime_error("forty"); }),
+  EXPECT_THROW(pool.parallel_for(100,
+                                 [](std::int64_t i, int) {
+                                   if (i == 40) throw std::runtime_error("forty");
+                                 }),
                std::runtime_error);
   std::atomic<int> n{0};
   pool.parallel_for(10, [&](std::int64_t, int) { ++n; });

@@ -15,10 +15,9 @@ namespace {
 
 std::vector<Scheme> integer_schemes() {
   std::vector<Scheme> s;
-  for (const char* text :
-       {"int8_channel", "int8_channel:static", "int8_channel:asymmetric", "int8_channel:per_tensor", "int8_block",
-        "int8_block:block=32", "int8_block:block_n=24,block_k=96", "int8_hybrid", "int8_hybrid:block=32,super=2",
-        "int8_hybrid:block_n=40,block_k=64,super=3,q_max=64"}) {
+  for (const char* text : {"int8_channel", "int8_channel:static", "int8_channel:asymmetric", "int8_channel:per_tensor",
+                           "int8_block", "int8_block:block=32", "int8_block:block_n=24,block_k=96", "int8_hybrid",
+                           "int8_hybrid:block=32,super=2", "int8_hybrid:block_n=40,block_k=64,super=3,q_max=64"}) {
     s.push_back(Scheme::parse(text));
   }
   return s;
@@ -26,7 +25,8 @@ std::vector<Scheme> integer_schemes() {
 
 std::vector<Scheme> float_schemes() {
   std::vector<Scheme> s;
-  for (const char* text : {"w4a8_fp8", "w4a8_fp8:group=0", "w4a8_fp8:static", "w4a8_fp8:none,group=32", "bf16", "fp16"}) {
+  for (const char* text :
+       {"w4a8_fp8", "w4a8_fp8:group=0", "w4a8_fp8:static", "w4a8_fp8:none,group=32", "bf16", "fp16"}) {
     s.push_back(Scheme::parse(text));
   }
   return s;
@@ -103,7 +103,8 @@ TEST_P(OnIsa, EverySchemeAndShape) {
 
 // Few experts: many rows each, several tiles and row blocks.
 TEST_P(OnIsa, ManyRowsOfOneExpert) {
-  for (const char* scheme : {"int8_channel:asymmetric", "int8_block", "int8_hybrid:block=32,super=2", "w4a8_fp8", "bf16"}) {
+  for (const char* scheme :
+       {"int8_channel:asymmetric", "int8_block", "int8_hybrid:block=32,super=2", "w4a8_fp8", "bf16"}) {
     SCOPED_TRACE(scheme);
     LayerCase c;
     c.scheme = Scheme::parse(scheme);
@@ -139,7 +140,8 @@ TEST_P(OnIsa, MinusOneHundredAndTwentyEight) {
     c.top_k = 2;
     LayerInput in = make_input(c, DType::float32);
     for (std::int64_t i = 0; i < in.x.elems(); ++i) in.x.as<float>()[i] = i % 7 == 0 ? -1.0f : 1.0f;
-    EXPECT_TRUE(same_bits(reference_layer(w, {}, in, DType::float32), run_layer(Device::cpu(), w, {}, in, DType::float32)));
+    EXPECT_TRUE(
+        same_bits(reference_layer(w, {}, in, DType::float32), run_layer(Device::cpu(), w, {}, in, DType::float32)));
   }
 }
 
@@ -287,7 +289,9 @@ TEST(CpuLayer, NanAndInfPoisonTheirOwnRowOnly) {
         for (std::int64_t i = 0; i < c.hidden; ++i) EXPECT_EQ(got.as<std::uint16_t>()[t * c.hidden + i], 0x7fff);
       } else if (t != 11) {
         EXPECT_EQ(std::memcmp(got.as<std::uint16_t>() + t * c.hidden, clean.as<std::uint16_t>() + t * c.hidden,
-                              static_cast<std::size_t>(c.hidden) * 2), 0) << "row " << t;
+                              static_cast<std::size_t>(c.hidden) * 2),
+                  0)
+            << "row " << t;
       }
     }
   }

@@ -35,27 +35,34 @@ Given make_given(const QuantizedMatrix& m, std::int64_t rows) {
   Given g;
   if (s.kind == SchemeKind::w4a8_fp8) {
     g.values = Tensor::empty(DType::float8_e4m3, {rows, m.k});
-    for (std::int64_t i = 0; i < g.values.elems(); ++i) g.values.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(i * 37 % 0x70);
+    for (std::int64_t i = 0; i < g.values.elems(); ++i)
+      g.values.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(i * 37 % 0x70);
   } else {
     g.values = random_int8({rows, m.k}, 5, -128, 127);
   }
-  const std::int64_t per_row = s.kind == SchemeKind::int8_block ? m.blocks_k() : (s.kind == SchemeKind::int8_hybrid ? m.super_groups() : 1);
-  if (s.activation_scale == ActivationScale::static_) g.scale = positive({s.is_integer() ? 1 : kExperts}, 6);
-  else if (s.activation_scale == ActivationScale::dynamic) g.scale = per_row == 1 && !s.has_blocks() ? positive({rows}, 6) : positive({rows, per_row}, 6);
+  const std::int64_t per_row =
+      s.kind == SchemeKind::int8_block ? m.blocks_k() : (s.kind == SchemeKind::int8_hybrid ? m.super_groups() : 1);
+  if (s.activation_scale == ActivationScale::static_)
+    g.scale = positive({s.is_integer() ? 1 : kExperts}, 6);
+  else if (s.activation_scale == ActivationScale::dynamic)
+    g.scale = per_row == 1 && !s.has_blocks() ? positive({rows}, 6) : positive({rows, per_row}, 6);
   if (s.kind == SchemeKind::int8_hybrid) {
     g.q = Tensor::empty(DType::uint8, {rows, m.blocks_k()});
-    for (std::int64_t i = 0; i < g.q.elems(); ++i) g.q.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(1 + i % s.q_max);
+    for (std::int64_t i = 0; i < g.q.elems(); ++i)
+      g.q.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(1 + i % s.q_max);
   }
   if (s.asymmetric) {
     g.zero = Tensor::empty(DType::int32, {rows});
-    for (std::int64_t i = 0; i < rows; ++i) g.zero.as<std::int32_t>()[i] = static_cast<std::int32_t>(i * 11 % 255) - 128;
+    for (std::int64_t i = 0; i < rows; ++i)
+      g.zero.as<std::int32_t>()[i] = static_cast<std::int32_t>(i * 11 % 255) - 128;
   }
   return g;
 }
 
 TensorView three_d(const Tensor& t) {
   if (!t.defined()) return {};
-  Shape shape = t.shape().rank() == 1 ? Shape{kExperts, t.dim(0) / kExperts} : Shape{kExperts, t.dim(0) / kExperts, t.dim(1)};
+  Shape shape =
+      t.shape().rank() == 1 ? Shape{kExperts, t.dim(0) / kExperts} : Shape{kExperts, t.dim(0) / kExperts, t.dim(1)};
   return TensorView(t.view().data(), t.dtype(), shape);
 }
 
@@ -64,20 +71,26 @@ void expect_gemm(const Case& c) {
                (c.masked ? " masked" : ""));
   const Scheme scheme = Scheme::parse(c.scheme);
   QuantizedMatrix m = quantize_matrix(scheme, random_tensor(DType::float32, {kExperts, c.n, c.k}, 1, 0.05f));
-  if (scheme.activation_scale == ActivationScale::static_) m.activation_scale = positive({scheme.is_integer() ? 1 : kExperts}, 2);
+  if (scheme.activation_scale == ActivationScale::static_)
+    m.activation_scale = positive({scheme.is_integer() ? 1 : kExperts}, 2);
 
   std::int64_t total = 0, most = 0;
   for (const std::int32_t r : c.rows) total += r, most = std::max<std::int64_t>(most, r + 2);
   const std::int64_t flat = c.masked ? kExperts * most : total;
   Tensor index = Tensor::zeros(c.wide_offsets ? DType::int64 : DType::int32, {c.masked ? kExperts : kExperts + 1});
   for (std::size_t e = 0; e < kExperts; ++e) {
-    if (c.masked) index.as<std::int32_t>()[e] = c.rows[e];
-    else if (c.wide_offsets) index.as<std::int64_t>()[e + 1] = index.as<std::int64_t>()[e] + c.rows[e];
-    else index.as<std::int32_t>()[e + 1] = index.as<std::int32_t>()[e] + c.rows[e];
+    if (c.masked)
+      index.as<std::int32_t>()[e] = c.rows[e];
+    else if (c.wide_offsets)
+      index.as<std::int64_t>()[e + 1] = index.as<std::int64_t>()[e] + c.rows[e];
+    else
+      index.as<std::int32_t>()[e + 1] = index.as<std::int32_t>()[e] + c.rows[e];
   }
   Given g;
-  if (c.given) g = make_given(m, flat);
-  else g.values = random_tensor(scheme.kind == SchemeKind::fp16 ? DType::float16 : DType::bfloat16, {flat, c.k}, 3);
+  if (c.given)
+    g = make_given(m, flat);
+  else
+    g.values = random_tensor(scheme.kind == SchemeKind::fp16 ? DType::float16 : DType::bfloat16, {flat, c.k}, 3);
   const bool fixed = scheme.activation_scale == ActivationScale::static_;
   Activations a{g.values, g.scale, g.q, g.zero};
   if (c.masked) a = {three_d(g.values), fixed ? TensorView(g.scale) : three_d(g.scale), three_d(g.q), three_d(g.zero)};
@@ -105,14 +118,24 @@ void expect_gemm(const Case& c) {
   }
 }
 
-const char* const kSchemes[] = {"int8_channel", "int8_channel:static", "int8_channel:asymmetric", "int8_channel:per_tensor",
-                                "int8_block", "int8_block:block_n=24,block_k=96", "int8_hybrid:block=32,super=2",
-                                "int8_hybrid:block_k=64,q_max=8", "w4a8_fp8", "w4a8_fp8:static", "w4a8_fp8:none",
-                                "bf16", "fp16"};
+const char* const kSchemes[] = {"int8_channel",
+                                "int8_channel:static",
+                                "int8_channel:asymmetric",
+                                "int8_channel:per_tensor",
+                                "int8_block",
+                                "int8_block:block_n=24,block_k=96",
+                                "int8_hybrid:block=32,super=2",
+                                "int8_hybrid:block_k=64,q_max=8",
+                                "w4a8_fp8",
+                                "w4a8_fp8:static",
+                                "w4a8_fp8:none",
+                                "bf16",
+                                "fp16"};
 
 TEST(CpuMatrix, LayoutsAndGivenActivations) {
   for (const char* scheme : kSchemes) {
-    const bool floats = std::string(scheme).substr(1) == "f16" || std::string(scheme) == "bf16" || std::string(scheme) == "fp16";
+    const bool floats =
+        std::string(scheme).substr(1) == "f16" || std::string(scheme) == "bf16" || std::string(scheme) == "fp16";
     for (const bool given : {false, true}) {
       if (given && floats) continue;
       for (const bool masked : {false, true}) {

@@ -24,15 +24,36 @@ std::vector<float> any_floats(std::size_t n, std::uint32_t seed) {
   std::vector<float> x(n);
   for (std::size_t i = 0; i < n; ++i) {
     switch (i % 4) {
-      case 0: x[i] = num::from_bits(rng()); break;
-      case 1: x[i] = static_cast<float>(static_cast<int>(rng() % 4001) - 2000) / 8.0f; break;  // ties
-      case 2: x[i] = std::ldexp(static_cast<float>(static_cast<int>(rng() % 2048) - 1024), -static_cast<int>(rng() % 40)); break;
-      default: x[i] = std::normal_distribution<float>(0, 3)(rng); break;
+      case 0:
+        x[i] = num::from_bits(rng());
+        break;
+      case 1:
+        x[i] = static_cast<float>(static_cast<int>(rng() % 4001) - 2000) / 8.0f;
+        break;  // ties
+      case 2:
+        x[i] = std::ldexp(static_cast<float>(static_cast<int>(rng() % 2048) - 1024), -static_cast<int>(rng() % 40));
+        break;
+      default:
+        x[i] = std::normal_distribution<float>(0, 3)(rng);
+        break;
     }
   }
-  const float special[] = {0.0f, -0.0f, 448.0f, 464.0f, -463.9f, 65504.0f, 65519.0f, 65520.0f, 0x1p-14f, 0x1p-25f, 0x1p-6f,
-                           0x1p-10f, std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
-                           std::numeric_limits<float>::quiet_NaN(), num::from_bits(0xff812345u)};
+  const float special[] = {0.0f,
+                           -0.0f,
+                           448.0f,
+                           464.0f,
+                           -463.9f,
+                           65504.0f,
+                           65519.0f,
+                           65520.0f,
+                           0x1p-14f,
+                           0x1p-25f,
+                           0x1p-6f,
+                           0x1p-10f,
+                           std::numeric_limits<float>::infinity(),
+                           -std::numeric_limits<float>::infinity(),
+                           std::numeric_limits<float>::quiet_NaN(),
+                           num::from_bits(0xff812345u)};
   for (std::size_t i = 0; i < std::size(special) && i * 3 < n; ++i) x[i * 3] = special[i];
   return x;
 }
@@ -63,8 +84,10 @@ TEST(CpuOps, EveryHalfBecomesItsFloat) {
     to_float(h.data(), dtype, 65536, got.data());
     for (std::size_t i = 0; i < h.size(); ++i) {
       const float want = reference::load(&h[i], dtype);
-      if (num::is_nan(want)) EXPECT_TRUE(num::is_nan(got[i])) << i;
-      else ASSERT_EQ(num::bits(want), num::bits(got[i])) << to_string(dtype) << " " << i;
+      if (num::is_nan(want))
+        EXPECT_TRUE(num::is_nan(got[i])) << i;
+      else
+        ASSERT_EQ(num::bits(want), num::bits(got[i])) << to_string(dtype) << " " << i;
     }
   }
 }
@@ -120,7 +143,8 @@ TEST(CpuOps, Int8EqualsTheScalarStep) {
 
 TEST(CpuOps, GateDotKeepsItsOrder) {
   for (const std::int64_t n : {16, 256, 272, 1000, 2048}) {
-    const std::vector<float> x = finite_floats(static_cast<std::size_t>(n), 6), g = finite_floats(static_cast<std::size_t>(n), 7);
+    const std::vector<float> x = finite_floats(static_cast<std::size_t>(n), 6),
+                             g = finite_floats(static_cast<std::size_t>(n), 7);
     std::vector<float> s(256, 0.0f);
     for (std::int64_t i = 0; i < n; ++i) {
       float& v = s[static_cast<std::size_t>(i % 256)];
@@ -135,15 +159,24 @@ TEST(CpuOps, GateDotKeepsItsOrder) {
 
 float scalar_activation(Activation kind, float g, float u) {
   switch (kind) {
-    case Activation::swiglu: return num::silu(g) * u;
-    case Activation::geglu_tanh: return num::gelu_tanh(g) * u;
-    case Activation::geglu_erf: return num::gelu_erf(g) * u;
-    case Activation::silu: return num::silu(g);
-    case Activation::gelu_tanh: return num::gelu_tanh(g);
-    case Activation::gelu_erf: return num::gelu_erf(g);
-    case Activation::relu: return num::relu(g);
-    case Activation::relu2: return num::relu(g) * num::relu(g);
-    default: return g;
+    case Activation::swiglu:
+      return num::silu(g) * u;
+    case Activation::geglu_tanh:
+      return num::gelu_tanh(g) * u;
+    case Activation::geglu_erf:
+      return num::gelu_erf(g) * u;
+    case Activation::silu:
+      return num::silu(g);
+    case Activation::gelu_tanh:
+      return num::gelu_tanh(g);
+    case Activation::gelu_erf:
+      return num::gelu_erf(g);
+    case Activation::relu:
+      return num::relu(g);
+    case Activation::relu2:
+      return num::relu(g) * num::relu(g);
+    default:
+      return g;
   }
 }
 

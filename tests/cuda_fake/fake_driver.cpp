@@ -125,14 +125,41 @@ FAKE CuResult cuGetExportTable(const void** table, const void*) { return *table 
 // The rest is there so that the table is complete.
 #define STUB(name) \
   FAKE CuResult name() { return 801; }
-STUB(cuCtxSynchronize)
-STUB(cuModuleUnload) STUB(cuOccupancyMaxActiveClusters) STUB(cuMemAlloc_v2) STUB(cuMemFree_v2) STUB(cuMemGetInfo_v2)
-    STUB(cuMemHostAlloc) STUB(cuMemFreeHost) STUB(cuMemcpyHtoD_v2) STUB(cuMemcpyDtoH_v2) STUB(cuMemcpyDtoD_v2)
-        STUB(cuMemcpyAsync) STUB(cuMemcpyHtoDAsync_v2) STUB(cuMemcpyDtoHAsync_v2) STUB(cuMemcpyDtoDAsync_v2)
-            STUB(cuMemsetD8_v2) STUB(cuMemsetD8Async) STUB(cuMemsetD32Async) STUB(cuPointerGetAttribute)
-                STUB(cuStreamCreate) STUB(cuStreamDestroy_v2) STUB(cuStreamSynchronize) STUB(cuStreamQuery)
-                    STUB(cuStreamGetCtx) STUB(cuStreamWaitEvent) STUB(cuStreamBeginCapture_v2) STUB(cuStreamEndCapture)
-                        STUB(cuStreamIsCapturing) STUB(cuGraphInstantiateWithFlags) STUB(cuGraphGetNodes)
-                            STUB(cuGraphLaunch) STUB(cuGraphDestroy) STUB(cuGraphExecDestroy) STUB(cuEventCreate)
-                                STUB(cuEventDestroy_v2) STUB(cuEventRecord) STUB(cuEventSynchronize)
-                                    STUB(cuEventElapsedTime)
+STUB(cuCtxSynchronize);
+STUB(cuModuleUnload);
+STUB(cuOccupancyMaxActiveClusters);
+STUB(cuMemAlloc_v2);
+STUB(cuMemFree_v2);
+STUB(cuMemGetInfo_v2);
+STUB(cuMemHostAlloc);
+STUB(cuMemFreeHost);
+STUB(cuMemcpyHtoD_v2);
+STUB(cuMemcpyDtoH_v2);
+STUB(cuMemcpyDtoD_v2);
+STUB(cuMemcpyAsync);
+STUB(cuMemcpyHtoDAsync_v2);
+STUB(cuMemcpyDtoHAsync_v2);
+STUB(cuMemcpyDtoDAsync_v2);
+STUB(cuMemsetD8_v2);
+STUB(cuMemsetD8Async);
+STUB(cuMemsetD32Async);
+STUB(cuPointerGetAttribute);
+STUB(cuStreamCreate);
+STUB(cuStreamDestroy_v2);
+STUB(cuStreamSynchronize);
+STUB(cuStreamQuery);
+STUB(cuStreamGetCtx);
+STUB(cuStreamWaitEvent);
+STUB(cuStreamBeginCapture_v2);
+STUB(cuStreamEndCapture);
+STUB(cuStreamIsCapturing);
+STUB(cuGraphInstantiateWithFlags);
+STUB(cuGraphGetNodes);
+STUB(cuGraphLaunch);
+STUB(cuGraphDestroy);
+STUB(cuGraphExecDestroy);
+STUB(cuEventCreate);
+STUB(cuEventDestroy_v2);
+STUB(cuEventRecord);
+STUB(cuEventSynchronize);
+STUB(cuEventElapsedTime);

@@ -26,7 +26,8 @@ class ForwardErrors : public ::testing::Test {
   void expect(const std::string& text, TensorView x, TensorView ids, TensorView w, TensorView o) {
     expect_error(text, [&] { layer.forward(x, ids, w, o); });
     Tensor clean = out.dense();
-    for (std::size_t i = 0; i < clean.bytes(); ++i) ASSERT_EQ(clean.as<std::uint8_t>()[i], 0xA5) << "written in spite of: " << text;
+    for (std::size_t i = 0; i < clean.bytes(); ++i)
+      ASSERT_EQ(clean.as<std::uint8_t>()[i], 0xA5) << "written in spite of: " << text;
   }
 };
 
@@ -40,8 +41,10 @@ TEST_F(ForwardErrors, NameTheArgument) {
   expect("out: expected shape [13, 128], got [12, 128]", in.x, in.ids, in.weights, out.view().slice(0, 12));
   expect("topk_ids: expected dtype int32 or int64, got float32", in.x, in.weights, in.weights, out.view());
   expect("topk_weights: expected dtype float32, got int32", in.x, in.ids, in.ids, out.view());
-  expect("topk_ids: expected a top_k in 1..8", in.x, Tensor::zeros(DType::int32, {c.tokens, 9}), Tensor::zeros(DType::float32, {c.tokens, 9}), out.view());
-  expect("topk_ids: expected a top_k in 1..8", in.x, Tensor::zeros(DType::int32, {c.tokens, 0}), Tensor::zeros(DType::float32, {c.tokens, 0}), out.view());
+  expect("topk_ids: expected a top_k in 1..8", in.x, Tensor::zeros(DType::int32, {c.tokens, 9}),
+         Tensor::zeros(DType::float32, {c.tokens, 9}), out.view());
+  expect("topk_ids: expected a top_k in 1..8", in.x, Tensor::zeros(DType::int32, {c.tokens, 0}),
+         Tensor::zeros(DType::float32, {c.tokens, 0}), out.view());
 }
 
 TEST_F(ForwardErrors, StridesAlignmentDeviceOverlap) {
@@ -63,7 +66,8 @@ TEST_F(ForwardErrors, IdsOutOfRangeNameTheirPlace) {
   for (const int bad : {8, -2, 1 << 30}) {
     Tensor ids = Tensor::copy_of(in.ids);
     ids.as<std::int32_t>()[7 * 3 + 2] = bad;
-    expect("topk_ids: expected expert ids in -1..7, got " + std::to_string(bad) + " at token 7, slot 2", in.x, ids, in.weights, out.view());
+    expect("topk_ids: expected expert ids in -1..7, got " + std::to_string(bad) + " at token 7, slot 2", in.x, ids,
+           in.weights, out.view());
   }
 }
 
@@ -76,7 +80,8 @@ TEST_F(ForwardErrors, LayerIsUsableAfterwards) {
 TEST(LayerErrors, Construction) {
   LayerCase c;
   const MoeWeights w = testing::make_weights(c, c.experts);
-  expect_error(ErrorCode::unsupported, "device: expected cpu (this build has no CUDA engine), got cuda:0", [&] { MoeLayer(Device::cuda(0), w); });
+  expect_error(ErrorCode::unsupported, "device: expected cpu (this build has no CUDA engine), got cuda:0",
+               [&] { MoeLayer(Device::cuda(0), w); });
   const auto with = [&](auto change) {
     LayerOptions o;
     change(o);
@@ -84,11 +89,17 @@ TEST(LayerErrors, Construction) {
   };
   Tensor map = Tensor::zeros(DType::int32, {16});
   map.as<std::int32_t>()[5] = 8;
-  expect_error("expert_map: expected -1 or a local expert below 8, got 8 for expert 5", [&] { MoeLayer(Device::cpu(), w, with([&](auto& o) { o.expert_map = map; })); });
-  expect_error("shared_expert: expected one expert of hidden size 128", [&] { MoeLayer(Device::cpu(), w, with([&](auto& o) { o.shared_expert = w; })); });
-  expect_error("shared_gate: expected none without a shared_expert", [&] { MoeLayer(Device::cpu(), w, with([&](auto& o) { o.shared_gate = Tensor::zeros(DType::float32, {128}); })); });
-  expect_error("threads: expected 0..1024, got -1", [&] { MoeLayer(Device::cpu(), w, with([](auto& o) { o.threads = -1; })); });
-  expect_error("swiglu_limit: expected a number above 0", [&] { MoeLayer(Device::cpu(), w, with([](auto& o) { o.swiglu_limit = 0.0f; })); });
+  expect_error("expert_map: expected -1 or a local expert below 8, got 8 for expert 5",
+               [&] { MoeLayer(Device::cpu(), w, with([&](auto& o) { o.expert_map = map; })); });
+  expect_error("shared_expert: expected one expert of hidden size 128",
+               [&] { MoeLayer(Device::cpu(), w, with([&](auto& o) { o.shared_expert = w; })); });
+  expect_error("shared_gate: expected none without a shared_expert", [&] {
+    MoeLayer(Device::cpu(), w, with([&](auto& o) { o.shared_gate = Tensor::zeros(DType::float32, {128}); }));
+  });
+  expect_error("threads: expected 0..1024, got -1",
+               [&] { MoeLayer(Device::cpu(), w, with([](auto& o) { o.threads = -1; })); });
+  expect_error("swiglu_limit: expected a number above 0",
+               [&] { MoeLayer(Device::cpu(), w, with([](auto& o) { o.swiglu_limit = 0.0f; })); });
   MoeWeights broken = w;
   broken.w2.scale = Tensor();
   expect_error("w2.scale: expected float32 [8, 128], got none", [&] { MoeLayer(Device::cpu(), broken); });
@@ -107,26 +118,46 @@ TEST(GroupedGemmErrors, NameTheArgument) {
     return t;
   };
   const Tensor good = offsets({0, 3, 3, 7, 10});
-  const auto run = [&](const Activations& act, const TensorView& out, const Groups& g, GemmOptions o = {}) { grouped_gemm(act, b, out, g, o); };
+  const auto run = [&](const Activations& act, const TensorView& out, const Groups& g, GemmOptions o = {}) {
+    grouped_gemm(act, b, out, g, o);
+  };
   run({a, {}, {}, {}}, d, Groups::offsets(good));
-  expect_error("expert_offsets: expected 0 first, got 1", [&] { run({a, {}, {}, {}}, d, Groups::offsets(offsets({1, 3, 3, 7, 10}))); });
-  expect_error("expert_offsets: expected values that do not decrease, got 2 after 3 at 2", [&] { run({a, {}, {}, {}}, d, Groups::offsets(offsets({0, 3, 2, 7, 10}))); });
-  expect_error("expert_offsets: expected 10 (the rows of a) last, got 9", [&] { run({a, {}, {}, {}}, d, Groups::offsets(offsets({0, 3, 3, 7, 9}))); });
-  expect_error("expert_offsets: expected shape [5], got [3]", [&] { run({a, {}, {}, {}}, d, Groups::offsets(offsets({0, 3, 10}))); });
+  expect_error("expert_offsets: expected 0 first, got 1", [&] {
+    run({a, {}, {}, {}}, d, Groups::offsets(offsets({1, 3, 3, 7, 10})));
+  });
+  expect_error("expert_offsets: expected values that do not decrease, got 2 after 3 at 2", [&] {
+    run({a, {}, {}, {}}, d, Groups::offsets(offsets({0, 3, 2, 7, 10})));
+  });
+  expect_error("expert_offsets: expected 10 (the rows of a) last, got 9", [&] {
+    run({a, {}, {}, {}}, d, Groups::offsets(offsets({0, 3, 3, 7, 9})));
+  });
+  expect_error("expert_offsets: expected shape [5], got [3]", [&] {
+    run({a, {}, {}, {}}, d, Groups::offsets(offsets({0, 3, 10})));
+  });
   expect_error("a: expected shape [*, 64], got [10, 32]", [&] { run({d, {}, {}, {}}, d, Groups::offsets(good)); });
   expect_error("d: expected shape [10, 32], got [10, 64]", [&] { run({a, {}, {}, {}}, a, Groups::offsets(good)); });
   expect_error("rows_per_expert: expected counts in 0..3, got 4 for expert 1", [&] {
-    run({testing::random_tensor(DType::bfloat16, {4, 3, 64}, 3), {}, {}, {}}, Tensor::zeros(DType::float32, {4, 3, 32}), Groups::masked(offsets({0, 4, 1, 1})));
+    run({testing::random_tensor(DType::bfloat16, {4, 3, 64}, 3), {}, {}, {}}, Tensor::zeros(DType::float32, {4, 3, 32}),
+        Groups::masked(offsets({0, 4, 1, 1})));
   });
   const Tensor q = testing::random_int8({10, 64}, 5);
   expect_error("a.scale: expected a tensor, got none", [&] { run({q, {}, {}, {}}, d, Groups::offsets(good)); });
   expect_error("a.scale: expected shape [10], got [10, 32]", [&] { run({q, d, {}, {}}, d, Groups::offsets(good)); });
   Tensor scale = Tensor::zeros(DType::float32, {10});
   scale.as<float>()[2] = -0.5f;
-  expect_error("a.scale: expected scales that are finite and at least 0, got -0.5 at element 2", [&] { run({q, scale, {}, {}}, d, Groups::offsets(good)); });
-  expect_error("a.scale: expected none with floating-point activations", [&] { run({a, scale, {}, {}}, d, Groups::offsets(good)); });
-  expect_error("bias: expected shape [4, 32], got [10]", [&] { run({a, {}, {}, {}}, d, Groups::offsets(good), {scale}); });
-  expect_error("d: expected memory apart from a", [&] { run({TensorView(d.view().data(), DType::float32, Shape{5, 64}), {}, {}, {}}, TensorView(d.view().data(), DType::float32, Shape{5, 32}), Groups::offsets(offsets({0, 1, 2, 3, 5}))); });
+  expect_error("a.scale: expected scales that are finite and at least 0, got -0.5 at element 2", [&] {
+    run({q, scale, {}, {}}, d, Groups::offsets(good));
+  });
+  expect_error("a.scale: expected none with floating-point activations", [&] {
+    run({a, scale, {}, {}}, d, Groups::offsets(good));
+  });
+  expect_error("bias: expected shape [4, 32], got [10]", [&] {
+    run({a, {}, {}, {}}, d, Groups::offsets(good), {scale});
+  });
+  expect_error("d: expected memory apart from a", [&] {
+    run({TensorView(d.view().data(), DType::float32, Shape{5, 64}), {}, {}, {}},
+        TensorView(d.view().data(), DType::float32, Shape{5, 32}), Groups::offsets(offsets({0, 1, 2, 3, 5})));
+  });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// What every engine promises, scheme by scheme: the reference's bits, no influence of neighbours, permutation, NaN rows.
+// What every engine promises, scheme by scheme: the reference's bits, no influence of neighbours, permutation, NaN
+// rows.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -34,20 +35,20 @@ class Properties : public ::testing::TestWithParam<std::tuple<std::string, Devic
     const testing::LayerInput in = testing::make_input(c, x_dtype);
     Tensor want = Tensor::zeros(out_dtype, {c.tokens, c.hidden});
     reference::moe_forward(w, options, in.x, in.ids, in.weights, want);
-    expect_reference(run_layer(device, w, options, in, out_dtype), want,
-                     fmt_case(c, x_dtype, out_dtype));
+    expect_reference(run_layer(device, w, options, in, out_dtype), want, fmt_case(c, x_dtype, out_dtype));
   }
 
   static std::string fmt_case(const LayerCase& c, DType x, DType out) {
-    return to_string(c.scheme) + " " + to_string(c.activation) + " E" + std::to_string(c.experts) + " H" + std::to_string(c.hidden) +
-           " I" + std::to_string(c.intermediate) + " T" + std::to_string(c.tokens) + " k" + std::to_string(c.top_k) + " " + to_string(x) + " -> " + to_string(out);
+    return to_string(c.scheme) + " " + to_string(c.activation) + " E" + std::to_string(c.experts) + " H" +
+           std::to_string(c.hidden) + " I" + std::to_string(c.intermediate) + " T" + std::to_string(c.tokens) + " k" +
+           std::to_string(c.top_k) + " " + to_string(x) + " -> " + to_string(out);
   }
 };
 
 TEST_P(Properties, EqualsTheReferenceOverShapes) {
-  const std::tuple<int, int, int, int, int> shapes[] = {{8, 128, 64, 13, 3},  {4, 160, 96, 33, 4},  {16, 256, 192, 1, 2},
-                                                        {3, 288, 352, 50, 1}, {5, 96, 448, 3, 5},   {64, 64, 704, 20, 8},
-                                                        {1, 320, 32, 40, 1},  {6, 512, 128, 200, 2}};
+  const std::tuple<int, int, int, int, int> shapes[] = {
+      {8, 128, 64, 13, 3}, {4, 160, 96, 33, 4},  {16, 256, 192, 1, 2}, {3, 288, 352, 50, 1},
+      {5, 96, 448, 3, 5},  {64, 64, 704, 20, 8}, {1, 320, 32, 40, 1},  {6, 512, 128, 200, 2}};
   std::uint32_t seed = 1;
   for (const auto& [e, h, i, t, k] : shapes) {
     LayerCase c;
@@ -112,8 +113,10 @@ TEST_P(Properties, NeighboursDoNotMatter) {
   for (const std::int64_t count : {1, 2, 5, 16}) {
     for (std::int64_t t = 0; t + count <= c.tokens; t += 7) {
       Tensor part = Tensor::empty(DType::bfloat16, {count, c.hidden});
-      layer.forward(in.x.view().slice(t, count), in.ids.view().slice(t, count), in.weights.view().slice(t, count), part);
-      ASSERT_EQ(std::memcmp(part.as<char>(), all.as<char>() + static_cast<std::size_t>(t * c.hidden) * 2, part.bytes()), 0)
+      layer.forward(in.x.view().slice(t, count), in.ids.view().slice(t, count), in.weights.view().slice(t, count),
+                    part);
+      ASSERT_EQ(std::memcmp(part.as<char>(), all.as<char>() + static_cast<std::size_t>(t * c.hidden) * 2, part.bytes()),
+                0)
           << "tokens " << t << "+" << count;
     }
   }
@@ -132,11 +135,14 @@ TEST_P(Properties, PermutingTokensPermutesOutputs) {
   for (std::int64_t t = 0; t < c.tokens; ++t) {
     std::memcpy(moved.x.view().at(to(t)).data(), in.x.view().at(t).data(), static_cast<std::size_t>(c.hidden) * 2);
     std::memcpy(moved.ids.view().at(to(t)).data(), in.ids.view().at(t).data(), static_cast<std::size_t>(c.top_k) * 4);
-    std::memcpy(moved.weights.view().at(to(t)).data(), in.weights.view().at(t).data(), static_cast<std::size_t>(c.top_k) * 4);
+    std::memcpy(moved.weights.view().at(to(t)).data(), in.weights.view().at(t).data(),
+                static_cast<std::size_t>(c.top_k) * 4);
   }
   const Tensor got = run_layer(device, w, {}, moved);
   for (std::int64_t t = 0; t < c.tokens; ++t) {
-    ASSERT_EQ(std::memcmp(got.view().at(to(t)).data(), plain.view().at(t).data(), static_cast<std::size_t>(c.hidden) * 2), 0) << t;
+    ASSERT_EQ(
+        std::memcmp(got.view().at(to(t)).data(), plain.view().at(t).data(), static_cast<std::size_t>(c.hidden) * 2), 0)
+        << t;
   }
 }
 
@@ -148,18 +154,22 @@ TEST_P(Properties, NanAndInfStayInTheirRow) {
   testing::LayerInput in = testing::make_input(c, DType::bfloat16, false);
   const Tensor clean = run_layer(device, w, {}, in);
   const bool saturating = scheme.kind == SchemeKind::w4a8_fp8 && scheme.activation_scale == ActivationScale::none;
-  in.x.as<std::uint16_t>()[5 * c.hidden + 77] = 0x7fc1;                        // NaN
-  if (!saturating) in.x.as<std::uint16_t>()[11 * c.hidden + 1] = 0xff80;       // -Inf
+  in.x.as<std::uint16_t>()[5 * c.hidden + 77] = 0x7fc1;                   // NaN
+  if (!saturating) in.x.as<std::uint16_t>()[11 * c.hidden + 1] = 0xff80;  // -Inf
   const Tensor got = run_layer(device, w, {}, in);
   for (std::int64_t t = 0; t < c.tokens; ++t) {
     if (t == 5 || (t == 11 && !saturating)) {
       for (std::int64_t n = 0; n < c.hidden; ++n) {
         const std::uint16_t v = got.as<std::uint16_t>()[t * c.hidden + n];
-        if (scheme.is_integer() || t == 5) ASSERT_EQ(v, 0x7fff) << t << " " << n;
-        else ASSERT_GE(v & 0x7fff, 0x7f80) << t << " " << n;  // a float product may keep Inf
+        if (scheme.is_integer() || t == 5)
+          ASSERT_EQ(v, 0x7fff) << t << " " << n;
+        else
+          ASSERT_GE(v & 0x7fff, 0x7f80) << t << " " << n;  // a float product may keep Inf
       }
     } else {
-      ASSERT_EQ(std::memcmp(got.view().at(t).data(), clean.view().at(t).data(), static_cast<std::size_t>(c.hidden) * 2), 0) << t;
+      ASSERT_EQ(std::memcmp(got.view().at(t).data(), clean.view().at(t).data(), static_cast<std::size_t>(c.hidden) * 2),
+                0)
+          << t;
     }
   }
 }
@@ -174,8 +184,8 @@ TEST_P(Properties, SkewedSingleAndEmptyRoutings) {
     testing::LayerInput in = testing::make_input(c);
     for (std::int64_t i = 0; i < c.tokens * c.top_k; ++i) {
       auto& id = in.ids.as<std::int32_t>()[i];
-      if (kind == 0) id = -1;                                      // nobody
-      if (kind == 1) id = i % c.top_k == 0 ? 31 : -1;              // one expert takes all
+      if (kind == 0) id = -1;                                                              // nobody
+      if (kind == 1) id = i % c.top_k == 0 ? 31 : -1;                                      // one expert takes all
       if (kind == 2 && i % c.top_k != 0) id = i < 150 ? 2 + static_cast<int>(i % 2) : id;  // a few take most
     }
     Tensor want = Tensor::zeros(DType::bfloat16, {c.tokens, c.hidden});
@@ -198,7 +208,8 @@ TEST_P(Properties, GroupedGemmOffsetsAndMasked) {
   QuantizedMatrix m = quantize_matrix(scheme, w);
   if (scheme.activation_scale == ActivationScale::static_) {
     m.activation_scale = Tensor::empty(DType::float32, {scheme.is_integer() ? 1 : experts});
-    for (std::int64_t i = 0; i < m.activation_scale.elems(); ++i) m.activation_scale.as<float>()[i] = 0.04f + 0.01f * static_cast<float>(i);
+    for (std::int64_t i = 0; i < m.activation_scale.elems(); ++i)
+      m.activation_scale.as<float>()[i] = 0.04f + 0.01f * static_cast<float>(i);
   }
   const PreparedMatrix b(device, m);
   const Tensor bias = testing::random_tensor(DType::float32, {experts, n}, 6);
@@ -225,10 +236,13 @@ TEST_P(Properties, GroupedGemmOffsetsAndMasked) {
     grouped_gemm({a3, {}, {}, {}}, b, got3, Groups::masked(counts), o);
     reference::grouped_gemm(m, {a3, {}, {}, {}}, want3, Groups::masked(counts), o.bias);
     for (int e = 0; e < experts; ++e) {
-      expect_reference(Tensor::copy_of(got3.view().at(e)), Tensor::copy_of(want3.view().at(e)), "masked " + std::to_string(e));
+      expect_reference(Tensor::copy_of(got3.view().at(e)), Tensor::copy_of(want3.view().at(e)),
+                       "masked " + std::to_string(e));
       const std::int64_t rest = (max_rows - rows[e]) * n * 4;
       EXPECT_EQ(std::memcmp(got3.view().at(e).as<float>() + rows[e] * n, want3.view().at(e).as<float>() + rows[e] * n,
-                            static_cast<std::size_t>(rest)), 0) << "rows past the count were written";
+                            static_cast<std::size_t>(rest)),
+                0)
+          << "rows past the count were written";
     }
   }
 }
@@ -247,19 +261,22 @@ TEST_P(Properties, GivenActivationsIncludingMinus128) {
   }
   const std::int64_t groups = scheme.kind == SchemeKind::int8_block ? m.blocks_k() : m.super_groups();
   Activations act{a, {}, {}, {}};
-  Tensor scale = scheme.has_blocks() ? Tensor::empty(DType::float32, {rows, groups})
-                                     : Tensor::empty(DType::float32, {scheme.activation_scale == ActivationScale::static_ ? 1 : rows});
+  Tensor scale = scheme.has_blocks()
+                     ? Tensor::empty(DType::float32, {rows, groups})
+                     : Tensor::empty(DType::float32, {scheme.activation_scale == ActivationScale::static_ ? 1 : rows});
   for (std::int64_t i = 0; i < scale.elems(); ++i) scale.as<float>()[i] = 0.01f * static_cast<float>(i % 9 + 1);
   act.scale = scale;
   Tensor q, zero;
   if (scheme.kind == SchemeKind::int8_hybrid) {
     q = Tensor::empty(DType::uint8, {rows, m.blocks_k()});
-    for (std::int64_t i = 0; i < q.elems(); ++i) q.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(1 + i % scheme.q_max);
+    for (std::int64_t i = 0; i < q.elems(); ++i)
+      q.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(1 + i % scheme.q_max);
     act.q = q;
   }
   if (scheme.asymmetric) {
     zero = Tensor::empty(DType::int32, {rows});
-    for (std::int64_t i = 0; i < rows; ++i) zero.as<std::int32_t>()[i] = static_cast<std::int32_t>(i % 2 ? 127 - i : -128 + i);
+    for (std::int64_t i = 0; i < rows; ++i)
+      zero.as<std::int32_t>()[i] = static_cast<std::int32_t>(i % 2 ? 127 - i : -128 + i);
     act.zero = zero;
   }
   Tensor offsets = Tensor::empty(DType::int64, {experts + 1});
@@ -273,10 +290,12 @@ TEST_P(Properties, GivenActivationsIncludingMinus128) {
 
 INSTANTIATE_TEST_SUITE_P(
     Schemes, Properties,
-    ::testing::Combine(::testing::Values("int8_channel", "int8_channel:static", "int8_channel:asymmetric", "int8_channel:per_tensor",
-                                         "int8_block", "int8_block:block_n=64,block_k=32", "int8_block:block_k=256", "int8_hybrid",
-                                         "int8_hybrid:block=32,super=3,q_max=8", "int8_hybrid:block=64,super=64,q_max=32", "w4a8_fp8",
-                                         "w4a8_fp8:group=0", "w4a8_fp8:static", "w4a8_fp8:none", "bf16", "fp16"),
+    ::testing::Combine(::testing::Values("int8_channel", "int8_channel:static", "int8_channel:asymmetric",
+                                         "int8_channel:per_tensor", "int8_block", "int8_block:block_n=64,block_k=32",
+                                         "int8_block:block_k=256", "int8_hybrid",
+                                         "int8_hybrid:block=32,super=3,q_max=8",
+                                         "int8_hybrid:block=64,super=64,q_max=32", "w4a8_fp8", "w4a8_fp8:group=0",
+                                         "w4a8_fp8:static", "w4a8_fp8:none", "bf16", "fp16"),
                        ::testing::ValuesIn(testing::devices())),
     [](const auto& info) {
       std::string name = std::get<0>(info.param) + "_" + to_string(std::get<1>(info.param));

@@ -47,8 +47,10 @@ TEST(Numerics, Bf16RoundsToNearestEven) {
 TEST(Numerics, E4m3IsTheNearestOfAllCodes) {
   for (int c = 0; c < 256; ++c) {
     const float f = num::e4m3_to_float(static_cast<std::uint8_t>(c));
-    if ((c & 0x7f) == 0x7f) EXPECT_TRUE(num::is_nan(f));
-    else EXPECT_EQ(num::float_to_e4m3(f), c);
+    if ((c & 0x7f) == 0x7f)
+      EXPECT_TRUE(num::is_nan(f));
+    else
+      EXPECT_EQ(num::float_to_e4m3(f), c);
   }
   EXPECT_EQ(num::e4m3_to_float(0x7e), 448.0f);
   EXPECT_EQ(num::float_to_e4m3(1e30f), 0x7e);

@@ -18,7 +18,8 @@ using testing::random_tensor;
 
 std::vector<float> floats(const Tensor& w) {
   std::vector<float> out(static_cast<std::size_t>(w.elems()));
-  for (std::size_t i = 0; i < out.size(); ++i) out[i] = reference::load(w.as<char>() + i * size_bytes(w.dtype()), w.dtype());
+  for (std::size_t i = 0; i < out.size(); ++i)
+    out[i] = reference::load(w.as<char>() + i * size_bytes(w.dtype()), w.dtype());
   return out;
 }
 
@@ -60,7 +61,8 @@ TEST(Quantize, EveryValueIsWithinHalfAStep) {
               step = m.scale.as<float>()[block * l.super_groups + g / s.super_group] *
                      static_cast<float>(m.q.as<std::uint8_t>()[block * l.blocks_k + g]);
             }
-            ASSERT_LE(std::fabs(back.as<float>()[i] - w.as<float>()[i]), 0.5001f * step) << text << " " << e << " " << n << " " << c;
+            ASSERT_LE(std::fabs(back.as<float>()[i] - w.as<float>()[i]), 0.5001f * step)
+                << text << " " << e << " " << n << " " << c;
           }
         }
       }
@@ -94,10 +96,12 @@ TEST(Quantize, HybridRoundsQUp) {
 TEST(Quantize, SameForEveryThreadCountAndStride) {
   const Tensor w = random_tensor(DType::float16, {3, 130, 96}, 5);
   Tensor wide = Tensor::zeros(DType::float16, {3, 130, 128});
-  for (std::int64_t r = 0; r < 390; ++r) std::memcpy(wide.as<std::uint16_t>() + r * 128, w.as<std::uint16_t>() + r * 96, 192);
+  for (std::int64_t r = 0; r < 390; ++r)
+    std::memcpy(wide.as<std::uint16_t>() + r * 128, w.as<std::uint16_t>() + r * 96, 192);
   const TensorView strided(wide.view().data(), DType::float16, Shape{3, 130, 96}, Shape{130 * 128, 128, 1});
   for (const Scheme& s : all_schemes()) {
-    const QuantizedMatrix a = quantize_matrix(s, w, 2, 1), b = quantize_matrix(s, w, 2, 3), c = quantize_matrix(s, strided, 2, 2);
+    const QuantizedMatrix a = quantize_matrix(s, w, 2, 1), b = quantize_matrix(s, w, 2, 3),
+                          c = quantize_matrix(s, strided, 2, 2);
     EXPECT_TRUE(same(a.values, b.values) && same(a.scale, b.scale) && same(a.q, b.q)) << to_string(s);
     EXPECT_TRUE(same(a.values, c.values) && same(a.scale, c.scale) && same(a.q, c.q)) << to_string(s);
   }
@@ -109,7 +113,8 @@ TEST(Quantize, ZeroAndSubnormalRows) {
   for (const Scheme& s : all_schemes()) {
     const QuantizedMatrix m = quantize_matrix(s, w);
     const Tensor back = dequantize(m);
-    for (std::int64_t i = 0; i < back.elems(); ++i) ASSERT_TRUE(std::fabs(back.as<float>()[i]) <= 1e-30f) << to_string(s);
+    for (std::int64_t i = 0; i < back.elems(); ++i)
+      ASSERT_TRUE(std::fabs(back.as<float>()[i]) <= 1e-30f) << to_string(s);
   }
 }
 
@@ -134,7 +139,8 @@ TEST(Quantize, HybridOverflowIsProven) {
   for (std::int64_t i = 0; i < w.elems(); ++i) w.as<float>()[i] = i % 3 ? 1.0f : -1.0f;
   const Scheme s = Scheme::int8_hybrid();
   const QuantizedMatrix m = quantize_matrix(s, w);
-  // 128 * 16 (Q_a) * 16 (Q_w) * 127 * 128 per block = 5.3e8: four blocks fit below 2^31, five do not; halving 64 gives 4.
+  // 128 * 16 (Q_a) * 16 (Q_w) * 127 * 128 per block = 5.3e8: four blocks fit below 2^31, five do not; halving 64
+  // gives 4.
   EXPECT_EQ(m.flush_blocks, 4);
   // Ordinary weights need no flush at all.
   const QuantizedMatrix usual = quantize_matrix(s, random_tensor(DType::float32, {1, 64, 2048}, 1));
@@ -149,22 +155,31 @@ TEST(Quantize, AdoptChecksEveryPart) {
   const Tensor w13 = testing::random_int8({2, 64, 48}, 1), w2 = testing::random_int8({2, 48, 32}, 2);
   Tensor s13 = Tensor::zeros(DType::float32, {2, 64}), s2 = Tensor::zeros(DType::float32, {2, 48, 1});
   EXPECT_EQ(MoeWeights::from_int8_channel(w13, s13, w2, s2).intermediate(), 32);
-  expect_error("w13_scale: expected shape [2, 64], got [2, 48, 1]", [&] { MoeWeights::from_int8_channel(w13, s2, w2, s2); });
+  expect_error("w13_scale: expected shape [2, 64], got [2, 48, 1]",
+               [&] { MoeWeights::from_int8_channel(w13, s2, w2, s2); });
   expect_error("w2: expected [E, H, I] to fit", [&] { MoeWeights::from_int8_channel(w13, s13, w13, s13); });
   s13.as<float>()[3] = -1;
-  expect_error("w13_scale: expected finite scales of at least 0, got -1 at element 3", [&] { MoeWeights::from_int8_channel(w13, s13, w2, s2); });
+  expect_error("w13_scale: expected finite scales of at least 0, got -1 at element 3",
+               [&] { MoeWeights::from_int8_channel(w13, s13, w2, s2); });
   s13.as<float>()[3] = std::nanf("");
   expect_error("w13_scale: expected finite scales", [&] { MoeWeights::from_int8_channel(w13, s13, w2, s2); });
   s13.as<float>()[3] = 1;
-  expect_error("w13: expected dtype int8, got float32", [&] { MoeWeights::from_int8_channel(Tensor::zeros(DType::float32, {2, 64, 48}), s13, w2, s2); });
-  expect_error("w13: expected rows of a multiple of 16 bytes", [&] { MoeWeights::from_int8_channel(Tensor::zeros(DType::int8, {2, 64, 40}), s13, w2, s2); });
+  expect_error("w13: expected dtype int8, got float32", [&] {
+    MoeWeights::from_int8_channel(Tensor::zeros(DType::float32, {2, 64, 48}), s13, w2, s2);
+  });
+  expect_error("w13: expected rows of a multiple of 16 bytes", [&] {
+    MoeWeights::from_int8_channel(Tensor::zeros(DType::int8, {2, 64, 40}), s13, w2, s2);
+  });
   expect_error("w13: expected a tensor, got none", [&] { MoeWeights::from_int8_channel(Tensor(), s13, w2, s2); });
-  expect_error("x_scale: expected a static activation scale", [&] { MoeWeights::from_int8_channel(w13, s13, w2, s2, {}, Scheme::parse("int8_channel:static")); });
-  expect_error("scheme: expected int8_block, got int8_channel", [&] { MoeWeights::from_int8_block(w13, s13, w2, s2, {}, Scheme::int8_channel()); });
+  expect_error("x_scale: expected a static activation scale",
+               [&] { MoeWeights::from_int8_channel(w13, s13, w2, s2, {}, Scheme::parse("int8_channel:static")); });
+  expect_error("scheme: expected int8_block, got int8_channel",
+               [&] { MoeWeights::from_int8_block(w13, s13, w2, s2, {}, Scheme::int8_channel()); });
   // Gate and up halves have their own blocks: 2 * ceil(32/128) = 2, not ceil(64/128) = 1.
   const Tensor b13 = Tensor::zeros(DType::float32, {2, 2, 1}), b2 = Tensor::zeros(DType::float32, {2, 1, 1});
   EXPECT_EQ(MoeWeights::from_int8_block(w13, b13, w2, b2).w13.blocks_n(), 2);
-  expect_error("w13_scale: expected shape [2, 2, 1], got [2, 1, 1]", [&] { MoeWeights::from_int8_block(w13, b2, w2, b2); });
+  expect_error("w13_scale: expected shape [2, 2, 1], got [2, 1, 1]",
+               [&] { MoeWeights::from_int8_block(w13, b2, w2, b2); });
 }
 
 TEST(Quantize, ErrorOfEachSchemeOnGaussianWeights) {

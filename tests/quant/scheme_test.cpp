@@ -8,9 +8,10 @@ namespace octomoe {
 namespace {
 
 TEST(Scheme, TextParsesBack) {
-  for (const char* text : {"int8_channel", "int8_channel:static", "int8_channel:asymmetric", "int8_channel:static,per_tensor",
-                           "int8_block", "int8_block:block_n=64,block_k=256", "int8_hybrid", "int8_hybrid:super=4,q_max=32",
-                           "w4a8_fp8", "w4a8_fp8:static,group=0", "w4a8_fp8:none", "bf16", "fp16"}) {
+  for (const char* text :
+       {"int8_channel", "int8_channel:static", "int8_channel:asymmetric", "int8_channel:static,per_tensor",
+        "int8_block", "int8_block:block_n=64,block_k=256", "int8_hybrid", "int8_hybrid:super=4,q_max=32", "w4a8_fp8",
+        "w4a8_fp8:static,group=0", "w4a8_fp8:none", "bf16", "fp16"}) {
     EXPECT_EQ(to_string(Scheme::parse(text)), text);
   }
   EXPECT_EQ(Scheme::parse("int8_block:block=64").block_n, 64);
@@ -33,7 +34,8 @@ TEST(Scheme, BadTextNamesThePart) {
 }
 
 TEST(Activation, NamesParseBack) {
-  for (int i = 0; i < 10; ++i) EXPECT_EQ(parse_activation(to_string(static_cast<Activation>(i))), static_cast<Activation>(i));
+  for (int i = 0; i < 10; ++i)
+    EXPECT_EQ(parse_activation(to_string(static_cast<Activation>(i))), static_cast<Activation>(i));
   EXPECT_EQ(parse_activation("gelu"), Activation::gelu_erf);
   testing::expect_error("activation: expected one of swiglu", [] { parse_activation("swish"); });
   testing::expect_error("gate_up_order", [] { parse_gate_up_order("upgate"); });

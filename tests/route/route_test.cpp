@@ -40,15 +40,18 @@ Row sigmoid(const float* l, std::size_t n) {
 std::vector<int> top(const Row& s, int k) {
   std::vector<int> order(s.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return s[static_cast<std::size_t>(a)] > s[static_cast<std::size_t>(b)]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return s[static_cast<std::size_t>(a)] > s[static_cast<std::size_t>(b)]; });
   order.resize(static_cast<std::size_t>(k));
   return order;
 }
 
 void expect_routed(const Routed& got, std::int64_t t, int k, const std::vector<int>& ids, const Row& weights) {
   for (int j = 0; j < k; ++j) {
-    ASSERT_EQ(got.ids.as<std::int32_t>()[t * k + j], ids[static_cast<std::size_t>(j)]) << "token " << t << " slot " << j;
-    ASSERT_NEAR(got.weights.as<float>()[t * k + j], weights[static_cast<std::size_t>(j)], 2e-6 * std::fabs(weights[static_cast<std::size_t>(j)]) + 1e-12);
+    ASSERT_EQ(got.ids.as<std::int32_t>()[t * k + j], ids[static_cast<std::size_t>(j)])
+        << "token " << t << " slot " << j;
+    ASSERT_NEAR(got.weights.as<float>()[t * k + j], weights[static_cast<std::size_t>(j)],
+                2e-6 * std::fabs(weights[static_cast<std::size_t>(j)]) + 1e-12);
   }
 }
 
@@ -147,7 +150,8 @@ TEST(Route, HalfLogitsAndStrides) {
     const Tensor half = testing::random_tensor(dtype, {9, 32}, 4, 0.3f);
     Tensor full = Tensor::zeros(DType::float32, {9, 40});
     for (std::int64_t t = 0; t < 9; ++t) {
-      for (std::int64_t e = 0; e < 32; ++e) full.as<float>()[t * 40 + e] = reference::load(half.as<std::uint16_t>() + t * 32 + e, dtype);
+      for (std::int64_t e = 0; e < 32; ++e)
+        full.as<float>()[t * 40 + e] = reference::load(half.as<std::uint16_t>() + t * 32 + e, dtype);
     }
     const TensorView strided(full.view().data(), DType::float32, Shape{9, 32}, Shape{40, 1});
     const Routed a = run(half, 5, {});
@@ -160,7 +164,8 @@ TEST(Route, HalfLogitsAndStrides) {
 
 TEST(Route, BadArguments) {
   using testing::expect_error;
-  const Tensor logits = Tensor::zeros(DType::float32, {4, 16}), w = Tensor::zeros(DType::float32, {4, 3}), ids = Tensor::zeros(DType::int32, {4, 3});
+  const Tensor logits = Tensor::zeros(DType::float32, {4, 16}), w = Tensor::zeros(DType::float32, {4, 3}),
+               ids = Tensor::zeros(DType::int32, {4, 3});
   const auto with = [&](auto change) {
     RouteOptions o;
     change(o);
@@ -168,14 +173,31 @@ TEST(Route, BadArguments) {
   };
   expect_error("logits: expected dtype float32 or float16 or bfloat16, got int32", [&] { route(ids, w, ids); });
   expect_error("topk_weights: expected shape [4, 3], got [4, 16]", [&] { route(logits, logits, ids); });
-  expect_error("topk_ids: expected dtype int32, got float32", [&] { route(logits, w, Tensor::zeros(DType::float32, {4, 3})); });
-  expect_error("topk_ids: expected a top_k in 1..16", [&] { route(logits, Tensor::zeros(DType::float32, {4, 17}), Tensor::zeros(DType::int32, {4, 17})); });
-  expect_error("groups: expected a divisor of 16 experts, got 3", [&] { route(logits, w, ids, with([](auto& o) { o.groups = 3; })); });
-  expect_error("topk_groups: expected 1..4, got 5", [&] { route(logits, w, ids, with([](auto& o) { o.groups = 4; o.topk_groups = 5; })); });
-  expect_error("topk_groups: expected groups with at least top_k = 3", [&] { route(logits, w, ids, with([](auto& o) { o.groups = 8; o.topk_groups = 1; })); });
+  expect_error("topk_ids: expected dtype int32, got float32", [&] {
+    route(logits, w, Tensor::zeros(DType::float32, {4, 3}));
+  });
+  expect_error("topk_ids: expected a top_k in 1..16", [&] {
+    route(logits, Tensor::zeros(DType::float32, {4, 17}), Tensor::zeros(DType::int32, {4, 17}));
+  });
+  expect_error("groups: expected a divisor of 16 experts, got 3",
+               [&] { route(logits, w, ids, with([](auto& o) { o.groups = 3; })); });
+  expect_error("topk_groups: expected 1..4, got 5", [&] {
+    route(logits, w, ids, with([](auto& o) {
+            o.groups = 4;
+            o.topk_groups = 5;
+          }));
+  });
+  expect_error("topk_groups: expected groups with at least top_k = 3", [&] {
+    route(logits, w, ids, with([](auto& o) {
+            o.groups = 8;
+            o.topk_groups = 1;
+          }));
+  });
   expect_error("renormalize_min", [&] { route(logits, w, ids, with([](auto& o) { o.renormalize_min = -1; })); });
-  expect_error("scaling_factor", [&] { route(logits, w, ids, with([](auto& o) { o.scaling_factor = std::nanf(""); })); });
-  expect_error("correction_bias: expected shape [16], got [4, 3]", [&] { route(logits, w, ids, with([&](auto& o) { o.correction_bias = w; })); });
+  expect_error("scaling_factor",
+               [&] { route(logits, w, ids, with([](auto& o) { o.scaling_factor = std::nanf(""); })); });
+  expect_error("correction_bias: expected shape [16], got [4, 3]",
+               [&] { route(logits, w, ids, with([&](auto& o) { o.correction_bias = w; })); });
 }
 
 }  // namespace

@@ -11,7 +11,8 @@
 
 namespace octomoe::testing {
 
-// Normal values; every 17th row is 100 times larger and every 13th column 30 times, so that scales differ between groups.
+// Normal values; every 17th row is 100 times larger and every 13th column 30 times, so that scales differ between
+// groups.
 inline Tensor random_tensor(DType dtype, Shape shape, std::uint32_t seed, float amplitude = 1.0f) {
   Tensor t = Tensor::empty(dtype, shape);
   std::mt19937 rng(seed);

@@ -33,7 +33,8 @@ inline float amplitude(const LayerCase& c) {
 inline MoeWeights make_weights(const LayerCase& c, std::int64_t experts) {
   const std::int64_t n13 = c.intermediate * (is_gated(c.activation) ? 2 : 1);
   const Tensor w13 = random_tensor(DType::float32, {experts, n13, c.hidden}, c.seed * 10 + 1, 0.05f * amplitude(c));
-  const Tensor w2 = random_tensor(DType::float32, {experts, c.hidden, c.intermediate}, c.seed * 10 + 2, 0.05f * amplitude(c));
+  const Tensor w2 =
+      random_tensor(DType::float32, {experts, c.hidden, c.intermediate}, c.seed * 10 + 2, 0.05f * amplitude(c));
   QuantizeOptions o;
   o.activation = c.activation;
   o.gate_up_order = c.order;
@@ -74,7 +75,8 @@ class GuardedOutput {
     for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = 0xA5;
   }
   TensorView view() {
-    return TensorView(raw_.as<std::uint8_t>() + pad_ * size(), dtype_, Shape{rows_, columns_}, Shape{columns_ + pad_, 1});
+    return TensorView(raw_.as<std::uint8_t>() + pad_ * size(), dtype_, Shape{rows_, columns_},
+                      Shape{columns_ + pad_, 1});
   }
   Tensor dense() { return Tensor::copy_of(view()); }
   bool intact() const {

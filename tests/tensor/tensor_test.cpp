@@ -42,15 +42,20 @@ TEST(Tensor, EmptyAndSingletonDimensionsAreContiguous) {
 
 TEST(Tensor, AbsurdSizesAreOutOfMemory) {
   const std::int64_t big = std::numeric_limits<std::int64_t>::max() / 2;
-  testing::expect_error(ErrorCode::out_of_memory, "cannot allocate float32 of shape", [&] { Tensor::empty(DType::float32, {big, big}); });
+  testing::expect_error(ErrorCode::out_of_memory, "cannot allocate float32 of shape", [&] {
+    Tensor::empty(DType::float32, {big, big});
+  });
   testing::expect_error(ErrorCode::out_of_memory, "cannot allocate", [&] { Tensor::empty(DType::int8, {big}); });
 }
 
 TEST(Tensor, ErrorsNameArgumentExpectedAndGot) {
   const Tensor t = Tensor::zeros(DType::int8, {2, 3});
   testing::expect_error("x: expected shape [*, 4], got [2, 3]", [&] { check_shape(t, "x", {-1, 4}); });
-  testing::expect_error("x: expected dtype float32 or bfloat16, got int8", [&] { check_dtype(t, "x", {DType::float32, DType::bfloat16}); });
-  testing::expect_error("x: expected a tensor on cuda:1, got one on cpu", [&] { check_device(t, "x", Device::cuda(1)); });
+  testing::expect_error("x: expected dtype float32 or bfloat16, got int8", [&] {
+    check_dtype(t, "x", {DType::float32, DType::bfloat16});
+  });
+  testing::expect_error("x: expected a tensor on cuda:1, got one on cpu",
+                        [&] { check_device(t, "x", Device::cuda(1)); });
   testing::expect_error("x: expected a tensor, got none", [&] { check_defined(TensorView(), "x"); });
   testing::expect_error("slice: expected a range inside [2, 3], got [1, 3)", [&] { t.view().slice(1, 2); });
   testing::expect_error("shape: expected at most 5 dimensions, got 6", [&] { Shape({1, 1, 1, 1, 1, 1}); });
@@ -60,7 +65,8 @@ TEST(Tensor, NamesParseBack) {
   for (int i = 0; i < 9; ++i) EXPECT_EQ(parse_dtype(to_string(static_cast<DType>(i))), static_cast<DType>(i));
   EXPECT_EQ(parse_dtype("bf16"), DType::bfloat16);
   EXPECT_EQ(Device::parse("cuda:12"), Device::cuda(12));
-  testing::expect_error("device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"cuda:x\"", [&] { Device::parse("cuda:x"); });
+  testing::expect_error("device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"cuda:x\"",
+                        [&] { Device::parse("cuda:x"); });
   testing::expect_error("got \"float12\"", [&] { parse_dtype("float12"); });
 }
 
