@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cli/cli.h"
+#include "jit/catalogue.h"
 #include "octomoe/error.h"
 #include "octomoe/version.h"
 
@@ -21,7 +22,6 @@ constexpr const char* kFooter =
     "  octomoe run --checkpoint data/tiny-qwen3-moe --scheme all  error and speed of every scheme\n"
     "  octomoe quantize model model-int8 --scheme int8_channel    write a quantised checkpoint\n"
     "  octomoe bench --model qwen3-30b --tokens 1,128             time one layer with random weights\n"
-    "  octomoe pack --out kernels.pack                            precompile the GPU kernels\n"
     "\n"
     "Exit codes: 0 ok, 1 failure, 2 bad argument. NO_COLOR=1 switches colours off.\n"
     "'octomoe COMMAND --help' explains the options of a command.";
@@ -49,7 +49,7 @@ int parse_and_run(int argc, char** argv) {
   add_run(app, action);
   add_quantize(app, action);
   add_bench(app, action);
-  add_pack(app, action);
+  if (!catalogue().empty()) add_pack(app, action);  // nothing to pack before there are kernels
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
@@ -58,7 +58,7 @@ int parse_and_run(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     return fail(std::string(e.what()) + " (see octomoe --help)", kUsage);
   }
-  if (!action) return fail("no command given: doctor, run, quantize, bench or pack (see octomoe --help)", kUsage);
+  if (!action) return fail("no command given: doctor, run, quantize or bench (see octomoe --help)", kUsage);
   const int code = action();
   if (std::fflush(stdout) != 0 || std::ferror(stdout)) return fail("cannot write to standard output", kFailure);
   return code;
