@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 seconds=${1:-60}
 build=build-fuzz
 
-scripts/build.sh $build -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=clang++ -DOCTOMOE_SANITIZE=address,undefined \
+scripts/build.sh $build -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -DOCTOMOE_SANITIZE=address,undefined -DOCTOMOE_INSTALL=OFF \
   -DOCTOMOE_BUILD_FUZZERS=ON -DOCTOMOE_BUILD_TESTS=OFF -DOCTOMOE_BUILD_CLI=OFF
 ctest --test-dir $build --output-on-failure --no-tests=error </dev/null
 ((seconds)) || exit 0

@@ -1,5 +1,7 @@
 #include "tensor/check.h"
 
+#include <algorithm>
+
 namespace octomoe {
 namespace {
 
@@ -31,12 +33,9 @@ void check_shape(const TensorView& t, const char* name, std::initializer_list<st
 }
 
 void check_dtype(const TensorView& t, const char* name, std::initializer_list<DType> accepted) {
+  if (std::find(accepted.begin(), accepted.end(), t.dtype()) != accepted.end()) return;
   std::string list;
-  for (const DType d : accepted) {
-    if (t.dtype() == d) return;
-    if (!list.empty()) list += " or ";
-    list += to_string(d);
-  }
+  for (const DType d : accepted) list += (list.empty() ? "" : " or ") + std::string(to_string(d));
   bad_argument("{}: expected dtype {}, got {}", name, list, to_string(t.dtype()));
 }
 
