@@ -88,9 +88,9 @@ class MlpReader {
 
   void check_present() const {
     std::vector<std::string> suffixes = {storage_ == Storage::int4_words ? ".weight_packed" : ".weight"};
-    if (storage_ != Storage::floating) suffixes.push_back(scale_suffix());
-    if (hybrid_) suffixes.push_back(".weight_scale_q");
-    if (static_) suffixes.push_back(".input_scale");
+    if (storage_ != Storage::floating) suffixes.emplace_back(scale_suffix());
+    if (hybrid_) suffixes.emplace_back(".weight_scale_q");
+    if (static_) suffixes.emplace_back(".input_scale");
     std::vector<std::string> wanted;
     for (const Parts* p : {&w13_, &w2_}) {
       for (const std::string& name : p->names) {

@@ -75,7 +75,8 @@ TEST(Numerics, ExpReciprocalSigmoid) {
   }
   for (std::uint32_t b = 0x3f800000; b < 0x7f000000; b += 10007) {
     const float d = num::from_bits(b);
-    ASSERT_LT(relative(num::rcp(d), 1.0 / static_cast<double>(d)), 2.0e-7) << d;
+    // From 2^125 on the result nears the subnormals and has fewer bits.
+    ASSERT_LT(relative(num::rcp(d), 1.0 / static_cast<double>(d)), d < 0x1p125f ? 1.1e-7 : 5e-7) << d;
   }
   EXPECT_TRUE(num::is_nan(num::sigmoid(num::nan())));
   EXPECT_EQ(num::sigmoid(1000.0f), 1.0f);
