@@ -56,7 +56,8 @@ def main() -> int:
 
     tidy = os.environ.get("CLANG_TIDY", "clang-tidy")
     version = subprocess.run([tidy, "--version"], check=True, capture_output=True).stdout
-    common = version + (ROOT / ".clang-tidy").read_bytes()
+    settings = [ROOT / ".clang-tidy", *sorted((ROOT / "src").rglob(".clang-tidy"))]
+    common = version + b"".join(path.read_bytes() for path in settings)
     passed = options.build / "tidy-passed"
     passed.mkdir(exist_ok=True)
 
