@@ -24,27 +24,39 @@ struct LayerOptions {
   Tensor expert_map;                        // int32 [global experts] -> local expert, -1 = not on this rank
   int threads = 0;                          // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
   bool keep_weights = false;  // CPU: keep the natural layout beside the packed one (weights() stays usable)
+  // CUDA: normally GEMM1 gathers quantised tokens by itself and applies SwiGLU in its epilogue. Off: as kernels of
+  // their own, same results, to measure what the fusion is worth.
+  bool fused_gather = true, fused_activation = true;
 };
 
 struct ForwardOptions {
   bool accumulate = false;  // out += result instead of out = result
+  // CUDA: ids outside -1..E-1 count as -1. With check_ids they are an Error, which needs a copy to the host: it
+  // synchronises with the stream and cannot be captured. The CPU always checks.
+  bool check_ids = false;
+  // CUDA: uint8 [at least workspace_bytes(T, k)], 256-byte aligned, used by this call alone until it has run. Not
+  // given: the layer's own, one for each stream (reserve() makes the first).
+  TensorView workspace;
 };
 
 class MoeLayer {
  public:
-  // Prepares (CPU: packs) the weights. Error if they do not fit together or the device cannot run the scheme.
+  // Prepares the weights: the CPU packs them; CUDA uses those on its device where they lie and uploads others. Error if
+  // they do not fit together or the device cannot run the scheme (CUDA: the integer schemes).
   MoeLayer(Device device, MoeWeights weights, LayerOptions options = {});
   ~MoeLayer();
   MoeLayer(MoeLayer&&) noexcept;
   MoeLayer& operator=(MoeLayer&&) noexcept;
 
-  // Allocates the workspace for calls of up to max_tokens x top_k; later calls within it do not allocate.
+  // Allocates the workspace for calls of up to max_tokens x top_k; later calls within it do not allocate. On CUDA, the
+  // first call on a second stream allocates that stream's.
   void reserve(std::int64_t max_tokens, int top_k);
   std::size_t workspace_bytes(std::int64_t tokens, int top_k) const;  // a pure function of the shapes
 
   // x [T, H] bf16/fp16/float32, rows with any stride; topk_ids [T, k] int32 or int64, -1 = skipped (with an expert_map:
   // global ids); topk_weights [T, k] float32; out [T, H] bf16/fp16/float32. Nothing is written if an argument is wrong.
-  // Calls on one layer from several threads are serialised; different layers run side by side.
+  // Calls on one layer from several threads are serialised; different layers run side by side. On CUDA every tensor is
+  // on the layer's device, the work is put on `stream`, and the call returns at once.
   void forward(TensorView x, TensorView topk_ids, TensorView topk_weights, TensorView out,
                const ForwardOptions& options = {}, Stream stream = nullptr);
 
@@ -76,6 +88,8 @@ class PreparedMatrix {
   ~PreparedMatrix();
   PreparedMatrix(PreparedMatrix&&) noexcept;
   PreparedMatrix& operator=(PreparedMatrix&&) noexcept;
+  // Of a grouped_gemm over `rows` rows of a (masked: E * max_rows); 0 on the CPU.
+  std::size_t workspace_bytes(std::int64_t rows) const;
   struct Impl;
   const Impl& impl() const { return *impl_; }
 
@@ -94,7 +108,8 @@ struct Activations {
 };
 
 struct GemmOptions {
-  TensorView bias;  // float32 [E, N]
+  TensorView bias;       // float32 [E, N]
+  TensorView workspace;  // CUDA: as in ForwardOptions, PreparedMatrix::workspace_bytes(rows)
 };
 
 // d[r, :] = a[r, :] . b[expert of r]^T for every row; d [R, N] bf16, fp16 or float32 ([E, max_rows, N] when masked,

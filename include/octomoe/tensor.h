@@ -103,15 +103,17 @@ class TensorView {
   bool defined_ = false;
 };
 
-// Contiguous CPU memory (64-byte aligned) with shared ownership, or memory kept alive by `owner` (a file map, a
-// framework's tensor). Copies share the memory.
+// Contiguous memory (CPU: 64-byte, CUDA: 256-byte aligned) with shared ownership, or memory kept alive by `owner` (a
+// file map, a framework's tensor). Copies share the memory.
 class Tensor {
  public:
   Tensor() = default;
-  static Tensor empty(DType dtype, Shape shape);  // uninitialised; Error(out_of_memory)
-  static Tensor zeros(DType dtype, Shape shape);
+  static Tensor empty(DType dtype, Shape shape, Device device = {});  // uninitialised; Error(out_of_memory)
+  static Tensor zeros(DType dtype, Shape shape, Device device = {});
   static Tensor wrap(TensorView view, std::shared_ptr<const void> owner);
-  static Tensor copy_of(TensorView view);  // contiguous copy of a CPU view
+  // Contiguous copy on `device` of a view on any device (from or to CUDA: rows contiguous). Between CPU and CUDA it
+  // first waits for all work on the GPU.
+  static Tensor copy_of(TensorView view, Device device = {});
 
   bool defined() const { return view_.defined(); }
   const TensorView& view() const { return view_; }

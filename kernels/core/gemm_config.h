@@ -2,14 +2,13 @@
 // device. Never N, K, E, T or the number of SMs (docs/design.md).
 #pragma once
 
-#include "core/types.h"
+#include "core/args.h"
 
 namespace octomoe::kernels {
 
 // How integer partial sums become v (docs/schemes.md section 3).
 enum class Promotion : int {
-  channel,       // one int32 sum over K, scale per weight row
-  asymmetric,    // the same, minus zero point times column sum
+  channel,       // one int32 sum over K (minus zero point times column sum), scale per weight row
   block,         // float step per K-block: fma(float(partial), s_w * s_a, v)
   hybrid,        // integer step per K-block: total += (Q_w * Q_a) * partial; one float step at the end
   hybrid_flush,  // the same with a float step per chunk, for weights whose int32 bound asks for it
@@ -18,39 +17,44 @@ enum class Promotion : int {
 // What happens to v.
 enum class Epilogue : int {
   store,     // (+ bias) -> out [R, N]
-  activate,  // (+ bias), gate and up -> h bf16 [R, I]
+  swiglu,    // (+ bias), gate and up -> h bf16 [R, I]; other activations: quant/activate_rows.cuh
 };
 
-enum class OutType : int { bf16, fp16, f32 };
-
-// Values of octomoe::Activation; the epilogue switches on it once per tile, outside the element loops.
-enum class Act : int { swiglu, geglu_tanh, geglu_erf, swigluoai, silu, gelu_tanh, gelu_erf, relu, relu2, none };
+// The main loop's order inside a stage.
+enum class Order : int {
+  steps,  // k32 steps outside: fragments of one step at a time, sums of the whole warp tile in registers
+  tiles,  // token tiles of 8 outside: the weight fragments of the whole stage in registers, partial sums of one tile
+};
 
 struct GemmConfig {
   Promotion promotion;
   Epilogue epilogue;
-  bool gated;  // activate: w holds gate and up halves
-  OutType out;
-  int block_m;  // weight rows of a tile (gated: half of them gate, half up)
+  int block_m;  // weight rows of a tile (swiglu: half of them gate, half up)
   int block_n;  // tokens of a tile
   int block_k;  // bytes of K a pipeline stage holds
   int stages;
   int warps_m, warps_n;
   bool fine_groups;  // scale blocks of any multiple of 32 columns; otherwise of block_k
   int min_blocks;    // CTAs per SM that registers must allow
-  int buffers;  // fragment buffers: 2 = the next step's are loaded beside this step's mma, 1 = other warps hide them
+  Order order;
 
+  OCTOMOE_HD constexpr bool gated() const { return epilogue == Epilogue::swiglu; }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   // Per stage and token: s_a (block) or Q_a (hybrid) of the K-blocks that the stage touches.
   OCTOMOE_HD constexpr int scales_per_stage() const { return !has_blocks() ? 0 : fine_groups ? block_k / 32 : 1; }
   OCTOMOE_HD constexpr int threads() const { return warps_m * warps_n * 32; }
   OCTOMOE_HD constexpr int warp_m() const { return block_m / warps_m; }
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
-  OCTOMOE_HD constexpr int features() const { return gated ? block_m / 2 : block_m; }  // output columns of a tile
+  OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
   OCTOMOE_HD constexpr int stage_bytes() const {
-    return (block_m + block_n) * block_k + scales_per_stage() * block_n * 4;
+    return (block_m + block_n) * block_k + (scales_per_stage() * block_n * 4 + 127) / 128 * 128;
   }
-  OCTOMOE_HD constexpr int pipeline_bytes() const { return stages * stage_bytes(); }
+  // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
+  OCTOMOE_HD constexpr int table_bytes() const { return 16 + (3 * block_n + block_m) * 4; }
+  // Dynamic shared memory. The copy cursor can be as many tiles ahead as there are stages.
+  OCTOMOE_HD constexpr int pipeline_bytes() const {
+    return stages * stage_bytes() + (stages + 1) * table_bytes() + (block_n + 127) / 128 * (has_blocks() ? 1024 : 512);
+  }
 };
 
 inline constexpr int kMaxExperts = 1024;
@@ -63,14 +67,15 @@ struct GemmArgs {
   const float* w_scale;           // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
   const int32_t* a_q;             // hybrid: [KB, rows of a]
   const uint8_t* w_q;             // hybrid: [E, NB, KB]
-  const int32_t* a_zero;          // asymmetric: [rows of a]
+  const int32_t* a_zero;          // asymmetric: [rows of a]; null: symmetric
   const int32_t* column_sum;      // asymmetric: [E, N]
   const int32_t* expert_offsets;  // [E + 1]; masked: rows used of each expert, [E]
   const int32_t* row_source;      // row -> row of a; null: the row itself
   const float* row_factor;        // multiplies a's scales, indexed like rows; null: 1
   const float* bias;              // [E, N] or null
-  void* out;                      // [R, N] or h [R, I]
+  void* out;                      // store: [R, N]; swiglu: h bf16 [R, I]; 16-byte aligned rows
   int64_t out_stride;             // elements between rows of out
+  OutType out_type;
   int32_t experts;
   int32_t n;                   // weight rows of an expert (gated: 2I)
   int32_t k;                   // bytes of a row, a multiple of 16
@@ -81,8 +86,7 @@ struct GemmArgs {
   int32_t super_group;         // hybrid: K-blocks per float
   int32_t flush_blocks;        // hybrid: K-blocks per chunk
   int32_t up_first;            // gated: the first half of w is up
-  Act act;
-  float alpha, limit;  // swigluoai; limit = +Inf: none
+  float limit;                 // swiglu: clamps gate and up; +Inf: none
 };
 
 }  // namespace octomoe::kernels

@@ -1,48 +1,67 @@
 // Rows of the experts -> out [T, H]: float32, in slot order, one rounding (docs/schemes.md section 4).
 #pragma once
 
-#include "core/gemm_config.h"
+#include "core/args.h"
 #include "core/numerics.cuh"
 #include "ptx/grid.cuh"
 
 namespace octomoe::kernels {
 
-struct CombineArgs {
-  const void* y;  // [R, H] bf16 or fp16
-  int32_t y_is_fp16;
-  const int32_t* route_row;   // [T, k], -1 = skipped
-  const float* topk_weights;  // [T, k], row stride in elements; null: 1 each
-  int64_t weights_stride;
-  const void* shared_y;        // [T, H] or null
-  const float* shared_weight;  // [T] or null: 1
-  void* out;                   // [T, H]
-  int64_t out_stride;
-  OutType out_type;
-  int32_t accumulate;
-  int32_t tokens, top_k, hidden;
-};
-
 inline constexpr int kCombineThreads = 256;
 
-__device__ __forceinline__ void load_row(const CombineArgs& args, const void* y, int64_t at, float (&v)[8]) {
-  const uint4 p = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(y) + at);
+__device__ __forceinline__ void load_y(const uint16_t* y, int64_t at, float (&v)[8]) {
+  const uint4 p = *reinterpret_cast<const uint4*>(y + at);
   const uint32_t w[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (args.y_is_fp16) {
-      v[2 * i] = num::fp16_to_float(static_cast<uint16_t>(w[i] & 0xffffu));
-      v[2 * i + 1] = num::fp16_to_float(static_cast<uint16_t>(w[i] >> 16));
+    v[2 * i] = num::bf16_low(w[i]);
+    v[2 * i + 1] = num::bf16_high(w[i]);
+  }
+}
+
+__device__ __forceinline__ void load_out(const CombineArgs& args, int64_t at, float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (args.out_type == OutType::f32) {
+      v[i] = static_cast<const float*>(args.out)[at + i];
     } else {
-      v[2 * i] = num::bf16_low(w[i]);
-      v[2 * i + 1] = num::bf16_high(w[i]);
+      const uint16_t h = static_cast<const uint16_t*>(args.out)[at + i];
+      v[i] = args.out_type == OutType::bf16 ? num::bf16_low(h) : num::fp16_to_float(h);
     }
   }
 }
 
-__device__ __forceinline__ float load_out(const CombineArgs& args, int64_t at) {
-  if (args.out_type == OutType::f32) return static_cast<const float*>(args.out)[at];
-  const uint16_t h = static_cast<const uint16_t*>(args.out)[at];
-  return args.out_type == OutType::bf16 ? num::bf16_low(h) : num::fp16_to_float(h);
+__device__ __forceinline__ void store_out(const CombineArgs& args, int64_t at, const float (&v)[8]) {
+  if (args.out_type == OutType::f32) {
+    float* out = static_cast<float*>(args.out) + at;
+    float c[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) c[i] = num::canonical(v[i]);
+    if (args.out_aligned) {
+      reinterpret_cast<float4*>(out)[0] = make_float4(c[0], c[1], c[2], c[3]);
+      reinterpret_cast<float4*>(out)[1] = make_float4(c[4], c[5], c[6], c[7]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = c[i];
+    }
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(args.out) + at;
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    w[i] = args.out_type == OutType::bf16 ? num::pack_bf16(v[2 * i], v[2 * i + 1])
+                                          : num::pack_fp16(v[2 * i], v[2 * i + 1]);
+  }
+  if (args.out_aligned) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(w[0], w[1], w[2], w[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = static_cast<uint16_t>(w[i]);
+      out[2 * i + 1] = static_cast<uint16_t>(w[i] >> 16);
+    }
+  }
 }
 
 // A thread owns 8 columns of a token.
@@ -53,7 +72,8 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
   const int64_t all = static_cast<int64_t>(args.tokens) * per_token;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x; i < all;
        i += static_cast<int64_t>(gridDim.x) * kCombineThreads) {
-    const int32_t token = static_cast<int32_t>(i / per_token), column = static_cast<int32_t>(i % per_token) * 8;
+    const int64_t token = i / per_token;
+    const int32_t column = static_cast<int32_t>(i % per_token) * 8;
     float sum[8] = {};
     bool first = true;
     const auto add = [&](float weight, const float(&y)[8]) {
@@ -66,8 +86,11 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
       float y[4][8];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        row[j] = base + j < args.top_k ? args.route_row[static_cast<int64_t>(token) * args.top_k + base + j] : -1;
-        if (row[j] >= 0) load_row(args, args.y, static_cast<int64_t>(row[j]) * args.hidden + column, y[j]);
+        row[j] = base + j < args.top_k ? args.route_row[token * args.top_k + base + j] : -1;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (row[j] >= 0) load_y(args.y, static_cast<int64_t>(row[j]) * args.hidden + column, y[j]);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -77,27 +100,17 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
     }
     if (args.shared_y != nullptr) {
       float y[8];
-      load_row(args, args.shared_y, static_cast<int64_t>(token) * args.hidden + column, y);
+      load_y(args.shared_y, token * args.hidden + column, y);
       add(args.shared_weight != nullptr ? args.shared_weight[token] : 1.0f, y);
     }
     const int64_t at = token * args.out_stride + column;
+    if (args.accumulate) {
+      float old[8];
+      load_out(args, at, old);
 #pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-      float a = sum[c], b = sum[c + 1];
-      if (args.accumulate) {
-        a = __fadd_rn(load_out(args, at + c), a);
-        b = __fadd_rn(load_out(args, at + c + 1), b);
-      }
-      // out's rows may start at any element: pairs are stored apart.
-      if (args.out_type == OutType::f32) {
-        static_cast<float*>(args.out)[at + c] = num::canonical(a);
-        static_cast<float*>(args.out)[at + c + 1] = num::canonical(b);
-      } else {
-        const uint32_t pair = args.out_type == OutType::bf16 ? num::pack_bf16(a, b) : num::pack_fp16(a, b);
-        static_cast<uint16_t*>(args.out)[at + c] = static_cast<uint16_t>(pair);
-        static_cast<uint16_t*>(args.out)[at + c + 1] = static_cast<uint16_t>(pair >> 16);
-      }
+      for (int c = 0; c < 8; ++c) sum[c] = __fadd_rn(old[c], sum[c]);
     }
+    store_out(args, at, sum);
   }
 }
 

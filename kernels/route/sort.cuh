@@ -5,23 +5,10 @@
 // ids each read them from L2. CTA `experts` (one more) marks skipped routes.
 #pragma once
 
-#include "core/types.h"
+#include "core/args.h"
 #include "ptx/grid.cuh"
 
 namespace octomoe::kernels {
-
-struct SortArgs {
-  const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
-  int64_t ids_stride;
-  int32_t ids_are_64;
-  int32_t tokens, top_k, experts;
-  const int32_t* expert_map;  // global -> local, or null
-  int32_t id_limit;           // ids outside [0, id_limit) count as -1
-  int32_t* expert_offsets;    // [E + 1]
-  int32_t* row_token;         // [R] row -> token
-  int32_t* row_route;         // [R] row -> token * k + slot
-  int32_t* route_row;         // [T * k] -> row, -1 = skipped
-};
 
 inline constexpr int kSortThreads = 1024;
 
@@ -45,9 +32,14 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
   const int32_t begin = warp * run, end = min(begin + run, routes);
 
   ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   if (expert == args.experts) {
     for (int32_t r = static_cast<int32_t>(threadIdx.x); r < routes; r += kSortThreads) {
       if (expert_of(args, r) < 0) args.route_row[r] = -1;
+    }
+    if (args.token_offsets != nullptr && threadIdx.x == 0) {
+      args.token_offsets[0] = 0;
+      args.token_offsets[1] = args.tokens;
     }
     return;
   }
@@ -77,9 +69,11 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
     const unsigned mask = __ballot_sync(0xffffffffu, hit);
     if (hit) {
       const int32_t at = row + __popc(mask & ((1u << lane) - 1));
-      args.row_token[at] = r / args.top_k;
-      args.row_route[at] = r;
+      const int32_t token = r / args.top_k;
+      args.row_token[at] = token;
       args.route_row[r] = at;
+      if (args.row_factor != nullptr)
+        args.row_factor[at] = args.topk_weights[token * args.weights_stride + (r - token * args.top_k)];
     }
     row += __popc(mask);
   }

@@ -5,18 +5,25 @@
 // Weights are the M operand in their natural layout [E, N, K], tokens the N operand: a tile of 8 tokens costs 8
 // columns, not 128 padded rows. CTAs are persistent; each walks the tile list (core/tile_list.cuh) with two cursors:
 // one that copies (stages - 1 ahead, also across tiles, so the next tile's data arrive during this tile's epilogue) and
-// one that computes.
+// one that computes. The copies of a stage are spread between the mma of another, a few at a time: a warp that issues
+// them in one burst leaves the tensor cores without work.
 //
 //   global --cp.async 16 B--> shared ring [stages][block_m + block_n rows][block_k bytes]
-//          --ldmatrix.x4--> fragments (two k32 steps in registers) --mma.sync--> int32 sums
+//          --ldmatrix.x4--> fragments --mma.sync--> int32 sums
+//
+// Order::steps holds the sums of the whole warp tile and the fragments of two k32 steps. Order::tiles is for scales per
+// K-block: it holds the promoted totals of the whole warp tile, the weight fragments of the whole stage (one K-block),
+// and the partial sums of one token tile only; those enter the totals while the next token tile's mma run.
 //
 // Shared rows hold weight rows in fragment order: row mt*16 + h*8 + g of a warp's part holds weight row
 // g*(2*MT) + 2*mt + h, so the thread that owns fragment rows g and g+8 of all MT m-tiles owns 2*MT neighbouring output
 // columns and stores them in one instruction. 16-byte chunks of a row are swizzled by row & 7: ldmatrix and cp.async
 // are free of bank conflicts.
+//
+// Rows past the end of an expert, and weight rows past N, are copies of others or old data: their results are not
+// stored. Columns past K are zero.
 #pragma once
 
-#include "core/activation.cuh"
 #include "core/gemm_config.h"
 #include "core/numerics.cuh"
 #include "core/tile_list.cuh"
@@ -28,10 +35,20 @@ namespace octomoe::sm80 {
 using kernels::Epilogue;
 using kernels::GemmArgs;
 using kernels::GemmConfig;
+using kernels::Order;
 using kernels::OutType;
 using kernels::Promotion;
 using kernels::Tile;
 using kernels::TileList;
+
+template <bool kFloat>
+struct ScaleElement {
+  using Type = float;
+};
+template <>
+struct ScaleElement<false> {
+  using Type = uint8_t;
+};
 
 template <GemmConfig C>
 struct GroupedGemm {
@@ -42,16 +59,30 @@ struct GroupedGemm {
   static constexpr int kRowsPerPass = kCopyThreads / kChunks;  // rows that one cp.async of every such thread covers
   static constexpr int kPassesW = C.block_m / kRowsPerPass;
   static constexpr int kPassesA = (C.block_n + kRowsPerPass - 1) / kRowsPerPass;
-  static constexpr int kMT = C.warp_m() / 16;    // m16 tiles of a warp
-  static constexpr int kNT = C.warp_n() / 8;     // n8 tiles of a warp
-  static constexpr int kSteps = C.block_k / 32;  // k32 steps of a stage
-  static constexpr int kColumns = 2 * kMT;       // weight rows a thread owns
   static constexpr bool kBlocks = C.has_blocks();
-  static constexpr int kOutColumns = C.gated ? kMT : kColumns;  // neighbouring output columns a thread owns
+  static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
+  static constexpr bool kFloatTotals = C.promotion == Promotion::block;
+  static constexpr int kCopies = kPassesW + kPassesA + C.scales_per_stage();  // copies of a thread and stage
+  static constexpr int kMT = C.warp_m() / 16;                                 // m16 tiles of a warp
+  static constexpr int kNT = C.warp_n() / 8;                                  // n8 tiles of a warp
+  static constexpr int kSteps = C.block_k / 32;                               // k32 steps of a stage
+  static constexpr int kColumns = 2 * kMT;                                    // weight rows a thread owns
+  static constexpr int kOutColumns = C.gated() ? kMT : kColumns;  // neighbouring output columns a thread owns
+  static constexpr int kHalves = C.gated() ? 2 : 1;
+  static constexpr int kTables = C.stages + 1;
+  // Order::tiles: token tiles whose mma alternate, so that at least four chains of mma run side by side.
+  static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1, kGroups = kNT / kGroup;
+  // A barrier with slack: a warp says that it has read a stage when it has, and asks for the others half a stage later.
+  static constexpr bool kSlack = C.stages >= 3 && kNT >= 4 && (C.order == Order::steps || kGroups >= 3);
+  // How a warp learns that a stage has landed: with three stages by an mbarrier of its own, see Ring.
+  static constexpr bool kFullBarriers = kSlack && C.stages == 3;
 
   static_assert(C.block_k == 64 || C.block_k == 128, "the swizzle is made for rows of 64 or 128 bytes");
-  static_assert(C.warp_m() % (C.gated ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
+  static_assert(C.warp_m() % (C.gated() ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
   static_assert(C.block_m % kRowsPerPass == 0 && C.stages >= 2);
+  static_assert((C.warp_m() & (C.warp_m() - 1)) == 0, "feature_of must be a sum over the bits of s");
+  static_assert(C.block_n <= kCopyThreads && kPassesW <= 32);
+  static_assert(C.order == Order::steps ? !kBlocks || C.fine_groups : C.block_k == 128 && !C.fine_groups);
 
   // For rows of 64 bytes two rows share a 128-byte line: the line's index takes the part of the row's.
   static __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
@@ -65,166 +96,255 @@ struct GroupedGemm {
   // Shared row s of a tile holds output column feature_of(s) of the tile; gated tiles: of gate or, is_up(s), of up.
   static __device__ __forceinline__ constexpr int feature_of(int s) {
     const int warp = s / C.warp_m(), mt = s % C.warp_m() / 16, h = s % 16 / 8, g = s % 8;
-    return C.gated ? warp * (C.warp_m() / 2) + g * kMT + 2 * (mt % (kMT / 2)) + h
+    return C.gated() ? warp * (C.warp_m() / 2) + g * kMT + 2 * (mt % (kMT / 2)) + h
                    : warp * C.warp_m() + g * kColumns + 2 * mt + h;
   }
-  static __device__ __forceinline__ constexpr bool is_up(int s) { return C.gated && s % C.warp_m() / 16 >= kMT / 2; }
+  static __device__ __forceinline__ constexpr bool is_up(int s) { return C.gated() && s % C.warp_m() / 16 >= kMT / 2; }
   // Both are sums of what the bits of s contribute, and a thread's rows differ only in bits above kRowsPerPass: the row
   // of pass p is the row of pass 0 plus a constant.
   static_assert(kRowsPerPass % 8 == 0 && (kRowsPerPass & (kRowsPerPass - 1)) == 0);
+
+  // ---- shared memory behind the ring ----
+  // A tile's table: what the epilogue needs. Written with the tile's first stage.
+  struct Table {
+    Tile tile;
+    float a_scale[C.block_n];  // block: unused
+    float factor[C.block_n];   // row_factor
+    int32_t zero[C.block_n];   // channel: a_zero; hybrid_flush: rows of a
+    float w_scale[C.block_m];  // channel, hybrid: of the tile's weight rows, gated: gate rows before up rows
+  };
+  static_assert(sizeof(Table) == C.table_bytes());
+  static __device__ __forceinline__ Table* tables(uint8_t* shared) {
+    return reinterpret_cast<Table*>(shared + C.stages * C.stage_bytes());
+  }
+  static __device__ __forceinline__ int32_t* sources(uint8_t* shared) {
+    return reinterpret_cast<int32_t*>(shared + C.stages * C.stage_bytes() + kTables * C.table_bytes());
+  }
+
+  static __device__ __forceinline__ int rows_of_half(const GemmArgs& args) { return C.gated() ? args.n / 2 : args.n; }
+  // The weight row of output column `feature`; gated: of gate (half 0) or up (half 1).
+  static __device__ __forceinline__ int weight_row(const GemmArgs& args, int feature, int half) {
+    return feature + (C.gated() && half != args.up_first ? args.n / 2 : 0);
+  }
+  // The scale block of a weight row: both halves of a gated w restart at a block.
+  static __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int feature, int half) {
+    const int rows = rows_of_half(args), per_half = (rows + args.block_n - 1) / args.block_n;
+    return expert * args.blocks_n + (C.gated() && half != args.up_first ? per_half : 0) +
+           min(feature, rows - 1) / args.block_n;
+  }
 
   // The copy cursor: one stage after another, tile after tile.
   struct Loader {
     const GemmArgs& args;
     const TileList& list;
-    uint32_t ring;  // shared address of the ring
+    Table* table;
+    int32_t* source;  // rows of a, by token of the tile
     int32_t m_tiles, total, index, k_tiles;
-    int32_t k_tile = 0, slot = 0;
-    const int8_t* w = nullptr;      // the thread's weight row of pass 0
-    uint32_t w_valid = 0;           // a bit per pass
-    int32_t source[kPassesA] = {};  // rows of a
-    uint32_t a_valid = 0;
-    int64_t scale_source = 0;  // thread r < block_n copies the scales of token r
-    bool scale_valid = false;
+    int32_t k_tile = 0, table_index = 0;
+    const int8_t* w = nullptr;  // the thread's weight row of pass 0 at the stage's column
+    uint32_t w_valid = 0;       // a bit per pass
+    bool active = false;
+    int32_t next_source = 0;  // row of a of the next copy that needs one
+
+    static __device__ __forceinline__ int first() { return static_cast<int>(threadIdx.x) / kChunks; }
+    static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
 
     __device__ __forceinline__ void open_tile() {
       const Tile t = kernels::find_tile<C.block_n>(list, args, index, m_tiles);
-      const int first = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
-      const int width = C.gated ? args.n / 2 : args.n;
-      const int feature = t.m_tile * C.features() + feature_of(first);
-      const int row = feature + (is_up(first) != (args.up_first != 0 && C.gated) ? width : 0);
-      w = args.w + (static_cast<int64_t>(t.expert) * args.n + row) * args.k + chunk * 16;
+      const int width = rows_of_half(args), feature = t.m_tile * C.features() + feature_of(first());
+      const int row = weight_row(args, feature, is_up(first()));
+      w = args.w + (static_cast<int64_t>(t.expert) * args.n + row) * args.k + chunk() * 16;
       w_valid = 0;
 #pragma unroll
       for (int p = 0; p < kPassesW; ++p) {
         w_valid |= (feature + feature_of(p * kRowsPerPass) < width ? 1u : 0u) << p;
       }
-      a_valid = 0;
+      // A row of a is read by kChunks neighbouring threads, all of one warp.
+      __syncwarp();
+      if (chunk() == 0) {
 #pragma unroll
-      for (int p = 0; p < kPassesA; ++p) {
-        const int r = first + p * kRowsPerPass;
-        source[p] = static_cast<int32_t>(source_row(args, t, r));
-        a_valid |= (r < t.rows ? 1u : 0u) << p;
-      }
-      if constexpr (kBlocks) {
-        scale_valid = static_cast<int>(threadIdx.x) < t.rows;
-        if (static_cast<int>(threadIdx.x) < C.block_n)
-          scale_source = source_row(args, t, static_cast<int>(threadIdx.x));
-      }
-    }
-
-    __device__ __forceinline__ void load_scales(uint32_t stage, int32_t column) {
-      static_assert(!kBlocks || C.block_n <= kCopyThreads);
-      if (static_cast<int>(threadIdx.x) >= C.block_n) return;
-      const void* table = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
-#pragma unroll
-      for (int i = 0; i < C.scales_per_stage(); ++i) {
-        const int32_t block = (column + i * 32) / args.block_k;
-        const bool valid = scale_valid && block < args.blocks_k;
-        const int64_t at = valid ? block * args.a_rows + scale_source : 0;
-        ptx::cp_async_4(
-            stage + (C.block_m + C.block_n) * C.block_k + (i * C.block_n + static_cast<int>(threadIdx.x)) * 4,
-            static_cast<const int32_t*>(table) + at, valid);
-      }
-    }
-
-    // Copies the next stage, or nothing when all tiles are done; always commits, so that group counts stay regular.
-    __device__ __forceinline__ void load_stage() {
-      if (index < total) {
-        if (kCopyThreads == kThreads || static_cast<int>(threadIdx.x) < kCopyThreads) copy_stage();
-        if (++k_tile == k_tiles) {
-          k_tile = 0;
-          index += static_cast<int32_t>(gridDim.x);
+        for (int p = 0; p < kPassesA; ++p) {
+          const int r = first() + p * kRowsPerPass;
+          source[r] = source_row(t, r);
         }
+      }
+      __syncwarp();
+      fill_table(table[table_index], t);
+      if (kBlocks && static_cast<int>(threadIdx.x) < C.block_n) {
+        source[kPassesA * kRowsPerPass + static_cast<int>(threadIdx.x)] = source_row(t, static_cast<int>(threadIdx.x));
+      }
+      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
+    }
+
+    __device__ __forceinline__ int32_t source_row(const Tile& t, int token) const {
+      const int32_t row = t.row_begin + min(token, t.rows - 1);
+      return args.row_source != nullptr ? args.row_source[row] : row;
+    }
+
+    __device__ __forceinline__ void fill_table(Table& to, const Tile& t) {
+      const int r = static_cast<int>(threadIdx.x);
+      if (r == 0) to.tile = t;
+      if (r < C.block_n) {
+        const int32_t row = t.row_begin + min(r, t.rows - 1), from = source_row(t, r);
+        if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
+          ptx::cp_async_4(ptx::shared_address(&to.a_scale[r]), args.a_scale + from, true);
+        }
+        if (args.row_factor != nullptr) {
+          ptx::cp_async_4(ptx::shared_address(&to.factor[r]), args.row_factor + row, true);
+        } else {
+          to.factor[r] = 1.0f;
+        }
+        if constexpr (C.promotion == Promotion::channel) {
+          if (args.a_zero != nullptr) ptx::cp_async_4(ptx::shared_address(&to.zero[r]), args.a_zero + from, true);
+        } else {
+          to.zero[r] = from;
+        }
+      }
+      if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
+        for (int i = r; i < C.block_m; i += kCopyThreads) {
+          const int half = i / C.features(), feature = t.m_tile * C.features() + i % C.features();
+          int64_t at;
+          if constexpr (C.promotion == Promotion::hybrid) {
+            at = static_cast<int64_t>(block_row(args, t.expert, feature, half)) * super_groups(args);
+          } else {
+            at = args.w_scale_per_tensor ? t.expert
+                                         : static_cast<int64_t>(t.expert) * args.n + weight_row(args, feature, half);
+          }
+          if (feature < rows_of_half(args))
+            ptx::cp_async_4(ptx::shared_address(&to.w_scale[i]), args.w_scale + at, true);
+        }
+      }
+    }
+
+    // A stage: begin, its copies in any number of pieces, end.
+    __device__ __forceinline__ void begin() {
+      active = index < total && (kCopyThreads == kThreads || static_cast<int>(threadIdx.x) < kCopyThreads);
+      if (__builtin_expect(active && k_tile == 0, 0)) open_tile();
+      next_source = ptx::load_shared(ptx::shared_address(source + first()));
+    }
+    template <int kPieces>
+    __device__ __forceinline__ void copy(int piece, uint32_t stage) {
+#pragma unroll
+      for (int c = 0; c < kCopies; ++c) {
+        if (c * kPieces / kCopies == piece) copy_one(c, stage);
+      }
+    }
+    // Always commits, so that group counts stay regular.
+    __device__ __forceinline__ void end() {
+      w += C.block_k;
+      if (index < total && ++k_tile == k_tiles) {
+        k_tile = 0;
+        index += static_cast<int32_t>(gridDim.x);
       }
       ptx::cp_async_commit();
-      slot = slot + 1 == C.stages ? 0 : slot + 1;
+    }
+    __device__ __forceinline__ void load_stage(uint32_t stage) {
+      begin();
+      copy<1>(0, stage);
+      end();
     }
 
-    __device__ __forceinline__ void copy_stage() {
-      if (k_tile == 0) open_tile();
-      const uint32_t stage = ring + static_cast<uint32_t>(slot) * C.stage_bytes();
-      const int first = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
-      const int32_t column = k_tile * C.block_k;
-      const bool inside = column + chunk * 16 < args.k;
-#pragma unroll
-      for (int p = 0; p < kPassesW; ++p) {
-        const int up_rows = is_up(p * kRowsPerPass) ? (args.up_first ? -args.n / 2 : args.n / 2) : 0;
-        const int64_t offset = static_cast<int64_t>(feature_of(p * kRowsPerPass) + up_rows) * args.k + column;
-        const bool valid = inside && (w_valid >> p & 1);
-        ptx::cp_async_16(stage + swizzled(first + p * kRowsPerPass, chunk), valid ? w + offset : args.w, valid);
-      }
-#pragma unroll
-      for (int p = 0; p < kPassesA; ++p) {
-        const int r = first + p * kRowsPerPass;
-        if (C.block_n % kRowsPerPass == 0 || r < C.block_n) {
-          const int64_t offset = static_cast<int64_t>(source[p]) * args.k + column + chunk * 16;
-          const bool valid = inside && (a_valid >> p & 1);
-          ptx::cp_async_16(stage + swizzled(C.block_m + r, chunk), args.a + (valid ? offset : 0), valid);
+    __device__ __forceinline__ void copy_one(int c, uint32_t stage) {
+      const int32_t column = k_tile * C.block_k + chunk() * 16;
+      const bool inside = column < args.k;
+      if (c < kPassesW) {
+        const int row =
+            feature_of(c * kRowsPerPass) + (is_up(c * kRowsPerPass) ? (args.up_first ? -args.n / 2 : args.n / 2) : 0);
+        ptx::cp_async_16_if(active, stage + swizzled(first(), chunk()) + c * kRowsPerPass * C.block_k,
+                            w + static_cast<int64_t>(row) * args.k, inside && (w_valid >> c & 1));
+      } else if (c < kPassesW + kPassesA) {
+        const int p = c - kPassesW, r = first() + p * kRowsPerPass;
+        const bool mine = C.block_n % kRowsPerPass == 0 || r < C.block_n;
+        ptx::cp_async_16_if(active && mine,
+                            stage + swizzled(first(), chunk()) + (C.block_m + p * kRowsPerPass) * C.block_k,
+                            args.a + (static_cast<int64_t>(next_source) * args.k + column), inside);
+        if (p + 1 < kPassesA) {
+          next_source = ptx::load_shared(ptx::shared_address(source + first() + (p + 1) * kRowsPerPass));
+        } else if constexpr (kBlocks) {
+          const int t = static_cast<int>(threadIdx.x);
+          next_source =
+              ptx::load_shared(ptx::shared_address(source + kPassesA * kRowsPerPass + (t < C.block_n ? t : 0)));
         }
+      } else if constexpr (kBlocks) {
+        const int i = c - kPassesW - kPassesA, r = static_cast<int>(threadIdx.x);
+        const int32_t block =
+            C.fine_groups ? min((k_tile * C.block_k + i * 32) / args.block_k, args.blocks_k - 1) : k_tile;
+        const void* values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
+        ptx::cp_async_4_if(active && r < C.block_n,
+                           stage + (C.block_m + C.block_n) * C.block_k + (i * C.block_n + r) * 4,
+                           static_cast<const int32_t*>(values) + (block * args.a_rows + next_source));
       }
-      if constexpr (kBlocks) load_scales(stage, column);
     }
   };
 
-  using Sums = int32_t[kMT][kNT][4];
+  static __device__ __forceinline__ int32_t super_groups(const GemmArgs& args) {
+    return (args.blocks_k + args.super_group - 1) / args.super_group;
+  }
 
-  // Fragments of one k32 step of the stage at `stage`.
+  using Sums = int32_t[kMT][kNT][4];
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
+
+  // ---- fragments ----
+  // The swizzle leaves 16-byte chunk c of a lane's row at (address of chunk 0's place) ^ c*16, whatever the row.
+  static __device__ __forceinline__ uint32_t weight_address(int warp_m) {
+    return swizzled(warp_m * C.warp_m() + (lane() & 15), lane() >> 4);
+  }
+  static __device__ __forceinline__ void load_weights(uint32_t (&w)[kMT][4], uint32_t at, int step) {
+#pragma unroll
+    for (int mt = 0; mt < kMT; ++mt) ptx::ldmatrix_x4(w[mt], (at ^ (step * 32)) + mt * 16 * C.block_k);
+  }
+
+  // Order::steps: fragments of one k32 step.
   struct Fragments {
     uint32_t w[kMT][4];
     uint32_t a[kNT][2];
 
-    __device__ __forceinline__ void load(uint32_t stage, int step, int warp_m, int warp_n) {
-      const int lane = threadIdx.x & 31;
-#pragma unroll
-      for (int mt = 0; mt < kMT; ++mt) {
-        const int row = warp_m * C.warp_m() + mt * 16 + (lane & 15);
-        ptx::ldmatrix_x4(w[mt], stage + swizzled(row, step * 2 + (lane >> 4)));
-      }
+    static __device__ __forceinline__ uint32_t address(int warp_n) {
+      return swizzled(C.block_m + warp_n * C.warp_n() + (lane() >> 4) * 8 + (lane() & 7), lane() >> 3 & 1);
+    }
+    __device__ __forceinline__ void load(uint32_t weights, uint32_t tokens, int step) {
+      load_weights(w, weights, step);
+      tokens ^= step * 32;
 #pragma unroll
       for (int nt = 0; nt + 1 < kNT; nt += 2) {
         uint32_t r[4];
-        const int row = C.block_m + warp_n * C.warp_n() + nt * 8 + (lane >> 4) * 8 + (lane & 7);
-        ptx::ldmatrix_x4(r, stage + swizzled(row, step * 2 + (lane >> 3 & 1)));
+        ptx::ldmatrix_x4(r, tokens + nt * 8 * C.block_k);
         a[nt][0] = r[0];
         a[nt][1] = r[1];
         a[nt + 1][0] = r[2];
         a[nt + 1][1] = r[3];
       }
-      if constexpr (kNT % 2 == 1) {
-        const int row = C.block_m + warp_n * C.warp_n() + (kNT - 1) * 8 + (lane & 7);
-        ptx::ldmatrix_x2(a[kNT - 1][0], a[kNT - 1][1], stage + swizzled(row, step * 2 + (lane >> 3 & 1)));
+      if constexpr (kNT % 2 == 1) {  // lanes 16 to 31 give no address
+        ptx::ldmatrix_x2(a[kNT - 1][0], a[kNT - 1][1],
+                         (lane() >= 16 ? tokens - 8 * C.block_k : tokens) + (kNT - 1) * 8 * C.block_k);
       }
     }
   };
 
-  static __device__ __forceinline__ void mma(Sums& sums, const Fragments& f) {
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt) {
-#pragma unroll
-      for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8(sums[mt][nt], f.w[mt], f.a[nt][0], f.a[nt][1]);
+  // Order::tiles: the four k32 steps of one token tile.
+  struct TokenFragment {
+    uint32_t r[4][2];
+    static __device__ __forceinline__ uint32_t address(int warp_n) {
+      return swizzled(C.block_m + warp_n * C.warp_n() + (lane() & 7), lane() >> 3);
     }
-  }
+    __device__ __forceinline__ void load_half(uint32_t at, int nt, int h) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(x, (at ^ (h * 64)) + nt * 8 * C.block_k);
+      r[2 * h][0] = x[0];
+      r[2 * h][1] = x[1];
+      r[2 * h + 1][0] = x[2];
+      r[2 * h + 1][1] = x[3];
+    }
+  };
 
   // ---- where a thread's sums belong ----
   // Sum [mt][nt][2h + j] is weight row (mt, h) and token nt*8 + (lane%4)*2 + j of the warp's part.
-  static __device__ __forceinline__ int token_of(int warp_n, int nt, int j) {
-    return warp_n * C.warp_n() + nt * 8 + (static_cast<int>(threadIdx.x) & 3) * 2 + j;
+  static __device__ __forceinline__ int token_of(int warp_n, int nt) {
+    return warp_n * C.warp_n() + nt * 8 + (lane() & 3) * 2;
   }
-  // First of the thread's weight rows; gated: of gate (half 0) or up (half 1).
-  static __device__ __forceinline__ int first_row(const GemmArgs& args, const Tile& t, int warp_m, int half_index) {
-    const int g = (static_cast<int>(threadIdx.x) & 31) >> 2;
-    if constexpr (C.gated) {
-      return t.m_tile * C.features() + warp_m * (C.warp_m() / 2) + g * kMT +
-             (half_index != args.up_first ? args.n / 2 : 0);
-    } else {
-      return t.m_tile * C.block_m + warp_m * C.warp_m() + g * kColumns;
-    }
-  }
-
-  static __device__ __forceinline__ int64_t source_row(const GemmArgs& args, const Tile& t, int token) {
-    const int64_t row = t.row_begin + min(token, t.rows - 1);
-    return args.row_source != nullptr ? args.row_source[row] : row;
+  // First of the thread's output columns inside the tile.
+  static __device__ __forceinline__ int feature_in_tile(int warp_m) {
+    return warp_m * (C.features() / C.warps_m) + (lane() >> 2) * kOutColumns;
   }
 
   // ---- promotion: what a K-block's partial sums do ----
@@ -232,157 +352,171 @@ struct GroupedGemm {
   // bits read as a float are 12582912 + partial exactly, and a subtraction replaces the four times slower int-to-float
   // conversion.
   static constexpr int32_t kMagic = 0x4b400000;
-  static __device__ __forceinline__ int32_t initial_sum() { return C.promotion == Promotion::block ? kMagic : 0; }
+  static constexpr int32_t kInitialSum = kFloatTotals ? kMagic : 0;
   static __device__ __forceinline__ float partial_to_float(int32_t sum) {
     return __fsub_rn(__int_as_float(sum), 12582912.0f);
   }
+  // What the totals start from. Float: -0, so that the first fma gives the product itself, its sign included.
+  static constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);
+  static constexpr int32_t kEmptyTotal = kFloatTotals ? kMinusZero : 0;
 
-  static __device__ __forceinline__ void fill(Sums& sums, int32_t value) {
+  template <int kN>
+  static __device__ __forceinline__ void fill(int32_t (&sums)[kMT][kN][4], int32_t value) {
 #pragma unroll
     for (int mt = 0; mt < kMT; ++mt) {
 #pragma unroll
-      for (int nt = 0; nt < kNT; ++nt) {
+      for (int nt = 0; nt < kN; ++nt) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[mt][nt][i] = value;
       }
     }
   }
 
-  static constexpr int kHalves = C.gated ? 2 : 1;
-  // The scale block row of the thread's weight rows (they share one: block_n is a multiple of 16).
-  static __device__ __forceinline__ int64_t block_row(const GemmArgs& args, const Tile& t, int warp_m, int half_index) {
-    int row = first_row(args, t, warp_m, half_index);
-    const int segment_rows = C.gated ? args.n / 2 : args.n;
-    row = min(row, (C.gated ? (half_index != args.up_first ? 2 : 1) : 1) * segment_rows - 1);
-    const int per_segment = (segment_rows + args.block_n - 1) / args.block_n;
-    return static_cast<int64_t>(t.expert) * args.blocks_n + row / segment_rows * per_segment +
-           row % segment_rows / args.block_n;
-  }
-
-  // Weight scales of the thread for one K-block: s_w (block) or Q_w as bits (hybrid).
+  // Scales of a thread's weight rows for one K-block: s_w (block) or Q_w (hybrid). They share one block row, or two in
+  // a gated tile: block_n is a multiple of 16.
   struct WeightScales {
     int32_t value[kHalves];
-    __device__ __forceinline__ void load(const GemmArgs& args, const int64_t (&rows)[kHalves], int32_t block) {
-      block = min(block, args.blocks_k - 1);
+  };
+  // Walks along K.
+  struct WeightScaleCursor {
+    using Element = typename ScaleElement<kFloatTotals>::Type;
+    const Element* at[kHalves];
+    __device__ __forceinline__ void open(const GemmArgs& args, const int32_t (&rows)[kHalves]) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        const int64_t at = rows[h] * args.blocks_k + block;
-        value[h] =
-            C.promotion == Promotion::block ? __float_as_int(args.w_scale[at]) : static_cast<int32_t>(args.w_q[at]);
+        if constexpr (kFloatTotals) {
+          at[h] = args.w_scale + static_cast<int64_t>(rows[h]) * args.blocks_k;
+        } else {
+          at[h] = args.w_q + static_cast<int64_t>(rows[h]) * args.blocks_k;
+        }
       }
     }
-  };
-
-  // Scales of the K-block whose partial sums wait for their promotion: s_w and s_a, or Q_w and Q_a.
-  struct PendingScales {
-    int32_t weight[kHalves];
-    int32_t token[kNT][2];
-
-    // Before the barrier that frees the stage.
-    __device__ __forceinline__ void read_tokens(const int32_t* stage_scales, int warp_n,
-                                                const float (&factor)[kNT][2]) {
+    __device__ __forceinline__ void load(WeightScales& to) {
 #pragma unroll
-      for (int nt = 0; nt < kNT; ++nt) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int32_t s = stage_scales[token_of(warp_n, nt, j)];
-          token[nt][j] =
-              C.promotion == Promotion::block ? __float_as_int(__fmul_rn(__int_as_float(s), factor[nt][j])) : s;
+      for (int h = 0; h < kHalves; ++h) {
+        if constexpr (kFloatTotals) {
+          to.value[h] = __float_as_int(*at[h]++);
+        } else {
+          to.value[h] = *at[h]++;
         }
       }
     }
   };
 
-  // What the promoted sums start from. Block: -0.0f, so that the first fma gives the product itself, its sign included.
-  static constexpr int32_t kEmptyTotal = C.promotion == Promotion::block ? static_cast<int32_t>(0x80000000u) : 0;
+  // s_a of two tokens (block: with row_factor) or Q_a.
+  struct TokenScales {
+    int32_t value[2];
+    __device__ __forceinline__ void load(uint32_t stage_scales, const Table& table, int token) {
+      const int2 s = ptx::load_shared_2(stage_scales + token * 4);
+      value[0] = s.x;
+      value[1] = s.y;
+      if constexpr (kFloatTotals) {
+        const int2 f = ptx::load_shared_2(ptx::shared_address(table.factor + token));
+        value[0] = __float_as_int(__fmul_rn(__int_as_float(s.x), __int_as_float(f.x)));
+        value[1] = __float_as_int(__fmul_rn(__int_as_float(s.y), __int_as_float(f.y)));
+      }
+    }
+  };
 
-  // The partial sums of token tile nt enter the totals.
-  static __device__ __forceinline__ void promote(Sums& total, const Sums& sums, const PendingScales& s, int nt) {
+  // What a partial sum is multiplied by.
+  struct Products {
+    int32_t value[kHalves][2];
+    __device__ __forceinline__ void set(const WeightScales& w, const TokenScales& a) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+      for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const int32_t w = s.weight[half], a = s.token[nt][j];
-        const int32_t scale =
-            C.promotion == Promotion::block ? __float_as_int(__fmul_rn(__int_as_float(w), __int_as_float(a))) : w * a;
+        for (int j = 0; j < 2; ++j) {
+          value[h][j] = kFloatTotals ? __float_as_int(__fmul_rn(__int_as_float(w.value[h]), __int_as_float(a.value[j])))
+                                     : w.value[h] * a.value[j];
+        }
+      }
+    }
+    // With sums at kInitialSum this leaves a total as it is: fma(+0, -0, -0) = -0.
+    __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int mt = half * kMT / kHalves; mt < (half + 1) * kMT / kHalves; ++mt) {
+      for (int h = 0; h < kHalves; ++h) value[h][0] = value[h][1] = kEmptyTotal;
+    }
+  };
+
+  static __device__ __forceinline__ void promote_one(int32_t (&total)[4], const int32_t (&sums)[4], const Products& p,
+                                                     int mt, int i) {
+    const int32_t scale = p.value[C.gated() && mt >= kMT / 2][i % 2];
+    if constexpr (kFloatTotals) {
+      total[i] = __float_as_int(__fmaf_rn(partial_to_float(sums[i]), __int_as_float(scale), __int_as_float(total[i])));
+    } else {
+      total[i] += scale * sums[i];
+    }
+  }
+  static __device__ __forceinline__ void promote(int32_t (&total)[4], const int32_t (&sums)[4], const Products& p,
+                                                 int mt) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            int32_t& t = total[mt][nt][2 * h + j];
-            const int32_t p = sums[mt][nt][2 * h + j];
-            if constexpr (C.promotion == Promotion::block) {
-              t = __float_as_int(__fmaf_rn(partial_to_float(p), __int_as_float(scale), __int_as_float(t)));
-            } else {
-              t += scale * p;
+    for (int i = 0; i < 4; ++i) promote_one(total, sums, p, mt, i);
+  }
+
+  // hybrid_flush: where the K-blocks are inside chunks and super groups, and the float step at a chunk's end.
+  struct Chunks {
+    int32_t group = 0, in_group = 0, in_chunk = 0;
+
+    // One more K-block is done; true where its chunk ends.
+    __device__ __forceinline__ bool advance(const GemmArgs& args, bool last) {
+      ++in_group;
+      ++in_chunk;
+      return last || in_group == args.super_group || in_chunk == args.flush_blocks;
+    }
+    __device__ __forceinline__ void next(const GemmArgs& args) {
+      in_chunk = 0;
+      if (in_group == args.super_group) {
+        in_group = 0;
+        ++group;
+      }
+    }
+    __device__ __forceinline__ void flush(const GemmArgs& args, const Table& table, const int32_t (&rows)[kHalves],
+                                          int warp_n, Sums& total, Sums& v) {
+      const int32_t groups = super_groups(args);
+      float w[kHalves];
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) w[h] = args.w_scale[static_cast<int64_t>(rows[h]) * groups + group];
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int token = token_of(warp_n, nt) + j;
+          const float a = __fmul_rn(args.a_scale[group * args.a_rows + table.zero[token]], table.factor[token]);
+#pragma unroll
+          for (int mt = 0; mt < kMT; ++mt) {
+            const float p = __fmul_rn(w[C.gated() && mt >= kMT / 2], a);
+#pragma unroll
+            for (int i = j; i < 4; i += 2) {
+              v[mt][nt][i] =
+                  __float_as_int(__fmaf_rn(__int2float_rn(total[mt][nt][i]), p, __int_as_float(v[mt][nt][i])));
+              total[mt][nt][i] = 0;
             }
           }
         }
       }
     }
-  }
-
-  // The first k32 step of a K-block. The previous block's sums leave each token tile right before its first mma, so
-  // that the arithmetic of one token tile runs beside the tensor work of the others.
-  template <bool kPending>
-  static __device__ __forceinline__ void mma_first(Sums& total, Sums& sums, const Fragments& f,
-                                                   const PendingScales& s) {
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt) {
-      if constexpr (kPending) promote(total, sums, s, nt);
-#pragma unroll
-      for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8_from(sums[mt][nt], f.w[mt], f.a[nt][0], f.a[nt][1], initial_sum());
-    }
-  }
+  };
 
   // ---- epilogue ----
-  static __device__ __forceinline__ int row_of(const int (&first)[kHalves], int mt, int h) {
-    if constexpr (C.gated) {
-      return first[mt >= kMT / 2] + 2 * (mt % (kMT / 2)) + h;
-    } else {
-      return first[0] + 2 * mt + h;
-    }
-  }
-
-  // v of one sum (docs/schemes.md section 3), bias included.
-  static __device__ __forceinline__ float value(const GemmArgs& args, int32_t sum, int32_t zero_times_column,
-                                                float w_scale, float a_scale, float bias) {
-    float v;
-    if constexpr (C.promotion == Promotion::block || C.promotion == Promotion::hybrid_flush) {
-      v = __int_as_float(sum);
-    } else {
-      const int32_t acc = C.promotion == Promotion::asymmetric ? sum - zero_times_column : sum;
-      v = __fmul_rn(__int2float_rn(acc), __fmul_rn(w_scale, a_scale));
-    }
-    return args.bias != nullptr ? __fadd_rn(v, bias) : v;
-  }
-
-  template <class Act>
-  static __device__ __forceinline__ void finish_tile(const GemmArgs& args, const Tile& t, const Sums& sums, int warp_m,
-                                                     int warp_n, const Act& act) {
-    int first[kHalves];
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) first[h] = first_row(args, t, warp_m, h);
-    const int width = C.gated ? args.n / 2 : args.n;  // output columns
-    const int column = first[0] - (C.gated && args.up_first ? width : 0);
+  // docs/schemes.md section 3: v of the sums, bias included; section 6: swiglu.
+  static __device__ __forceinline__ void finish_tile(const GemmArgs& args, const Table& table, const Sums& sums,
+                                                     int warp_m, int warp_n) {
+    const Tile t = table.tile;
+    const int width = rows_of_half(args), inside = feature_in_tile(warp_m), column = t.m_tile * C.features() + inside;
     if (column >= width) return;
 
+    constexpr bool kScaled = C.promotion == Promotion::channel || C.promotion == Promotion::hybrid;
+    const bool asymmetric = C.promotion == Promotion::channel && args.a_zero != nullptr;
     float w_scale[kMT][2], bias[kMT][2];
     int32_t column_sum[kMT][2];
 #pragma unroll
     for (int mt = 0; mt < kMT; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = row_of(first, mt, h);
-        const int64_t at = static_cast<int64_t>(t.expert) * args.n + row;
-        if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::asymmetric) {
-          w_scale[mt][h] = args.w_scale[args.w_scale_per_tensor ? t.expert : at];
-        } else if constexpr (C.promotion == Promotion::hybrid) {
-          w_scale[mt][h] = args.w_scale[block_row(args, t, warp_m, C.gated && mt >= kMT / 2)];
-        } else {
-          w_scale[mt][h] = 0.0f;
-        }
-        column_sum[mt][h] = C.promotion == Promotion::asymmetric ? args.column_sum[at] : 0;
+        const int half = C.gated() && mt >= kMT / 2, feature = 2 * (C.gated() ? mt % (kMT / 2) : mt) + h;
+        const int64_t at = static_cast<int64_t>(t.expert) * args.n + weight_row(args, column + feature, half);
+        w_scale[mt][h] = kScaled ? table.w_scale[half * C.features() + inside + feature] : 0.0f;
+        column_sum[mt][h] = asymmetric ? args.column_sum[at] : 0;
         bias[mt][h] = args.bias != nullptr ? args.bias[at] : 0.0f;
       }
     }
@@ -391,58 +525,68 @@ struct GroupedGemm {
     for (int nt = 0; nt < kNT; ++nt) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int token = token_of(warp_n, nt, j);
+        const int token = token_of(warp_n, nt) + j;
         if (token >= t.rows) continue;
-        const int64_t row = t.row_begin + token, source = source_row(args, t, token);
-        float a_scale = 0.0f;
-        if constexpr (C.promotion != Promotion::block && C.promotion != Promotion::hybrid_flush) {
-          a_scale = args.a_scale[source];
-          if (args.row_factor != nullptr) a_scale = __fmul_rn(a_scale, args.row_factor[row]);
-        }
-        const int32_t zero = C.promotion == Promotion::asymmetric ? args.a_zero[source] : 0;
+        const float a_scale = kScaled ? __fmul_rn(table.a_scale[token], table.factor[token]) : 0.0f;
+        const int32_t zero = asymmetric ? table.zero[token] : 0;
         const auto v = [&](int mt, int h) {
-          return value(args, sums[mt][nt][2 * h + j], zero * column_sum[mt][h], w_scale[mt][h], a_scale, bias[mt][h]);
+          const int32_t sum = sums[mt][nt][2 * h + j];
+          float x = __int_as_float(sum);
+          if constexpr (kScaled) {
+            const int32_t acc = C.promotion == Promotion::channel ? sum - zero * column_sum[mt][h] : sum;
+            x = __fmul_rn(__int2float_rn(acc), __fmul_rn(w_scale[mt][h], a_scale));
+          }
+          return args.bias != nullptr ? __fadd_rn(x, bias[mt][h]) : x;
         };
         float out[kOutColumns];
 #pragma unroll
         for (int c = 0; c < kOutColumns; ++c) {
-          if constexpr (C.epilogue == Epilogue::activate) {
-            out[c] = C.gated ? act(v(c / 2, c % 2), v(kMT / 2 + c / 2, c % 2)) : act(v(c / 2, c % 2), 0.0f);
+          if constexpr (C.epilogue == Epilogue::swiglu) {
+            const float g = num::min_nan(v(c / 2, c % 2), args.limit);
+            const float u = num::clamp(v(kMT / 2 + c / 2, c % 2), -args.limit, args.limit);
+            out[c] = __fmul_rn(num::silu(g), u);
           } else {
             out[c] = v(c / 2, c % 2);
           }
         }
-        store(args, row, column, width, out);
+        store(args, static_cast<int64_t>(t.row_begin + token) * args.out_stride + column, width - column, out);
       }
     }
   }
 
   // kOutColumns neighbouring values of one row; a row's width is a multiple of 8, and so is the first column.
-  static __device__ __forceinline__ void store(const GemmArgs& args, int64_t row, int column, int width,
+  static __device__ __forceinline__ void store(const GemmArgs& args, int64_t at, int room,
                                                const float (&v)[kOutColumns]) {
-    const int64_t at = row * args.out_stride + column;
-    if constexpr (C.out == OutType::f32) {
+    const OutType type = C.epilogue == Epilogue::swiglu ? OutType::bf16 : args.out_type;
+    if (type == OutType::f32) {
 #pragma unroll
       for (int c = 0; c < kOutColumns; c += 2) {
-        if (column + c < width) {
-          float2 pair = make_float2(num::canonical(v[c]), num::canonical(v[c + 1]));
+        if (c < room) {
+          const float2 pair = make_float2(num::canonical(v[c]), num::canonical(v[c + 1]));
           *reinterpret_cast<float2*>(static_cast<float*>(args.out) + at + c) = pair;
         }
       }
-    } else {
-      uint32_t packed[kOutColumns / 2];
+      return;
+    }
+    uint32_t packed[kOutColumns / 2];
+    if (type == OutType::bf16) {
 #pragma unroll
-      for (int c = 0; c < kOutColumns; c += 2) {
-        packed[c / 2] = C.out == OutType::bf16 ? num::pack_bf16(v[c], v[c + 1]) : num::pack_fp16(v[c], v[c + 1]);
-      }
-      uint16_t* dst = static_cast<uint16_t*>(args.out) + at;
-      if constexpr (kOutColumns == 8) {
-        *reinterpret_cast<uint4*>(dst) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      } else if constexpr (kOutColumns == 4) {
-        *reinterpret_cast<uint2*>(dst) = make_uint2(packed[0], packed[1]);
-      } else {
-        static_assert(kOutColumns == 2);
-        *reinterpret_cast<uint32_t*>(dst) = packed[0];
+      for (int c = 0; c < kOutColumns; c += 2) packed[c / 2] = num::pack_bf16(v[c], v[c + 1]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kOutColumns; c += 2) packed[c / 2] = num::pack_fp16(v[c], v[c + 1]);
+    }
+    uint16_t* dst = static_cast<uint16_t*>(args.out) + at;
+    if constexpr (kOutColumns == 8) {
+      *reinterpret_cast<uint4*>(dst) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    } else if constexpr (kOutColumns == 4) {
+      *reinterpret_cast<uint2*>(dst) = make_uint2(packed[0], packed[1]);
+    } else if constexpr (kOutColumns == 2) {
+      *reinterpret_cast<uint32_t*>(dst) = packed[0];
+    } else {  // 6 columns: the first column is even
+#pragma unroll
+      for (int c = 0; c < kOutColumns / 2; ++c) {
+        if (2 * c < room) reinterpret_cast<uint32_t*>(dst)[c] = packed[c];
       }
     }
   }
@@ -451,136 +595,361 @@ struct GroupedGemm {
   static __device__ __forceinline__ void run(const GemmArgs& args) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ TileList list;
-    const uint32_t ring = ptx::shared_address(shared);
-    const int warp = static_cast<int>(threadIdx.x) >> 5;
-    const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
-
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     kernels::build_tile_list<C.block_n, kThreads>(list, args);
-    const int32_t width = C.gated ? args.n / 2 : args.n;
-    const int32_t m_tiles = (width + C.features() - 1) / C.features();
+    const int32_t m_tiles = (rows_of_half(args) + C.features() - 1) / C.features();
     const int32_t total = list.first_tile[args.experts] * m_tiles;
     const int32_t k_tiles = (args.k + C.block_k - 1) / C.block_k;
-
-    Loader loader{args, list, ring, m_tiles, total, static_cast<int32_t>(blockIdx.x), k_tiles};
-#pragma unroll
-    for (int i = 0; i < C.stages - 1; ++i) loader.load_stage();
-
-    Fragments fragments[C.buffers];
-    int32_t slot = 0;
-    if constexpr (C.buffers == 2) {
-      ptx::cp_async_wait<C.stages - 2>();
-      __syncthreads();
-      fragments[0].load(ring, 0, warp_m, warp_n);
+    __shared__ uint64_t barriers[2 * C.stages];
+    Loader loader{args,   list, tables(shared), sources(shared), m_tiles, total, static_cast<int32_t>(blockIdx.x),
+                  k_tiles};
+    Ring ring{loader, ptx::shared_address(shared), ptx::shared_address(barriers)};
+    ring.open();
+    if constexpr (C.order == Order::steps) {
+      run_steps(args, ring, shared, total, k_tiles);
+    } else {
+      run_tiles(args, ring, shared, total, k_tiles);
     }
+    ptx::cp_async_wait<0>();
+  }
+
+  static __device__ __forceinline__ uint32_t scales_of(uint32_t stage) {
+    return stage + (C.block_m + C.block_n) * C.block_k;
+  }
+
+  // Where a warp is in the ring, and what lets it go on.
+  //
+  // Without slack: when a stage's last fragments are in registers, a thread waits for its own copies of the next stage,
+  // and a CTA barrier follows: all have read this stage, and the next one has arrived.
+  // With it: a warp arrives at the slot's mbarrier "empty" when it has read stage s, and waits there half a stage
+  // later, before it copies into the slot. So warps may be half a stage apart: those of one scheduler take turns at the
+  // tensor core instead of wanting it, and stalling, together. Four stages: a warp arrives only when its own copies of
+  // stage s + 2 have landed as well, and nothing more is needed. Three: there is no time for that; all threads' copies
+  // arrive at a second mbarrier, "full", when they land, and a warp waits there when it needs the stage.
+  struct Ring {
+    Loader& loader;
+    uint32_t begin, barriers;
+    int32_t slot = 0, free_slot = C.stages - 1;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ uint32_t stage(int32_t s) const {
+      return begin + static_cast<uint32_t>(s) * C.stage_bytes();
+    }
+    __device__ __forceinline__ uint32_t here() const { return stage(slot); }
+    __device__ __forceinline__ uint32_t next() const { return stage(slot + 1 == C.stages ? 0 : slot + 1); }
+    __device__ __forceinline__ uint32_t free() const { return stage(free_slot); }
+
+    __device__ __forceinline__ void open() {
+      if constexpr (kSlack) {
+        if (threadIdx.x == 0) {
+          for (int i = 0; i < C.stages; ++i) {
+            ptx::barrier_init(barriers + i * 8, kThreads / 32);
+            ptx::barrier_init(barriers + (C.stages + i) * 8, kThreads);
+          }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < C.stages - 1; ++i) {
+          loader.load_stage(stage(i));
+          if constexpr (kFullBarriers) ptx::cp_async_arrive(barriers + (C.stages + i) * 8);
+        }
+        if constexpr (kFullBarriers) {
+          wait_full(slot, 0);
+        } else {
+          ptx::cp_async_wait<C.stages - 3>();
+          __syncthreads();
+        }
+        arrive(free_slot);
+      } else {
+#pragma unroll
+        for (int i = 0; i < C.stages - 1; ++i) loader.load_stage(stage(i));
+        ptx::cp_async_wait<C.stages - 2>();
+        __syncthreads();
+      }
+    }
+    __device__ __forceinline__ void wait_full(int32_t s, uint32_t phase) const {
+      ptx::barrier_wait(barriers + (C.stages + s) * 8, phase);
+    }
+    __device__ __forceinline__ void arrive(int32_t s) const {
+      __syncwarp();
+      if (lane() == 0) ptx::barrier_arrive(barriers + s * 8);
+    }
+    // Before the first copy of a stage.
+    __device__ __forceinline__ void begin_copies() {
+      if constexpr (kSlack) ptx::barrier_wait(barriers + free_slot * 8, parity);
+      loader.begin();
+    }
+    // When the stage's last fragments are in registers: afterwards the next stage may be read.
+    __device__ __forceinline__ void stage_read() {
+      if constexpr (kSlack) {
+        if constexpr (!kFullBarriers) ptx::cp_async_wait<C.stages - 4>();
+        arrive(slot);
+        if constexpr (kFullBarriers) {
+          const bool wraps = slot + 1 == C.stages;
+          wait_full(wraps ? 0 : slot + 1, parity ^ (wraps ? 1u : 0u));
+        }
+      } else {
+        loader.end();
+        ptx::cp_async_wait<C.stages - 2>();
+        __syncthreads();
+      }
+    }
+    __device__ __forceinline__ void advance() {
+      if constexpr (kSlack) {
+        loader.end();
+        if constexpr (kFullBarriers) ptx::cp_async_arrive(barriers + (C.stages + free_slot) * 8);
+        if (slot == C.stages - 1) parity ^= 1;
+      }
+      free_slot = slot;
+      slot = slot + 1 == C.stages ? 0 : slot + 1;
+    }
+  };
+
+  static __device__ __forceinline__ void promote_last(Sums& totals, const int32_t (&sums)[kMT][kGroup][4],
+                                                      const Products (&products)[kGroup]) {
+#pragma unroll
+    for (int c = 0; c < kMT * kGroup; ++c) {
+      promote(totals[c % kMT][kNT - kGroup + c / kMT], sums[c % kMT][c / kMT], products[c / kMT], c % kMT);
+    }
+  }
+
+  static __device__ __forceinline__ void run_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int32_t total,
+                                                   int32_t k_tiles) {
+    const int warp = static_cast<int>(threadIdx.x) >> 5, warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
+    const uint32_t weights_at = weight_address(warp_m), tokens_at = TokenFragment::address(warp_n);
+    // Token tiles beside whose mma a stage's copies are issued.
+    constexpr int kFirstPiece = kSlack ? kGroups / 2 : 0;
+    constexpr int kPieces = kSlack ? 2 : kGroups > 1 ? kGroups - 1 : 1;
+    // The promotion of a group of token tiles starts this many mma after its last one and is spread over the others.
+    constexpr int kValues = 4 * kMT * kGroup, kMma = kSteps * kMT * kGroup, kLag = kMT * kGroup >= 4 ? 3 : 2;
+    int32_t table_index = 0;
 
     for (int32_t index = static_cast<int32_t>(blockIdx.x); index < total; index += static_cast<int32_t>(gridDim.x)) {
-      const Tile t = kernels::find_tile<C.block_n>(list, args, index, m_tiles);
-      Sums sums, promoted;
+      const Table& table = tables(shared)[table_index];
+      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
+      Sums totals;
+      fill(totals, kEmptyTotal);
+      int32_t partial[2][kMT][kGroup][4];
       if constexpr (kBlocks) {
-        fill(promoted, kEmptyTotal);
-      } else {
-        fill(sums, 0);
+        fill(partial[0], kInitialSum);
+        fill(partial[1], kInitialSum);
       }
-      int64_t scale_rows[kHalves];
-      float factor[kNT][2];
+      Sums values;
+      Chunks chunks;
+      if constexpr (kFlush) fill(values, kMinusZero);
+      Products pending[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) pending[i].clear();
+      int32_t rows[kHalves];
+      WeightScales scales, next_scales;
+      WeightScaleCursor cursor;
       if constexpr (kBlocks) {
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) scale_rows[h] = block_row(args, t, warp_m, h);
-        if constexpr (C.promotion == Promotion::block) {
+        for (int h = 0; h < kHalves; ++h) {
+          rows[h] = block_row(args, table.tile.expert, table.tile.m_tile * C.features() + feature_in_tile(warp_m), h);
+        }
+        cursor.open(args, rows);
+        cursor.load(next_scales);
+      }
+
+      uint32_t w[kSteps][kMT][4];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here() + weights_at, step);
+      TokenFragment tokens[kGroup];
+      TokenScales token_scales[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        tokens[i].load_half(ring.here() + tokens_at, i, 0);
+        tokens[i].load_half(ring.here() + tokens_at, i, 1);
+        if constexpr (kBlocks) token_scales[i].load(scales_of(ring.here()), table, token_of(warp_n, i));
+      }
+
+      for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+        const bool last = k_tile + 1 == k_tiles;
+        const uint32_t stage = ring.here(), next = ring.next();
+        if constexpr (kBlocks) {
+          scales = next_scales;
+          if (!last) cursor.load(next_scales);
+        }
+        if (!kSlack) ring.begin_copies();
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          // What is loaded beside this group's mma is the next one's; after the tile's last stage nobody looks at it.
+          const bool leaving = group == kGroups - 1;
+          const uint32_t from = leaving ? next : stage;
+          const int first = leaving ? 0 : (group + 1) * kGroup;
+          if (leaving) {
+            if (kGroups == 1) ring.loader.template copy<1>(0, ring.free());
+            ring.stage_read();
+          }
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int chain = 0; chain < kGroup * kMT; ++chain) {
+              const int member = chain / kMT, mt = chain % kMT;
+              const uint32_t b0 = tokens[member].r[step][0], b1 = tokens[member].r[step][1];
+              if constexpr (!kBlocks) {
+                ptx::mma_s8(totals[mt][group * kGroup + member], w[step][mt], b0, b1);
+              } else {
+                int32_t(&sums)[4] = partial[group % 2][mt][member];
+                if (step == 0) {
+                  ptx::mma_s8_from(sums, w[step][mt], b0, b1, kInitialSum);
+                } else {
+                  ptx::mma_s8(sums, w[step][mt], b0, b1);
+                }
+                // The partial sums of the group before.
+                const int at = step * kGroup * kMT + chain - kLag;
+#pragma unroll
+                for (int i = 0; i < kValues; ++i) {
+                  const int c = i / 4;
+                  if (at >= 0 && i * (kMma - kLag) / kValues == at) {
+                    promote_one(totals[c % kMT][(group + kGroups - 1) % kGroups * kGroup + c / kMT],
+                                partial[(group + 1) % 2][c % kMT][c / kMT], pending[c / kMT], c % kMT, i % 4);
+                  }
+                }
+              }
+            }
+            if (step % 2 == 1) {
+#pragma unroll
+              for (int i = 0; i < kGroup; ++i) tokens[i].load_half(from + tokens_at, first + i, step / 2);
+            }
+            if (leaving) load_weights(w[step], next + weights_at, step);
+          }
+          if constexpr (kBlocks) {
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) {
+              pending[i].set(scales, token_scales[i]);
+              token_scales[i].load(scales_of(from), table, token_of(warp_n, first + i));
+            }
+          }
+          if (kSlack && group == kFirstPiece) ring.begin_copies();
+          if (kGroups > 1 && group >= kFirstPiece && group - kFirstPiece < kPieces) {
+            ring.loader.template copy<kPieces>(group - kFirstPiece, ring.free());
+          }
+        }
+        if constexpr (kBlocks && kGroups % 2 == 1) {
+#pragma unroll
+          for (int c = 0; c < kMT * kGroup; ++c) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) partial[1][c % kMT][c / kMT][i] = partial[0][c % kMT][c / kMT][i];
+          }
+        }
+        if constexpr (kFlush) {
+          if (chunks.advance(args, last)) {
+            promote_last(totals, partial[1], pending);
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) pending[i].clear();
+            chunks.flush(args, table, rows, warp_n, totals, values);
+            chunks.next(args);
+          }
+        }
+        ring.advance();
+      }
+      if constexpr (kBlocks && !kFlush) promote_last(totals, partial[1], pending);
+      if constexpr (kFlush) {
+        finish_tile(args, table, values, warp_m, warp_n);
+      } else {
+        finish_tile(args, table, totals, warp_m, warp_n);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void run_steps(const GemmArgs& args, Ring& ring, uint8_t* shared, int32_t total,
+                                                   int32_t k_tiles) {
+    const int warp = static_cast<int>(threadIdx.x) >> 5, warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
+    const uint32_t weights_at = weight_address(warp_m), tokens_at = Fragments::address(warp_n);
+    constexpr int kFirstStep = kSlack ? kSteps / 2 : 0, kPieces = (kSlack ? kSteps - kFirstStep : kSteps - 1) * kNT;
+    int32_t table_index = 0;
+
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < total; index += static_cast<int32_t>(gridDim.x)) {
+      const Table& table = tables(shared)[table_index];
+      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
+      Sums sums, totals, values;
+      fill(sums, kInitialSum);
+      if constexpr (kBlocks) fill(totals, kEmptyTotal);
+      if constexpr (kFlush) fill(values, kMinusZero);
+      Chunks chunks;
+      int32_t rows[kHalves], block = 0, column_in_block = 0;
+      WeightScaleCursor cursor;
+      if constexpr (kBlocks) {
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+          rows[h] = block_row(args, table.tile.expert, table.tile.m_tile * C.features() + feature_in_tile(warp_m), h);
+        }
+        cursor.open(args, rows);
+      }
+      Fragments fragments[2];
+      fragments[0].load(ring.here() + weights_at, ring.here() + tokens_at, 0);
+
+      for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+        const bool last = k_tile + 1 == k_tiles;
+        const uint32_t stage = ring.here(), next = ring.next();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          if (step == kFirstStep) ring.begin_copies();
+          const Fragments& now = fragments[step % 2];
+          // Scales per K-block: a block may end with any step, and the last one with K.
+          bool ends = false;
+          WeightScales weight_scales;
+          TokenScales token_scales[kNT];
+          if constexpr (kBlocks) {
+            column_in_block += 32;
+            ends = block < args.blocks_k &&
+                   (column_in_block == args.block_k || (k_tile * C.block_k + step * 32 + 32 >= args.k));
+            if (ends) {
+              cursor.load(weight_scales);
+#pragma unroll
+              for (int nt = 0; nt < kNT; ++nt) {
+                token_scales[nt].load(scales_of(stage) + step * C.block_n * 4, table, token_of(warp_n, nt));
+              }
+            }
+          }
+          if (step == kSteps - 1) {
+            ring.stage_read();
+            if (!last) fragments[0].load(next + weights_at, next + tokens_at, 0);
+          } else {
+            fragments[(step + 1) % 2].load(stage + weights_at, stage + tokens_at, step + 1);
+          }
 #pragma unroll
           for (int nt = 0; nt < kNT; ++nt) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int token = min(token_of(warp_n, nt, j), t.rows - 1);
-              factor[nt][j] = args.row_factor != nullptr ? args.row_factor[t.row_begin + token] : 1.0f;
+            for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8(sums[mt][nt], now.w[mt], now.a[nt][0], now.a[nt][1]);
+            if (step >= kFirstStep && (step - kFirstStep) * kNT + nt < kPieces) {
+              ring.loader.template copy<kPieces>((step - kFirstStep) * kNT + nt, ring.free());
             }
           }
-        }
-      }
-      PendingScales scales;
-      WeightScales next;  // weight scales of the block in work: loaded at its last stage's start, needed after it
-      int32_t block = 0, column_in_block = 0;
-
-      for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-        if constexpr (C.buffers == 1) {
-          ptx::cp_async_wait<C.stages - 2>();
-          __syncthreads();
-          loader.load_stage();
-        }
-        const uint32_t stage = ring + static_cast<uint32_t>(slot) * C.stage_bytes();
-        const auto* stage_scales =
-            reinterpret_cast<const int32_t*>(shared + slot * C.stage_bytes() + (C.block_m + C.block_n) * C.block_k);
-        slot = slot + 1 == C.stages ? 0 : slot + 1;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          const Fragments& now = fragments[step % C.buffers];
-          if constexpr (C.buffers == 1) {
-            fragments[0].load(stage, step, warp_m, warp_n);
-          } else if (step < kSteps - 1) {
-            fragments[(step + 1) % C.buffers].load(stage, step + 1, warp_m, warp_n);
-          }
-          const bool block_ends_here = C.fine_groups || step == kSteps - 1;
-          const bool block_starts_here = C.fine_groups || step == 0;
-          // The last block may be short: it ends with K.
-          const bool at_end = k_tile == k_tiles - 1 && step == kSteps - 1;
-          const int32_t after = at_end ? args.block_k : column_in_block + (C.fine_groups ? 32 : C.block_k);
           if constexpr (kBlocks) {
-            if (block_starts_here && block < args.blocks_k) {
-              next.load(args, scale_rows, block);
-            }
-          }
-          // The first step of a block consumes the previous block's sums and scales.
-          if (kBlocks && block_starts_here && column_in_block == 0) {
-            if (block > 0 && block <= args.blocks_k) {
-              mma_first<true>(promoted, sums, now, scales);
-            } else {
-              mma_first<false>(promoted, sums, now, scales);
-            }
-          }
-          if (kBlocks && block_ends_here && after >= args.block_k) {
-            // (all warps still hold the stage)
-            scales.read_tokens(stage_scales + (C.fine_groups ? step * C.block_n : 0), warp_n, factor);
-          }
-          if constexpr (C.buffers == 2) {
-            if (step == kSteps - 1) {
-              // All warps have read this stage; the next one has arrived.
-              ptx::cp_async_wait<C.stages - 2>();
-              __syncthreads();
-              fragments[(step + 1) % C.buffers].load(ring + static_cast<uint32_t>(slot) * C.stage_bytes(), 0, warp_m,
-                                                     warp_n);
-            }
-            if (step == 0) loader.load_stage();
-          }
-          if (!(kBlocks && block_starts_here && column_in_block == 0)) mma(sums, now);
-          if constexpr (kBlocks) {
-            if (block_ends_here) {
-              column_in_block = after;
-              if (after >= args.block_k) {
+            if (ends) {
 #pragma unroll
-                for (int h = 0; h < kHalves; ++h) scales.weight[h] = next.value[h];
-                column_in_block = 0;
-                ++block;
+              for (int nt = 0; nt < kNT; ++nt) {
+                Products p;
+                p.set(weight_scales, token_scales[nt]);
+#pragma unroll
+                for (int mt = 0; mt < kMT; ++mt) promote(totals[mt][nt], sums[mt][nt], p, mt);
+              }
+              fill(sums, kInitialSum);
+              column_in_block = 0;
+              ++block;
+              if constexpr (kFlush) {
+                if (chunks.advance(args, block == args.blocks_k)) {
+                  chunks.flush(args, table, rows, warp_n, totals, values);
+                  chunks.next(args);
+                }
               }
             }
           }
         }
+        ring.advance();
       }
-      if constexpr (kBlocks) {
-        if (block <= args.blocks_k) {  // otherwise the last one lay past K and all of it was zero
-#pragma unroll
-          for (int nt = 0; nt < kNT; ++nt) promote(promoted, sums, scales, nt);
-        }
-      }
-      const Sums& result = kBlocks ? promoted : sums;
-      if constexpr (C.epilogue == Epilogue::activate) {
-        kernels::with_activation(args, [&](const auto& act) { finish_tile(args, t, result, warp_m, warp_n, act); });
+      if constexpr (kFlush) {
+        finish_tile(args, table, values, warp_m, warp_n);
+      } else if constexpr (kBlocks) {
+        finish_tile(args, table, totals, warp_m, warp_n);
       } else {
-        finish_tile(args, t, result, warp_m, warp_n, 0);
+        finish_tile(args, table, sums, warp_m, warp_n);
       }
     }
-    ptx::cp_async_wait<0>();
   }
 };
 

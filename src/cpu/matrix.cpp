@@ -28,6 +28,7 @@ class CpuMatrix final : public MatrixBackend {
     matrix_ = pack(m, options, pool_);
   }
 
+  std::size_t workspace_bytes(std::int64_t /*rows*/) const override { return 0; }
   void gemm(const GemmArgs& args) override {
     const FloatEnv env;
     const std::int64_t experts = matrix_.experts;

@@ -15,9 +15,13 @@ namespace octomoe::jit {
 std::vector<std::pair<const KernelEntry*, Target>> pack_jobs(std::span<const KernelEntry> entries,
                                                              std::span<const Target> targets) {
   std::vector<std::pair<const KernelEntry*, Target>> jobs;
+  const auto made_for = [](const KernelEntry& entry, int arch) { return std::ranges::count(entry.archs, arch) > 0; };
   for (const Target target : targets) {
     const std::size_t before = jobs.size();
+    // An architecture that the catalogue knows has kernels of its own, and no use for the others that would run there.
+    const bool known = !target.ptx && std::ranges::any_of(entries, [&](const auto& e) { return made_for(e, target.arch); });
     for (const KernelEntry& entry : entries) {
+      if (known && !made_for(entry, target.arch)) continue;
       // PTX is for devices newer than any that we know.
       constexpr int kFuture = 990;
       const int device = target.ptx ? kFuture : target.arch;

@@ -12,6 +12,8 @@ namespace octomoe {
 struct ForwardArgs {
   TensorView x, topk_ids, topk_weights, out;
   bool accumulate = false;
+  bool check_ids = false;
+  TensorView workspace;
   Stream stream = nullptr;
 };
 
@@ -27,13 +29,14 @@ struct GemmArgs {
   Activations a;
   TensorView d;
   Groups groups;
-  TensorView bias;
+  TensorView bias, workspace;
   Stream stream = nullptr;
 };
 
 class MatrixBackend {
  public:
   virtual ~MatrixBackend() = default;
+  virtual std::size_t workspace_bytes(std::int64_t rows) const = 0;
   virtual void gemm(const GemmArgs& args) = 0;
 };
 

@@ -13,8 +13,13 @@ const std::initializer_list<DType> kFloats = {DType::float32, DType::float16, DT
 
 }  // namespace
 
-void check_matrix(const QuantizedMatrix& m, const char* name) {
+void check_matrix(const QuantizedMatrix& m, const char* name, Device device) {
   check_defined(m.values, name);
+  if (m.values.device() != Device::cpu() && m.values.device() != device) {
+    bad_argument("{}.values: expected a tensor on {}, got one on {}", name,
+                 device == Device::cpu() ? "cpu" : fmt::format("cpu or {}", to_string(device)),
+                 to_string(m.values.device()));
+  }
   const MatrixLayout l = layout_of(m.scheme, m.experts, m.n, m.k, m.segments);
   const auto part = [&](const Tensor& t, const char* what, const Shape& shape, DType dtype) {
     if (!t.defined() || t.shape() != shape || t.dtype() != dtype) {
@@ -36,10 +41,10 @@ void check_matrix(const QuantizedMatrix& m, const char* name) {
 
 namespace {
 
-void check_weights(const MoeWeights& w, const char* what) {
+void check_weights(const MoeWeights& w, const char* what, Device device) {
   const auto name = [&](const char* part) { return fmt::format("{}{}", what, part); };
-  check_matrix(w.w13, name("w13").c_str());
-  check_matrix(w.w2, name("w2").c_str());
+  check_matrix(w.w13, name("w13").c_str(), device);
+  check_matrix(w.w2, name("w2").c_str(), device);
   const std::int64_t factor = is_gated(w.activation) ? 2 : 1;
   if (w.w13.experts != w.w2.experts || w.w13.n != factor * w.w2.k || w.w13.k != w.w2.n || w.w13.segments != factor) {
     bad_argument("{}: expected w2 [E, H, I] to fit w13 [E, {}, H] (activation {}), got w13 {}, w2 {}", name("weights"),
@@ -53,10 +58,7 @@ void check_weights(const MoeWeights& w, const char* what) {
 }  // namespace
 
 void check_layer(Device device, const MoeWeights& w, const LayerOptions& o) {
-  if (device.type != DeviceType::cpu) {
-    fail(ErrorCode::unsupported, "device: expected cpu (this build has no CUDA engine), got {}", to_string(device));
-  }
-  check_weights(w, "");
+  check_weights(w, "", device);
   if (!(o.swiglu_alpha == o.swiglu_alpha) || std::isinf(o.swiglu_alpha)) {
     bad_argument("swiglu_alpha: expected a finite number, got {}", o.swiglu_alpha);
   }
@@ -79,7 +81,7 @@ void check_layer(Device device, const MoeWeights& w, const LayerOptions& o) {
     }
   }
   if (o.shared_expert) {
-    check_weights(*o.shared_expert, "shared_expert.");
+    check_weights(*o.shared_expert, "shared_expert.", device);
     if (o.shared_expert->experts() != 1 || o.shared_expert->hidden() != w.hidden() ||
         o.shared_expert->scheme != w.scheme) {
       bad_argument("shared_expert: expected one expert of hidden size {} in {}, got {} of {} in {}", w.hidden(),
@@ -158,7 +160,12 @@ void check_forward(const LayerShape& layer, const ForwardArgs& a) {
   check_no_overlap(a.out, "out", a.x, "x");
   check_no_overlap(a.out, "out", a.topk_ids, "topk_ids");
   check_no_overlap(a.out, "out", a.topk_weights, "topk_weights");
-  if (layer.device.type == DeviceType::cpu) check_ids(a.topk_ids, layer.id_limit);
+  if (layer.device.type == DeviceType::cpu) {
+    if (a.workspace.defined()) bad_argument("workspace: expected none on cpu, got one");
+    check_ids(a.topk_ids, layer.id_limit);
+  } else if (a.check_ids) {
+    check_ids(Tensor::copy_of(a.topk_ids), layer.id_limit);
+  }
 }
 
 namespace {
@@ -297,6 +304,7 @@ void check_gemm(const MatrixShape& m, const GemmArgs& g) {
   }
   check_no_overlap(g.d, "d", a.values, "a");
   if (!host) return;
+  if (g.workspace.defined()) bad_argument("workspace: expected none on cpu, got one");
   for (std::int64_t e = 0; masked && e < m.experts; ++e) {
     const std::int64_t count = index_at(index, e);
     if (count < 0 || count > rows)
@@ -329,10 +337,7 @@ void check_route(const TensorView& logits, const TensorView& topk_weights, const
   check_dtype(topk_ids, "topk_ids", {DType::int32});
   for (const auto& [tensor, name] :
        {std::pair{&logits, "logits"}, std::pair{&topk_weights, "topk_weights"}, std::pair{&topk_ids, "topk_ids"}}) {
-    if (tensor->device() != Device::cpu()) {
-      fail(ErrorCode::unsupported, "{}: expected a tensor on cpu (this build has no CUDA engine), got one on {}", name,
-           to_string(tensor->device()));
-    }
+    check_device(*tensor, name, logits.device());
     check_rows(*tensor, name);
     check_aligned(*tensor, name);
   }
@@ -353,7 +358,7 @@ void check_route(const TensorView& logits, const TensorView& topk_weights, const
   if (!std::isfinite(o.scaling_factor))
     bad_argument("scaling_factor: expected a finite number, got {}", o.scaling_factor);
   if (o.correction_bias.defined()) {
-    check_device(o.correction_bias, "correction_bias", Device::cpu());
+    check_device(o.correction_bias, "correction_bias", logits.device());
     check_dtype(o.correction_bias, "correction_bias", {DType::float32});
     check_shape(o.correction_bias, "correction_bias", {experts});
     check_contiguous(o.correction_bias, "correction_bias");

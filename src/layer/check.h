@@ -7,7 +7,8 @@
 
 namespace octomoe {
 
-void check_matrix(const QuantizedMatrix& matrix, const char* name);
+// The values lie on the CPU, or on `device`.
+void check_matrix(const QuantizedMatrix& matrix, const char* name, Device device);
 void check_layer(Device device, const MoeWeights& weights, const LayerOptions& options);
 
 struct LayerShape {

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <utility>
 
+#include "cuda/engine.h"
 #include "layer/backend.h"
 #include "layer/check.h"
 #include "tensor/check.h"
@@ -27,7 +28,8 @@ MoeLayer::MoeLayer(Device device, MoeWeights weights, LayerOptions options) {
   impl_->intermediate = weights.intermediate();
   impl_->scheme = weights.scheme;
   impl_->weight_bytes = weights.bytes() + (options.shared_expert ? options.shared_expert->bytes() : 0);
-  impl_->backend = cpu::make_layer(std::move(weights), std::move(options));
+  impl_->backend = device.type == DeviceType::cpu ? cpu::make_layer(std::move(weights), options)
+                                                  : cuda::make_layer(device, std::move(weights), options);
 }
 MoeLayer::~MoeLayer() = default;
 MoeLayer::MoeLayer(MoeLayer&&) noexcept = default;
@@ -56,7 +58,8 @@ std::size_t MoeLayer::workspace_bytes(std::int64_t tokens, int top_k) const {
 
 void MoeLayer::forward(TensorView x, TensorView topk_ids, TensorView topk_weights, TensorView out,
                        const ForwardOptions& options, Stream stream) {
-  const ForwardArgs args{x, topk_ids, topk_weights, out, options.accumulate, stream};
+  const ForwardArgs args{x, topk_ids, topk_weights, out, options.accumulate, options.check_ids, options.workspace,
+                         stream};
   check_forward(impl_->shape, args);
   const std::lock_guard lock(impl_->mutex);
   impl_->backend->forward(args);
@@ -76,22 +79,25 @@ struct PreparedMatrix::Impl {
 };
 
 PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads) {
-  if (device.type != DeviceType::cpu) {
-    fail(ErrorCode::unsupported, "device: expected cpu (this build has no CUDA engine), got {}", to_string(device));
-  }
   if (threads < 0 || threads > 1024) bad_argument("threads: expected 0..1024, got {}", threads);
-  check_matrix(matrix, "b");
+  check_matrix(matrix, "b", device);
   impl_ = std::make_unique<Impl>();
   impl_->shape = {device, matrix.scheme, matrix.experts, matrix.n, matrix.k, matrix.activation_scale.defined()};
-  impl_->backend = cpu::make_matrix(std::move(matrix), threads);
+  impl_->backend = device.type == DeviceType::cpu ? cpu::make_matrix(std::move(matrix), threads)
+                                                  : cuda::make_matrix(device, std::move(matrix));
 }
 PreparedMatrix::~PreparedMatrix() = default;
 PreparedMatrix::PreparedMatrix(PreparedMatrix&&) noexcept = default;
 PreparedMatrix& PreparedMatrix::operator=(PreparedMatrix&&) noexcept = default;
 
+std::size_t PreparedMatrix::workspace_bytes(std::int64_t rows) const {
+  if (rows < 0) bad_argument("rows: expected at least 0, got {}", rows);
+  return impl_->backend->workspace_bytes(rows);
+}
+
 void grouped_gemm(const Activations& a, const PreparedMatrix& b, TensorView d, const Groups& groups,
                   const GemmOptions& options, Stream stream) {
-  const GemmArgs args{a, d, groups, options.bias, stream};
+  const GemmArgs args{a, d, groups, options.bias, options.workspace, stream};
   check_gemm(b.impl().shape, args);
   const std::lock_guard lock(b.impl().mutex);
   b.impl().backend->gemm(args);

@@ -1,10 +1,221 @@
-// The catalogue: one line per kernel.
-#include "jit/catalogue.h"
+// The catalogue: one line per kernel, and the tiles of the GEMM families.
+#include "plan/catalogue.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+
+#include "tensor/check.h"
+
+namespace octomoe::plan {
+namespace {
+
+using kernels::Epilogue;
+using kernels::GemmConfig;
+using kernels::Order;
+using kernels::Promotion;
+
+constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
+constexpr const char* kEpilogues[] = {"store", "swiglu"};
+
+struct Tile {
+  int m, n, k, stages, warps_m, warps_n, min_blocks;
+  Order order;
+};
+constexpr Order kSteps = Order::steps, kTiles = Order::tiles;
+
+// docs/kernels.md says what was measured. Blocks may take 227 KB of shared memory on SM90, 163 on SM80, 99 on SM86 and
+// SM89.
+constexpr Tile kChannel90[] = {
+    {128, 8, 128, 5, 4, 1, 2, kSteps},  {128, 16, 128, 5, 4, 1, 2, kSteps},  {128, 32, 128, 4, 4, 1, 2, kSteps},
+    {128, 64, 128, 4, 2, 2, 2, kSteps}, {256, 128, 128, 4, 4, 2, 1, kSteps},
+};
+constexpr Tile kChannel80[] = {
+    {128, 8, 128, 5, 4, 1, 2, kSteps},  {128, 16, 128, 5, 4, 1, 2, kSteps},  {128, 32, 128, 4, 4, 1, 2, kSteps},
+    {128, 64, 128, 4, 2, 2, 2, kSteps}, {256, 128, 128, 3, 4, 2, 1, kSteps},
+};
+constexpr Tile kChannel89[] = {
+    {128, 8, 128, 4, 4, 1, 1, kSteps},  {128, 16, 128, 4, 4, 1, 1, kSteps},  {128, 32, 128, 4, 4, 1, 1, kSteps},
+    {128, 64, 128, 3, 2, 2, 1, kSteps}, {128, 128, 64, 4, 2, 4, 1, kSteps},
+};
+constexpr Tile kBlock90[] = {
+    {128, 8, 128, 5, 4, 1, 2, kTiles},
+    {128, 16, 128, 5, 4, 1, 2, kTiles},
+    {128, 32, 128, 4, 4, 1, 2, kTiles},
+    {256, 64, 128, 4, 4, 2, 1, kTiles},
+};
+constexpr Tile kBlock80[] = {
+    {128, 8, 128, 5, 4, 1, 2, kTiles},
+    {128, 16, 128, 5, 4, 1, 2, kTiles},
+    {128, 32, 128, 4, 4, 1, 2, kTiles},
+    {256, 64, 128, 4, 4, 2, 1, kTiles},
+};
+constexpr Tile kBlock89[] = {
+    {128, 8, 128, 4, 4, 1, 1, kTiles},
+    {128, 16, 128, 4, 4, 1, 1, kTiles},
+    {128, 32, 128, 4, 4, 1, 1, kTiles},
+    {128, 64, 128, 3, 2, 2, 1, kTiles},
+};
+// Scale blocks other than 128 columns, and sums with float steps: right everywhere, tuned for nothing.
+constexpr Tile kGeneral[] = {
+    {128, 8, 128, 4, 4, 1, 1, kSteps},
+    {128, 32, 128, 4, 4, 1, 1, kSteps},
+};
+
+constexpr Tile kFlush[] = {
+    {128, 8, 128, 4, 4, 1, 1, kTiles},
+    {128, 32, 128, 4, 4, 1, 1, kTiles},
+};
+
+constexpr int kFamilies[] = {80, 89, 90};  // one set of tiles each
+
+std::vector<GemmConfig> make_configs(std::span<const Tile> tiles, Promotion promotion, bool fine, Epilogue epilogue) {
+  std::vector<GemmConfig> configs;
+  for (const Tile& t : tiles) {
+    configs.push_back(
+        {promotion, epilogue, t.m, t.n, t.k, t.stages, t.warps_m, t.warps_n, fine, t.min_blocks, t.order});
+  }
+  return configs;
+}
+
+std::span<const Tile> tiles_of(Promotion promotion, bool fine, int family) {
+  if (fine) return kGeneral;
+  if (promotion == Promotion::hybrid_flush) return kFlush;
+  if (promotion == Promotion::channel) {
+    return family == 90 ? std::span<const Tile>(kChannel90) : family == 80 ? std::span<const Tile>(kChannel80) : kChannel89;
+  }
+  return family == 90 ? std::span<const Tile>(kBlock90) : family == 80 ? std::span<const Tile>(kBlock80) : kBlock89;
+}
+
+KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
+  KernelEntry e;
+  e.id = gemm_id(c);
+  e.header = "sm80/grouped_gemm.cuh";
+  e.call = fmt::format(
+      "octomoe::sm80::grouped_gemm<octomoe::kernels::GemmConfig{{octomoe::kernels::Promotion::{}, "
+      "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}, {}, {}, {}, {}, octomoe::kernels::Order::{}}}>",
+      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
+      c.block_k, c.stages, c.warps_m, c.warps_n, c.fine_groups, c.min_blocks,
+      c.order == Order::steps ? "steps" : "tiles");
+  e.args_type = "octomoe::kernels::GemmArgs";
+  e.threads = c.threads();
+  e.min_blocks = c.min_blocks;
+  e.shared_bytes = c.pipeline_bytes();
+  e.archs = std::move(archs);
+  e.expect = "IMMA";
+  return e;
+}
+
+KernelEntry simple_entry(std::string id, std::string header, const std::string& call, const std::string& args,
+                         int threads, int shared_bytes = 0) {
+  KernelEntry e;
+  e.id = std::move(id);
+  e.header = std::move(header);
+  e.call = "octomoe::kernels::" + call;
+  e.args_type = "octomoe::kernels::" + args;
+  e.threads = threads;
+  e.shared_bytes = shared_bytes;
+  e.archs = {80, 86, 89, 90};
+  return e;
+}
+
+constexpr QuantizeKernel kQuantizeKernels[] = {{32, 4}, {256, 1}, {256, 4}, {256, 0}};
+
+std::vector<KernelEntry> make_catalogue() {
+  std::vector<KernelEntry> all;
+  for (int s = 0; s < 5; ++s) {
+    for (const QuantizeKernel& q : kQuantizeKernels) {
+      all.push_back(simple_entry(quantize_id(s, q), "quant/quantize_rows.cuh",
+                                 fmt::format("quantize_rows<octomoe::kernels::RowScheme::{}, {}, {}>", kRowSchemes[s],
+                                             q.row_threads, q.passes),
+                                 "QuantizeArgs", 256));
+    }
+  }
+  all.push_back(simple_entry("activate", "quant/activate_rows.cuh", "activate_rows", "ActivateArgs", 256));
+  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", 1024));
+  all.push_back(simple_entry("combine", "route/combine.cuh", "combine", "CombineArgs", 256));
+  all.push_back(simple_entry("shared_gate", "route/shared_gate.cuh", "shared_gate", "SharedGateArgs", 256));
+  all.push_back(simple_entry("group_index", "route/group_index.cuh", "group_index", "GroupIndexArgs", 1024));
+  all.push_back(
+      simple_entry("transpose_scales", "route/group_index.cuh", "transpose_scales", "TransposeScalesArgs", 256));
+  all.push_back(simple_entry("gather_rows", "route/group_index.cuh", "gather_rows", "GatherRowsArgs", 256));
+  all.push_back(simple_entry("route", "route/route.cuh", "route", "RouteArgs", 128, kRouteSharedBytes));
+  for (const Promotion p : {Promotion::channel, Promotion::block, Promotion::hybrid, Promotion::hybrid_flush}) {
+    for (const bool fine : {false, true}) {
+      if (fine && p == Promotion::channel) continue;
+      for (const Epilogue e : {Epilogue::store, Epilogue::swiglu}) {
+        for (const int family : kFamilies) {
+          for (const GemmConfig& c : gemm_configs(p, fine, e, family)) {
+            const std::vector<int> archs = family == 89 ? std::vector<int>{86, 89} : std::vector<int>{family};
+            const auto same = std::ranges::find(all, gemm_id(c), &KernelEntry::id);
+            if (same == all.end()) {
+              all.push_back(gemm_entry(c, archs));
+            } else {
+              same->archs.insert(same->archs.end(), archs.begin(), archs.end());
+            }
+          }
+        }
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+QuantizeKernel quantize_kernel(std::int64_t k) {
+  for (const QuantizeKernel& q : kQuantizeKernels) {
+    if (k <= q.row_threads * 8 * q.passes) return q;
+  }
+  return kQuantizeKernels[std::size(kQuantizeKernels) - 1];
+}
+
+std::string quantize_id(int row_scheme, QuantizeKernel kernel) {
+  return fmt::format("quantize:{}:t{}p{}", kRowSchemes[row_scheme], kernel.row_threads, kernel.passes);
+}
+
+std::string gemm_id(const GemmConfig& c) {
+  return fmt::format("sm80_gemm:{}{}:{}:m{}n{}k{}s{}w{}x{}o{}", kPromotions[static_cast<int>(c.promotion)],
+                     c.fine_groups ? "_fine" : "", kEpilogues[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
+                     c.block_k, c.stages, c.warps_m, c.warps_n,
+                     c.min_blocks);
+}
+
+int tile_family(int max_shared_bytes) { return max_shared_bytes >= 220 * 1024 ? 90 : max_shared_bytes >= 160 * 1024 ? 80 : 89; }
+
+std::span<const GemmConfig> gemm_configs(Promotion promotion, bool fine, Epilogue epilogue, int family) {
+  static const auto* all = [] {
+    auto* map = new std::map<std::array<int, 4>, std::vector<GemmConfig>>;
+    for (int p = 0; p < 4; ++p) {
+      for (int f = 0; f < 2; ++f) {
+        for (int e = 0; e < 2; ++e) {
+          for (const int family : kFamilies) {
+            const auto kind = static_cast<Promotion>(p);
+            (*map)[{p, f, e, family}] =
+                make_configs(tiles_of(kind, f != 0, family), kind, f != 0, static_cast<Epilogue>(e));
+          }
+        }
+      }
+    }
+    return map;
+  }();
+  return all->at({static_cast<int>(promotion), fine, static_cast<int>(epilogue), family});
+}
+
+const KernelEntry& entry(const std::string& id) {
+  const KernelEntry* e = find_kernel(id);
+  if (e == nullptr) fail(ErrorCode::internal, "the catalogue has no kernel {}", id);
+  return *e;
+}
+
+}  // namespace octomoe::plan
 
 namespace octomoe {
 
 const std::vector<KernelEntry>& catalogue() {
-  static const std::vector<KernelEntry> entries = {};
+  static const std::vector<KernelEntry> entries = plan::make_catalogue();
   return entries;
 }
 

@@ -81,7 +81,7 @@ void check_sizes(const Scheme& s, std::int64_t experts, std::int64_t n, std::int
 
 Tensor to_float32(const TensorView& t, const std::string& name, const Shape& shape, bool is_scale) {
   check_defined(t, name.c_str());
-  check_device(t, name.c_str(), Device::cpu());
+  if (t.device() != Device::cpu()) return to_float32(Tensor::copy_of(t), name, shape, is_scale);
   check_dtype(t, name.c_str(), {DType::float32, DType::float16, DType::bfloat16});
   check_aligned(t, name.c_str());
   // A trailing dimension of 1 (weight_scale [N, 1]) may stand or be left out.
@@ -264,7 +264,7 @@ void for_row_runs(ThreadPool& pool, std::int64_t experts, std::int64_t n, const 
 QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments, int threads,
                                 const std::string& name) {
   check_defined(w, name.c_str());
-  check_device(w, name.c_str(), Device::cpu());
+  if (w.device() != Device::cpu()) return quantize_matrix(scheme, Tensor::copy_of(w), segments, threads, name);
   check_dtype(w, name.c_str(), {DType::float32, DType::float16, DType::bfloat16});
   if (w.rank() != 3) bad_argument("{}: expected shape [E, N, K], got {}", name, to_string(w.shape()));
   check_rows(w, name.c_str());
@@ -372,6 +372,14 @@ int prove_flush_blocks(const QuantizedMatrix& m, const std::string& name, Thread
 
 void finish_matrix(QuantizedMatrix& m, const std::string& name, int threads) {
   check_sizes(m.scheme, m.experts, m.n, m.k, m.segments, name);
+  if (m.values.device() != Device::cpu() && (m.scheme.kind == SchemeKind::int8_hybrid || m.scheme.asymmetric)) {
+    QuantizedMatrix host = m;
+    host.values = Tensor::copy_of(m.values);
+    finish_matrix(host, name, threads);
+    m.flush_blocks = host.flush_blocks;
+    m.column_sum = host.column_sum;
+    return;
+  }
   ThreadPool& pool = ThreadPool::shared(threads);
   if (m.scheme.kind == SchemeKind::int8_hybrid) {
     const std::uint8_t* q = m.q.as<std::uint8_t>();
@@ -396,6 +404,11 @@ void finish_matrix(QuantizedMatrix& m, const std::string& name, int threads) {
 }
 
 Tensor dequantize(const QuantizedMatrix& m, int threads) {
+  if (m.values.device() != Device::cpu()) {
+    QuantizedMatrix host = m;
+    host.values = Tensor::copy_of(m.values);
+    return dequantize(host, threads);
+  }
   const MatrixLayout layout = layout_of(m.scheme, m.experts, m.n, m.k, m.segments);
   Tensor out = Tensor::empty(DType::float32, {m.experts, m.n, m.k});
   const std::int64_t width = group_columns(m.scheme, m.k);

@@ -13,7 +13,6 @@ QuantizedMatrix adopt_matrix(const Scheme& scheme, Tensor values, TensorView sca
                              const std::string& name, int threads) {
   check(scheme);
   check_defined(values, name.c_str());
-  check_device(values, name.c_str(), Device::cpu());
   const bool int4 = scheme.kind == SchemeKind::w4a8_fp8;
   if (values.view().rank() != 3) {
     bad_argument("{}: expected shape {}, got {}", name, int4 ? "[E, N, K/2]" : "[E, N, K]", to_string(values.shape()));
@@ -36,7 +35,6 @@ QuantizedMatrix adopt_matrix(const Scheme& scheme, Tensor values, TensorView sca
   if (scheme.kind == SchemeKind::int8_hybrid) {
     const std::string q_name = name + "_q";
     check_defined(q, q_name.c_str());
-    check_device(q, q_name.c_str(), Device::cpu());
     check_dtype(q, q_name.c_str(), {DType::uint8});
     check_shape(q, q_name.c_str(), {m.experts, layout.blocks_n, layout.blocks_k});
     m.q = Tensor::copy_of(q);

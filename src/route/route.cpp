@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "cuda/engine.h"
 #include "layer/check.h"
 #include "octomoe/layer.h"
 #include "quant/numerics.h"
@@ -136,8 +137,9 @@ float load(const TensorView& t, std::int64_t row, std::int64_t column) {
 
 }  // namespace
 
-void route(TensorView logits, TensorView topk_weights, TensorView topk_ids, const RouteOptions& o, Stream /*stream*/) {
+void route(TensorView logits, TensorView topk_weights, TensorView topk_ids, const RouteOptions& o, Stream stream) {
   check_route(logits, topk_weights, topk_ids, o);
+  if (logits.device().type == DeviceType::cuda) return cuda::route(logits, topk_weights, topk_ids, o, stream);
   const std::int64_t tokens = logits.dim(0), experts = logits.dim(1), k = topk_ids.dim(1);
   constexpr std::int64_t kTokens = 64;
   ThreadPool::shared().parallel_for((tokens + kTokens - 1) / kTokens, [&](std::int64_t run, int) {

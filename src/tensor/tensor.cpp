@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/memory.h"
 #include "tensor/check.h"
 
 namespace octomoe {
@@ -146,7 +147,7 @@ TensorView TensorView::at(std::int64_t index) const {
   return TensorView(row.data_, dtype_, Shape(shape_.dims().subspan(1)), Shape(strides_.dims().subspan(1)), device_);
 }
 
-Tensor Tensor::empty(DType dtype, Shape shape) {
+Tensor Tensor::empty(DType dtype, Shape shape, Device device) {
   constexpr std::size_t kAlignment = 64;
   constexpr std::size_t kMaxBytes = std::size_t{1} << 40;  // a size beyond it is a mistake, not a wish
   std::size_t elems = 1;
@@ -155,23 +156,30 @@ Tensor Tensor::empty(DType dtype, Shape shape) {
     if (__builtin_mul_overflow(elems, static_cast<std::size_t>(d), &elems)) elems = kMaxBytes + 1;
   }
   std::size_t bytes = 0;
-  void* data = nullptr;
-  if (!__builtin_mul_overflow(elems, size_bytes(dtype), &bytes) && bytes <= kMaxBytes) {
-    // Padded so that vector loads of a last partial vector stay inside.
-    data = std::aligned_alloc(kAlignment, (bytes + 2 * kAlignment - 1) / kAlignment * kAlignment);
-  }
-  if (data == nullptr) {
-    fail(ErrorCode::out_of_memory, "cannot allocate {} of shape {}", to_string(dtype), to_string(shape));
-  }
+  const bool sensible = !__builtin_mul_overflow(elems, size_bytes(dtype), &bytes) && bytes <= kMaxBytes;
   Tensor t;
-  t.owner_ = std::shared_ptr<const void>(data, [](const void* p) { std::free(const_cast<void*>(p)); });
-  t.view_ = TensorView(data, dtype, shape);
+  if (sensible && device.type == DeviceType::cuda) {
+    t.owner_ = cuda::allocate(device.index, bytes);
+  } else if (sensible) {
+    // Padded so that vector loads of a last partial vector stay inside.
+    void* data = std::aligned_alloc(kAlignment, (bytes + 2 * kAlignment - 1) / kAlignment * kAlignment);
+    if (data) t.owner_ = std::shared_ptr<const void>(data, [](const void* p) { std::free(const_cast<void*>(p)); });
+  }
+  if (!t.owner_) {
+    fail(ErrorCode::out_of_memory, "cannot allocate {} of shape {} on {}", to_string(dtype), to_string(shape),
+         to_string(device));
+  }
+  t.view_ = TensorView(const_cast<void*>(t.owner_.get()), dtype, shape, device);
   return t;
 }
 
-Tensor Tensor::zeros(DType dtype, Shape shape) {
-  Tensor t = empty(dtype, shape);
-  std::memset(t.view_.data(), 0, t.bytes());
+Tensor Tensor::zeros(DType dtype, Shape shape, Device device) {
+  Tensor t = empty(dtype, shape, device);
+  if (device.type == DeviceType::cuda) {
+    cuda::fill_zero(t.view_.data(), t.bytes(), device.index);
+  } else {
+    std::memset(t.view_.data(), 0, t.bytes());
+  }
   return t;
 }
 
@@ -182,9 +190,13 @@ Tensor Tensor::wrap(TensorView view, std::shared_ptr<const void> owner) {
   return t;
 }
 
-Tensor Tensor::copy_of(TensorView view) {
+Tensor Tensor::copy_of(TensorView view, Device device) {
   check_defined(view, "copy_of");
-  check_device(view, "copy_of", Device::cpu());
+  if (view.device().type == DeviceType::cuda || device.type == DeviceType::cuda) {
+    Tensor t = empty(view.dtype(), view.shape(), device);
+    cuda::copy(view, t.view());
+    return t;
+  }
   Tensor t = empty(view.dtype(), view.shape());
   if (view.elems() == 0) return t;
   if (view.is_contiguous()) {

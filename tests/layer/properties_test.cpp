@@ -21,6 +21,11 @@ class Properties : public ::testing::TestWithParam<std::tuple<std::string, Devic
   Scheme scheme = Scheme::parse(std::get<0>(GetParam()));
   Device device = std::get<1>(GetParam());
 
+  void SetUp() override {
+    if (!testing::is_here(device)) GTEST_SKIP() << "no GPU here";
+    if (device.type == DeviceType::cuda && !scheme.is_integer()) GTEST_SKIP() << "CUDA runs the integer schemes";
+  }
+
   // Integer schemes: every bit. Float schemes: the order of additions is free, and h may then round to the next bf16.
   void expect_reference(const Tensor& got, const Tensor& want, const std::string& what) {
     if (scheme.is_integer()) {
@@ -98,7 +103,7 @@ TEST_P(Properties, ExpertMapAndAccumulate) {
   Tensor got = Tensor::copy_of(want);
   reference::moe_forward(w, o, in.x, in.ids, in.weights, want, true);
   MoeLayer layer(device, w, o);
-  layer.forward(in.x, in.ids, in.weights, got, {.accumulate = true});
+  testing::forward(device, layer, in.x, in.ids, in.weights, got, {.accumulate = true});
   expect_reference(got, want, "accumulate");
 }
 
@@ -113,8 +118,8 @@ TEST_P(Properties, NeighboursDoNotMatter) {
   for (const std::int64_t count : {1, 2, 5, 16}) {
     for (std::int64_t t = 0; t + count <= c.tokens; t += 7) {
       Tensor part = Tensor::empty(DType::bfloat16, {count, c.hidden});
-      layer.forward(in.x.view().slice(t, count), in.ids.view().slice(t, count), in.weights.view().slice(t, count),
-                    part);
+      testing::forward(device, layer, in.x.view().slice(t, count), in.ids.view().slice(t, count),
+                       in.weights.view().slice(t, count), part);
       ASSERT_EQ(std::memcmp(part.as<char>(), all.as<char>() + static_cast<std::size_t>(t * c.hidden) * 2, part.bytes()),
                 0)
           << "tokens " << t << "+" << count;
@@ -221,11 +226,12 @@ TEST_P(Properties, GroupedGemmOffsetsAndMasked) {
     offsets.as<std::int32_t>()[e + 1] = offsets.as<std::int32_t>()[e] + rows[e];
   }
   for (const bool with_bias : {false, true}) {
-    const GemmOptions o{with_bias ? bias.view() : TensorView()};
+    const GemmOptions o{with_bias ? bias.view() : TensorView(), {}};
     const Tensor a = testing::random_tensor(DType::float32, {20, k}, 5);
-    testing::GuardedOutput got(DType::float32, 20, n);
+    testing::GuardedOutput got(DType::float32, 20, n, device);
     Tensor want = Tensor::zeros(DType::float32, {20, n});
-    grouped_gemm({a, {}, {}, {}}, b, got.view(), Groups::offsets(offsets), o);
+    grouped_gemm({testing::on(device, a), {}, {}, {}}, b, got.view(), Groups::offsets(testing::on(device, offsets)),
+                 {testing::on(device, o.bias), {}});
     reference::grouped_gemm(m, {a, {}, {}, {}}, want, Groups::offsets(offsets), o.bias);
     EXPECT_TRUE(got.intact());
     expect_reference(got.dense(), want, "offsets");
@@ -233,7 +239,7 @@ TEST_P(Properties, GroupedGemmOffsetsAndMasked) {
     const Tensor a3 = testing::random_tensor(DType::bfloat16, {experts, max_rows, k}, 8);
     Tensor got3 = testing::random_tensor(DType::float32, {experts, max_rows, n}, 9);
     Tensor want3 = Tensor::copy_of(got3);
-    grouped_gemm({a3, {}, {}, {}}, b, got3, Groups::masked(counts), o);
+    testing::gemm(device, {a3, {}, {}, {}}, b, got3, Groups::masked(counts), o);
     reference::grouped_gemm(m, {a3, {}, {}, {}}, want3, Groups::masked(counts), o.bias);
     for (int e = 0; e < experts; ++e) {
       expect_reference(Tensor::copy_of(got3.view().at(e)), Tensor::copy_of(want3.view().at(e)),
@@ -283,7 +289,7 @@ TEST_P(Properties, GivenActivationsIncludingMinus128) {
   const std::int64_t at[] = {0, 2, 2, rows};
   std::memcpy(offsets.view().data(), at, sizeof(at));
   Tensor got = Tensor::zeros(DType::float32, {rows, n}), want = Tensor::zeros(DType::float32, {rows, n});
-  grouped_gemm(act, PreparedMatrix(device, m), got, Groups::offsets(offsets));
+  testing::gemm(device, act, PreparedMatrix(device, m), got, Groups::offsets(offsets));
   reference::grouped_gemm(m, act, want, Groups::offsets(offsets));
   EXPECT_TRUE(same_bits(got, want));
 }

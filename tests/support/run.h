@@ -7,12 +7,49 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/driver.h"
 #include "octomoe/layer.h"
 #include "support/random.h"
 
 namespace octomoe::testing {
 
-inline std::vector<Device> devices() { return {Device::cpu()}; }
+// Every engine's device. A test of one that is not here skips: skip_without(device).
+inline std::vector<Device> devices() { return {Device::cpu(), Device::cuda(0)}; }
+inline bool is_here(Device device) { return device.type == DeviceType::cpu || cuda::driver_available(); }
+
+inline Tensor on(Device device, const TensorView& t) {
+  if (!t.defined()) return {};
+  return device == t.device() ? Tensor::wrap(t, nullptr) : Tensor::copy_of(t, device);
+}
+
+// What `call(tensor on device)` writes into a copy of `out` there comes back into `out`.
+template <class Call>
+void through(Device device, const TensorView& out, const Call& call) {
+  if (device == out.device()) return call(out);
+  const Tensor there = Tensor::copy_of(out, device);
+  call(there.view());
+  const Tensor back = Tensor::copy_of(there);
+  const auto row = static_cast<std::size_t>(out.dim(out.rank() - 1)) * size_bytes(out.dtype());
+  const TensorView flat = back.view();
+  ASSERT_EQ(out.is_contiguous(), true);
+  if (out.elems() > 0) std::memcpy(out.data(), flat.data(), row * static_cast<std::size_t>(out.elems() / out.dim(out.rank() - 1)));
+}
+
+inline void forward(Device device, MoeLayer& layer, const TensorView& x, const TensorView& ids,
+                    const TensorView& weights, const TensorView& out, ForwardOptions options = {}) {
+  through(device, out, [&](const TensorView& there) {
+    layer.forward(on(device, x), on(device, ids), on(device, weights), there, options);
+  });
+}
+
+inline void gemm(Device device, const Activations& a, const PreparedMatrix& b, const TensorView& d, Groups groups,
+                 GemmOptions options = {}) {
+  const Tensor values = on(device, a.values), scale = on(device, a.scale), q = on(device, a.q), zero = on(device, a.zero);
+  const Tensor index = on(device, groups.index), bias = on(device, options.bias);
+  groups.index = index;
+  options.bias = bias;
+  through(device, d, [&](const TensorView& there) { grouped_gemm({values, scale, q, zero}, b, there, groups, options); });
+}
 
 struct LayerCase {
   std::int64_t experts = 8, hidden = 128, intermediate = 96, tokens = 13;
@@ -70,38 +107,41 @@ inline LayerInput make_input(const LayerCase& c, DType dtype = DType::bfloat16, 
 // Canaries before and after every output row's memory: a write outside is seen.
 class GuardedOutput {
  public:
-  GuardedOutput(DType dtype, std::int64_t rows, std::int64_t columns)
+  GuardedOutput(DType dtype, std::int64_t rows, std::int64_t columns, Device device = {})
       : dtype_(dtype), rows_(rows), columns_(columns), pad_(32), raw_(Tensor::empty(DType::uint8, {bytes_in_all()})) {
     for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = 0xA5;
+    there_ = on(device, raw_);
   }
-  TensorView view() {
-    return TensorView(raw_.as<std::uint8_t>() + pad_ * size(), dtype_, Shape{rows_, columns_},
-                      Shape{columns_ + pad_, 1});
-  }
-  Tensor dense() { return Tensor::copy_of(view()); }
+  TensorView view() { return view_of(there_); }
+  Tensor dense() { return Tensor::copy_of(view_of(Tensor::copy_of(there_))); }
   bool intact() const {
+    const Tensor raw = Tensor::copy_of(there_);
     const std::int64_t step = (columns_ + pad_) * size();
-    for (std::int64_t i = 0; i < raw_.elems(); ++i) {
+    for (std::int64_t i = 0; i < raw.elems(); ++i) {
       const std::int64_t j = i - pad_ * size();
       const bool inside = j >= 0 && j / step < rows_ && j % step < columns_ * size();
-      if (!inside && raw_.as<std::uint8_t>()[i] != 0xA5) return false;
+      if (!inside && raw.as<std::uint8_t>()[i] != 0xA5) return false;
     }
     return true;
   }
 
  private:
+  TensorView view_of(const Tensor& raw) const {
+    return TensorView(raw.as<std::uint8_t>() + pad_ * size(), dtype_, Shape{rows_, columns_}, Shape{columns_ + pad_, 1},
+                      raw.device());
+  }
   std::int64_t size() const { return static_cast<std::int64_t>(size_bytes(dtype_)); }
   std::int64_t bytes_in_all() const { return (pad_ + rows_ * (columns_ + pad_)) * size(); }
   DType dtype_;
   std::int64_t rows_, columns_, pad_;
-  Tensor raw_;
+  Tensor raw_, there_;
 };
 
 inline Tensor run_layer(Device device, const MoeWeights& weights, LayerOptions options, const LayerInput& in,
                         DType out_dtype = DType::bfloat16) {
   MoeLayer layer(device, weights, std::move(options));
-  GuardedOutput out(out_dtype, in.x.dim(0), weights.hidden());
-  layer.forward(in.x, in.ids, in.weights, out.view());
+  GuardedOutput out(out_dtype, in.x.dim(0), weights.hidden(), device);
+  layer.forward(on(device, in.x), on(device, in.ids), on(device, in.weights), out.view());
   EXPECT_TRUE(out.intact()) << "wrote outside the output";
   return out.dense();
 }

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The GPU's checks, one command each: scripts/gpu.sh check|sanitize|bench [build folder]
+#   check     every C++ test that wants a GPU, and the Python ones
+#   sanitize  compute-sanitizer memcheck, racecheck, synccheck and initcheck over a reduced suite
+#   bench     layers and GEMMs beside their peers and floors; JSON into $OUT (default: out/)
+# Needs a build (make build) with its kernel pack (cmake --build build --target pack), nothing else of the tree's tools.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-check}
+build=$(realpath "${2:-build}")
+out=${OUT:-out}
+mkdir -p "$out"
+export LD_LIBRARY_PATH="$build/runtime${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" # libraries that travel with the build
+summary=()
+status=0
+step() {
+  local name=$1 begin=$SECONDS result=0
+  shift
+  "$@" >"$out/$name.log" 2>&1 </dev/null || result=$?
+  summary+=("$(printf '%-24s %-6s %4d s  %s' "$name" "$( ((result)) && echo FAILED || echo ok)" $((SECONDS - begin)) \
+    "$(grep -E 'PASSED|FAILED  |ERROR SUMMARY|passed|failed' "$out/$name.log" | tail -n 1)")")
+  ((result == 0)) || { status=1; grep -E 'Failure|FAILED|rror' -A4 "$out/$name.log" | head -n 40; }
+}
+
+case $what in
+  check)
+    step cuda "$build/octomoe_tests_cuda"
+    step layer "$build/octomoe_tests_layer" "--gtest_filter=*cuda*"
+    step gpu "$build/octomoe_tests_gpu"
+    ;;
+  sanitize)
+    for tool in memcheck racecheck synccheck initcheck; do
+      step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/octomoe_tests_gpu" \
+        "--gtest_filter=Sanitized.*"
+    done
+    ;;
+  bench)
+    step bench "$build/octomoe" bench --device cuda --graph --tokens 1,16,128,1024,8192 --json "$out/layer_cuda.json"
+    cat "$out/bench.log"
+    ;;
+  *) echo "usage: scripts/gpu.sh check|sanitize|bench [build folder]" >&2; exit 2 ;;
+esac
+printf '\n== gpu %s\n' "$what"
+printf '%s\n' "${summary[@]}"
+exit $status

@@ -1,0 +1,100 @@
+// A quantised matrix on a device, and the launches that the layer and grouped_gemm share.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/gemm_config.h"
+#include "cuda/module.h"
+#include "octomoe/weights.h"
+
+namespace octomoe::cuda {
+
+// Every launch of a call: same stream; kernels wait for their predecessor by themselves (kernels/ptx/grid.cuh).
+class Launcher {
+ public:
+  Launcher(const DeviceInfo& device, Stream stream) : device_(device), stream_(stream) {}
+  // At most `blocks`, and no more than are resident at once if `persistent`.
+  template <class Args>
+  void operator()(const LoadedKernel& kernel, std::int64_t blocks, const Args& args, bool persistent = true) const {
+    const std::int64_t resident = std::int64_t{device_.multiprocessors} * kernel.blocks_per_multiprocessor;
+    const std::int64_t grid = persistent ? std::min(blocks, resident) : blocks;
+    launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true}, args);
+  }
+  const DeviceInfo& device() const { return device_; }
+
+ private:
+  const DeviceInfo& device_;
+  Stream stream_;
+};
+
+// Quantised rows and their scales, in the order that GEMMs read (core/args.h).
+struct QuantizedRows {
+  std::int8_t* q = nullptr;
+  float* scale = nullptr;          // [columns, rows]
+  std::int32_t* block_q = nullptr;  // [KB, rows]
+  std::int32_t* zero = nullptr;
+  std::int64_t rows = 0;
+};
+
+// Elements that `scale` and `block_q` have for each row.
+struct ScaleColumns {
+  std::int64_t scale, block_q;
+};
+
+class DeviceMatrix {
+ public:
+  // Values on `device` are used where they lie; everything else is uploaded. Error(unsupported) for what the kernels
+  // cannot do.
+  DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, kernels::Epilogue epilogue, const DeviceInfo& device,
+               const char* name);
+
+  std::int64_t experts() const { return m_.experts; }
+  std::int64_t n() const { return m_.n; }
+  std::int64_t k() const { return m_.k; }
+  const Scheme& scheme() const { return m_.scheme; }
+  ScaleColumns scale_columns() const;
+  bool has_static_scale() const { return m_.activation_scale.defined(); }
+  float static_scale() const { return static_scale_; }
+
+  // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
+  void quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows, const std::int32_t* row_count,
+                const QuantizedRows& out) const;
+
+  struct Problem {
+    QuantizedRows a;
+    const std::int32_t* index;       // offsets [E + 1] or counts [E]
+    std::int64_t masked_rows = 0;    // rows of an expert; 0: offsets
+    std::int64_t rows;               // most rows there can be in all
+    const std::int32_t* row_source = nullptr;
+    const float* row_factor = nullptr;
+    const float* bias = nullptr;  // null: the matrix's own
+    void* out;
+    std::int64_t out_stride;
+    kernels::OutType out_type = kernels::OutType::bf16;
+    bool up_first = false;
+    float limit = 0;
+  };
+  void gemm(const Launcher& launcher, const Problem& problem) const;
+  std::size_t bytes() const { return m_.bytes() + bias_.bytes(); }
+
+ private:
+  struct Kernel {
+    kernels::GemmConfig config;
+    const LoadedKernel* loaded;
+  };
+  const Kernel& choose(std::int64_t rows) const;
+
+  QuantizedMatrix m_;  // every tensor on the device
+  Tensor bias_;
+  float static_scale_ = 0;
+  std::int64_t blocks_n_ = 0, blocks_k_ = 0, super_groups_ = 0;
+  const LoadedKernel* quantizer_ = nullptr;
+  std::vector<Kernel> kernels_;  // by rising block_n
+};
+
+kernels::RowView row_view(const TensorView& rows);  // of a 2-D tensor
+kernels::OutType out_type(DType dtype);
+bool rows_are_aligned(const TensorView& t);  // every row begins at a multiple of 16 bytes
+
+}  // namespace octomoe::cuda

@@ -1,0 +1,334 @@
+// A layer on a GPU: sort, quantise, GEMM1 with SwiGLU, quantise, GEMM2, combine, all on the caller's stream.
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <utility>
+
+#include "core/args.h"
+#include "cuda/engine.h"
+#include "cuda/gemm.h"
+#include "cuda/stream.h"
+#include "cuda/workspace.h"
+#include "layer/check.h"
+#include "plan/catalogue.h"
+#include "quant/matrix.h"
+#include "tensor/check.h"
+
+namespace octomoe::cuda {
+namespace {
+
+// The steps of a layer, for the lifetimes of its buffers.
+enum Step : int { kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
+// The shared expert runs between kQuantizeX and kGather: its own steps lie inside one of the layer's.
+
+struct Expert {
+  Expert(MoeWeights w, const LayerOptions& o, const DeviceInfo& device, const char* prefix)
+      : activation(w.activation),
+        up_first(w.gate_up_order == GateUpOrder::up_gate),
+        fused(o.fused_activation && w.activation == Activation::swiglu),
+        intermediate(w.intermediate()),
+        w13(std::move(w.w13), w.b13, fused ? kernels::Epilogue::swiglu : kernels::Epilogue::store, device,
+            (std::string(prefix) + "w13").c_str()),
+        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, device, (std::string(prefix) + "w2").c_str()) {}
+
+  Activation activation;
+  bool up_first, fused;
+  std::int64_t intermediate;
+  DeviceMatrix w13, w2;
+};
+
+// Indices of an Expert's buffers in the plan.
+struct ExpertBuffers {
+  int v = -1, h = -1, hq = -1, h_scale = -1, h_block_q = -1, h_zero = -1, y = -1;
+};
+struct RowBuffers {
+  int q = -1, scale = -1, block_q = -1, zero = -1;
+  std::int64_t rows = 0;
+};
+
+struct Plan {
+  std::int64_t tokens = -1;
+  int top_k = 0;
+  std::int64_t rows = 0;
+  WorkspacePlan memory;
+  int offsets = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1, shared_weight = -1;
+  RowBuffers x, shared_x, gathered;
+  ExpertBuffers routed, shared;
+};
+
+class CudaLayer final : public LayerBackend {
+ public:
+  CudaLayer(int device, MoeWeights weights, const LayerOptions& o)
+      : info_(device_info(device)),
+        hidden_(weights.hidden()),
+        experts_(weights.experts()),
+        weight_on_input_(o.router_weight_on_input),
+        fused_gather_(o.fused_gather),
+        alpha_(o.swiglu_alpha),
+        limit_(o.swiglu_limit ? *o.swiglu_limit
+                              : (weights.activation == Activation::swigluoai
+                                     ? 7.0f
+                                     : std::numeric_limits<float>::infinity())),
+        id_limit_(o.expert_map.defined() ? o.expert_map.elems() : weights.experts()),
+        routed_(std::move(weights), o, info_, ""),
+        workspaces_(device) {
+    const Device where = Device::cuda(device);
+    const auto kernel = [&](const char* id) { return &load(plan::entry(id), device); };
+    sort_ = kernel("sort");
+    combine_ = kernel("combine");
+    if (o.expert_map.defined()) expert_map_ = Tensor::copy_of(o.expert_map, where);
+    if (o.shared_expert) shared_.emplace(*o.shared_expert, o, info_, "shared_expert.");
+    if (o.shared_gate.defined()) {
+      const Tensor gate = to_float32(o.shared_gate, "shared_gate", {hidden_}, false);
+      shared_gate_ = Tensor::copy_of(gate, where);
+      gate_kernel_ = kernel("shared_gate");
+    }
+    if (!routed_.fused || (shared_ && !shared_->fused)) activate_ = kernel("activate");
+    if (!fused_gather_) gather_ = kernel("gather_rows");
+  }
+
+  void reserve(std::int64_t max_tokens, int top_k) override {
+    const ContextGuard context(info_);
+    workspaces_.reserve(plan(max_tokens, top_k).memory.bytes());
+  }
+  std::size_t workspace_bytes(std::int64_t tokens, int top_k) const override { return plan(tokens, top_k).memory.bytes(); }
+
+  void forward(const ForwardArgs& a) override {
+    const std::int64_t tokens = a.x.dim(0);
+    if (tokens == 0) return;
+    const ContextGuard context(info_);
+    const int top_k = static_cast<int>(a.topk_ids.dim(1));
+    if (plan_.tokens != tokens || plan_.top_k != top_k) plan_ = plan(tokens, top_k);
+    const Plan& p = plan_;
+    auto* base = static_cast<std::uint8_t*>(workspaces_.choose(a.workspace, p.memory.bytes(), a.stream));
+    const Launcher launcher(info_, a.stream);
+    const auto at = [&]<class T>(int buffer, T*) -> T* {
+      return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
+    };
+    const auto ints = [&](int buffer) { return at(buffer, static_cast<std::int32_t*>(nullptr)); };
+    const auto floats = [&](int buffer) { return at(buffer, static_cast<float*>(nullptr)); };
+    const auto rows_of = [&](const RowBuffers& r) {
+      return QuantizedRows{at(r.q, static_cast<std::int8_t*>(nullptr)), floats(r.scale), ints(r.block_q), ints(r.zero),
+                           r.rows};
+    };
+
+    // The shared experts' rows of tokens are a group of their own: its offsets come from the sort too.
+    sort(launcher, a, p, base);
+    const kernels::RowView x = row_view(a.x);
+    const QuantizedRows xq = rows_of(p.x);
+    routed_.w13.quantize(launcher, x, tokens, nullptr, xq);
+    if (shared_) {
+      if (shared_gate_.defined()) {
+        const kernels::SharedGateArgs args{x, shared_gate_.as<float>(), floats(p.shared_weight),
+                                           static_cast<std::int32_t>(tokens), static_cast<std::int32_t>(hidden_)};
+        launcher(*gate_kernel_, tokens, args);
+      }
+      QuantizedRows sx = xq;
+      if (p.shared_x.q >= 0) {
+        sx = rows_of(p.shared_x);
+        shared_->w13.quantize(launcher, x, tokens, nullptr, sx);
+      }
+      DeviceMatrix::Problem first;
+      first.a = sx;
+      first.index = ints(p.token_offsets);
+      first.rows = tokens;
+      run_expert(launcher, *shared_, p.shared, base, p, first, ints(p.token_offsets) + 1, tokens);
+    }
+    DeviceMatrix::Problem first;
+    first.a = xq;
+    first.row_source = ints(p.row_token);
+    if (!fused_gather_) {
+      first.a = rows_of(p.gathered);
+      first.row_source = nullptr;
+      gather(launcher, p, xq, first.a, ints(p.row_token), ints(p.offsets) + experts_);
+    }
+    first.index = ints(p.offsets);
+    first.rows = p.rows;
+    first.row_factor = floats(p.row_factor);
+    run_expert(launcher, routed_, p.routed, base, p, first, ints(p.offsets) + experts_, p.rows);
+
+    const kernels::CombineArgs args{
+        .y = at(p.routed.y, static_cast<std::uint16_t*>(nullptr)),
+        .route_row = ints(p.route_row),
+        .topk_weights = weight_on_input_ ? nullptr : a.topk_weights.as<float>(),
+        .weights_stride = a.topk_weights.strides()[0],
+        .shared_y = at(p.shared.y, static_cast<std::uint16_t*>(nullptr)),
+        .shared_weight = floats(p.shared_weight),
+        .out = a.out.data(),
+        .out_stride = a.out.strides()[0],
+        .out_type = out_type(a.out.dtype()),
+        .out_aligned = rows_are_aligned(a.out),
+        .accumulate = a.accumulate,
+        .tokens = static_cast<std::int32_t>(tokens),
+        .top_k = top_k,
+        .hidden = static_cast<std::int32_t>(hidden_),
+    };
+    launcher(*combine_, ceil_div(tokens * hidden_ / 8, 256), args);
+  }
+
+ private:
+  RowBuffers add_rows(Plan& p, const DeviceMatrix& m, std::int64_t rows, int first, int last) const {
+    const ScaleColumns c = m.scale_columns();
+    RowBuffers b;
+    b.rows = rows;
+    b.q = p.memory.add(rows * m.k(), first, last);
+    b.scale = p.memory.add(rows * c.scale * 4, first, last);
+    if (c.block_q > 0) b.block_q = p.memory.add(rows * c.block_q * 4, first, last);
+    if (m.scheme().asymmetric) b.zero = p.memory.add(rows * 4, first, last);
+    return b;
+  }
+
+  // Buffers between an expert's input and its y. All its steps may be one (the shared expert's).
+  ExpertBuffers add_expert(Plan& p, const Expert& e, std::int64_t rows, int gemm1, int activate, int quantize,
+                           int gemm2) const {
+    ExpertBuffers b;
+    const std::int64_t width = e.w13.n();
+    if (!e.fused) b.v = p.memory.add(rows * width * 4, gemm1, activate);
+    b.h = p.memory.add(rows * e.intermediate * 2, e.fused ? gemm1 : activate, quantize);
+    const RowBuffers h = add_rows(p, e.w2, rows, quantize, gemm2);
+    b.hq = h.q;
+    b.h_scale = h.scale;
+    b.h_block_q = h.block_q;
+    b.h_zero = h.zero;
+    b.y = p.memory.add(rows * hidden_ * 2, gemm2, kCombine);
+    return b;
+  }
+
+  bool shares_input() const {
+    return routed_.w13.scheme() == shared_->w13.scheme() &&
+           routed_.w13.static_scale() == shared_->w13.static_scale();
+  }
+
+  Plan plan(std::int64_t tokens, int top_k) const {
+    Plan p;
+    p.tokens = tokens;
+    p.top_k = top_k;
+    p.rows = tokens * top_k;
+    if (p.rows > std::numeric_limits<std::int32_t>::max() / 2) {
+      bad_argument("x: expected at most {} routes (tokens x top_k) in a call, got {} x {}",
+                   std::numeric_limits<std::int32_t>::max() / 2, tokens, top_k);
+    }
+    p.offsets = p.memory.add((experts_ + 1) * 4, kSort, kGemm2);
+    p.row_token = p.memory.add(p.rows * 4, kSort, kGemm1);
+    p.route_row = p.memory.add(p.rows * 4, kSort, kCombine);
+    if (weight_on_input_) p.row_factor = p.memory.add(p.rows * 4, kSort, kGemm1);
+    p.x = add_rows(p, routed_.w13, tokens, kQuantizeX, fused_gather_ ? kGemm1 : kGather);
+    if (!fused_gather_) p.gathered = add_rows(p, routed_.w13, p.rows, kGather, kGemm1);
+    if (shared_) {
+      p.token_offsets = p.memory.add(8, kSort, kQuantizeX);
+      if (shared_gate_.defined()) p.shared_weight = p.memory.add(tokens * 4, kQuantizeX, kCombine);
+      if (!shares_input()) p.shared_x = add_rows(p, shared_->w13, tokens, kQuantizeX, kQuantizeX);
+      p.shared = add_expert(p, *shared_, tokens, kQuantizeX, kQuantizeX, kQuantizeX, kQuantizeX);
+    }
+    p.routed = add_expert(p, routed_, p.rows, kGemm1, kActivate, kQuantizeH, kGemm2);
+    p.memory.place();
+    return p;
+  }
+
+  void sort(const Launcher& launcher, const ForwardArgs& a, const Plan& p, std::uint8_t* base) const {
+    const auto ints = [&](int b) {
+      return b < 0 ? nullptr : reinterpret_cast<std::int32_t*>(base + p.memory.offset(b));
+    };
+    const kernels::SortArgs args{
+        .topk_ids = a.topk_ids.data(),
+        .ids_stride = a.topk_ids.strides()[0],
+        .ids_are_64 = a.topk_ids.dtype() == DType::int64,
+        .tokens = static_cast<std::int32_t>(p.tokens),
+        .top_k = p.top_k,
+        .experts = static_cast<std::int32_t>(experts_),
+        .expert_map = expert_map_.as<std::int32_t>(),
+        .id_limit = static_cast<std::int32_t>(id_limit_),
+        .expert_offsets = ints(p.offsets),
+        .row_token = ints(p.row_token),
+        .route_row = ints(p.route_row),
+        .topk_weights = a.topk_weights.as<float>(),
+        .weights_stride = a.topk_weights.strides()[0],
+        .row_factor = reinterpret_cast<float*>(ints(p.row_factor)),
+        .token_offsets = ints(p.token_offsets),
+    };
+    launcher(*sort_, experts_ + 1, args, false);
+  }
+
+  void gather(const Launcher& launcher, const Plan& p, const QuantizedRows& from, const QuantizedRows& to,
+              const std::int32_t* row_token, const std::int32_t* row_count) const {
+    const ScaleColumns c = routed_.w13.scale_columns();
+    const kernels::GatherRowsArgs args{
+        .q = from.q,
+        .scale = from.scale,
+        .block_q = from.block_q,
+        .zero = from.zero,
+        .row_token = row_token,
+        .row_count = row_count,
+        .q_out = to.q,
+        .scale_out = to.scale,
+        .block_q_out = to.block_q,
+        .zero_out = to.zero,
+        .tokens = p.tokens,
+        .rows = static_cast<std::int32_t>(p.rows),
+        .k = static_cast<std::int32_t>(hidden_),
+        .columns = static_cast<std::int32_t>(c.scale),
+        .q_columns = static_cast<std::int32_t>(c.block_q),
+    };
+    launcher(*gather_, p.rows, args);
+  }
+
+  // From quantised rows (first.a) to y. row_count: on the device.
+  void run_expert(const Launcher& launcher, const Expert& e, const ExpertBuffers& b, std::uint8_t* base, const Plan& p,
+                  DeviceMatrix::Problem first, const std::int32_t* row_count, std::int64_t rows) const {
+    const auto at = [&](int buffer) { return buffer < 0 ? nullptr : base + p.memory.offset(buffer); };
+    auto* h = reinterpret_cast<std::uint16_t*>(at(b.h));
+    DeviceMatrix::Problem second = first;
+    first.up_first = e.up_first;
+    first.limit = limit_;
+    first.out = e.fused ? static_cast<void*>(h) : at(b.v);
+    first.out_stride = e.fused ? e.intermediate : e.w13.n();
+    first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
+    e.w13.gemm(launcher, first);
+    if (!e.fused) {
+      const kernels::ActivateArgs args{
+          .v = reinterpret_cast<const float*>(at(b.v)),
+          .h = h,
+          .row_count = row_count,
+          .rows = static_cast<std::int32_t>(rows),
+          .width = static_cast<std::int32_t>(e.intermediate),
+          .gated = is_gated(e.activation),
+          .up_first = e.up_first,
+          .act = static_cast<kernels::Act>(e.activation),
+          .alpha = alpha_,
+          .limit = limit_,
+      };
+      launcher(*activate_, ceil_div(rows * e.intermediate / 4, 256), args);
+    }
+    const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
+                           reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
+                           reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
+    e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq);
+    second.a = hq;
+    second.row_source = nullptr;
+    second.row_factor = nullptr;
+    second.out = at(b.y);
+    second.out_stride = hidden_;
+    e.w2.gemm(launcher, second);
+  }
+
+  const DeviceInfo& info_;
+  std::int64_t hidden_, experts_;
+  bool weight_on_input_, fused_gather_;
+  float alpha_, limit_;
+  std::int64_t id_limit_;
+  Expert routed_;
+  std::optional<Expert> shared_;
+  Tensor expert_map_, shared_gate_;
+  const LoadedKernel *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
+                     *gather_ = nullptr;
+  Workspaces workspaces_;
+  Plan plan_;  // of the last call
+};
+
+}  // namespace
+
+std::unique_ptr<LayerBackend> make_layer(Device device, MoeWeights weights, const LayerOptions& options) {
+  return std::make_unique<CudaLayer>(device.index, std::move(weights), options);
+}
+
+}  // namespace octomoe::cuda

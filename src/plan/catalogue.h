@@ -1,0 +1,34 @@
+// Names of the catalogue's kernels: what an engine asks for and what a pack holds come from one place.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "core/gemm_config.h"
+#include "jit/catalogue.h"
+
+namespace octomoe::plan {
+
+// How a row is quantised (kernels/quant/quantize_rows.cuh).
+struct QuantizeKernel {
+  int row_threads, passes;
+};
+QuantizeKernel quantize_kernel(std::int64_t k);  // for rows of k columns
+inline constexpr const char* kRowSchemes[] = {"channel", "static_scale", "asymmetric", "block", "hybrid"};
+std::string quantize_id(int row_scheme, QuantizeKernel kernel);
+
+// Of the route kernel, for each of 4 tokens: E scores, E choices and up to E groups with two numbers each.
+inline constexpr int kRouteSharedBytes = 4 * 4 * kernels::kMaxExperts * 4;
+
+std::string gemm_id(const kernels::GemmConfig& config);
+// Tiles of the SM80 family for one promotion and epilogue, by rising block_n. family: tile_family of the device.
+std::span<const kernels::GemmConfig> gemm_configs(kernels::Promotion promotion, bool fine_groups,
+                                                  kernels::Epilogue epilogue, int family);
+// 90, 80 or 89: which tiles a device's blocks have shared memory for.
+int tile_family(int max_shared_bytes);
+
+// The catalogue's entry; Error(internal) if there is none.
+const KernelEntry& entry(const std::string& id);
+
+}  // namespace octomoe::plan
