@@ -22,7 +22,7 @@ using testing::expect_error;
 using testing::random_ids;
 using testing::random_tensor;
 
-constexpr std::int64_t kExperts = 5, kHidden = 80, kInter = 24, kTokens = 19;
+constexpr std::int64_t kExperts = 5, kHidden = 96, kInter = 24, kTokens = 19;
 constexpr int kTopK = 2;
 
 float at(const Tensor& t, std::int64_t i) {
