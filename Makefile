@@ -29,7 +29,8 @@ demo: build ## quantise and run the bundled model in every scheme; results in ou
 test: build ## every test: C++, Python, the installed package, README's examples
 	@scripts/test.sh $(BUILD)
 
-asan: setup ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+asan: ## C++ tests and the fuzzers' corpora under AddressSanitizer and UndefinedBehaviorSanitizer
+	@scripts/setup.sh --dev
 	@scripts/sanitize.sh address,undefined $(ARGS)
 
 tsan: setup ## thread pool, engine and layer tests under ThreadSanitizer
@@ -54,7 +55,7 @@ install: setup ## install into PREFIX (/usr/local)
 	cmake --install $(BUILD) --prefix $(or $(PREFIX),/usr/local)
 
 clean: ## remove what was built and what the demo wrote
-	rm -rf build build-asan build-tsan build-fuzz build-bench out
+	rm -rf build build-asan build-tsan build-bench out
 
 distclean: clean ## and .venv too
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,17 +1,12 @@
 #!/usr/bin/env bash
-# Builds the libFuzzer programs and runs each: scripts/fuzz.sh SECONDS. With 0 it replays the corpora only.
-# A finding is left in build-fuzz/findings/; add it to tests/fuzz/corpus/NAME/ with the fix.
+# Runs each libFuzzer program of the sanitized build: scripts/fuzz.sh SECONDS
+# A finding is left in build-asan/findings/; add it to tests/fuzz/corpus/NAME/ with the fix.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-60}
-build=build-fuzz
+build=build-asan
 
-scripts/build.sh $build -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -DOCTOMOE_SANITIZE=address,undefined -DOCTOMOE_INSTALL=OFF \
-  -DOCTOMOE_BUILD_FUZZERS=ON -DOCTOMOE_BUILD_TESTS=OFF -DOCTOMOE_BUILD_CLI=OFF
-ctest --test-dir $build --output-on-failure --no-tests=error </dev/null
-((seconds)) || exit 0
-
+scripts/sanitize.sh address,undefined -L '^fuzz$' # builds, and replays the corpora
 mkdir -p $build/findings
 for fuzzer in $build/fuzz_*; do
   [[ -x $fuzzer && -f $fuzzer ]] || continue

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Builds and runs the C++ tests under sanitizers: scripts/sanitize.sh address,undefined|thread [ctest arguments]
+# The address build is clang's and holds the fuzzers too (scripts/fuzz.sh): its tests replay their corpora.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sanitizers=$1
 shift
+options=(-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 "-DOCTOMOE_SANITIZE=$sanitizers"
+  -DOCTOMOE_INSTALL=OFF)
 case $sanitizers in
-  address*) build=build-asan ;;
+  address,undefined)
+    build=build-asan
+    options+=(-DCMAKE_CXX_COMPILER=clang++ -DOCTOMOE_BUILD_FUZZERS=ON)
+    ;;
   thread) build=build-tsan ;;
   *) build=build-$sanitizers ;;
 esac
 
-scripts/build.sh $build -DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1" \
-  "-DOCTOMOE_SANITIZE=$sanitizers" -DOCTOMOE_INSTALL=OFF
+scripts/build.sh $build "${options[@]}"
 export ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS=second_deadlock_stack=1

@@ -5,7 +5,8 @@
 #   scripts/setup.sh          what `make demo` and `make test` need
 #   scripts/setup.sh --dev    also clang, clang-tidy and libFuzzer's run time, for `make lint` and `make fuzz`
 #
-# PYTHON=/path/to/python3 chooses the interpreter that .venv is made from (3.11 or newer).
+# PYTHON=/path/to/python3 chooses the interpreter that .venv is made from: 3.11 or newer, which the pinned packages of
+# demo and tests ask for. The package itself runs on 3.10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

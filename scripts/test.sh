@@ -34,5 +34,5 @@ run_suite "Python" '(passed|failed|error).* in ' .venv/bin/python -m pytest -q -
 run_suite "package, README" '(passed|failed|error).* in ' .venv/bin/python -m pytest -q -ra tests/package
 
 printf '\n== summary\n'
-printf '%s\n' "${summary[@]}"
+printf '%s\n' "${summary[@]}" | tee "$logs/summary"
 exit $status

@@ -74,8 +74,9 @@ def main() -> int:
             return name, None, 0.0
         begin = time.monotonic()
         # The compile commands are GCC's.
-        gcc_flags = "--extra-arg=-Wno-unknown-warning-option"
-        command = [tidy, "--quiet", "-p", str(options.build), gcc_flags, str(ROOT / name)]
+        extra = ["-Wno-unknown-warning-option", f"-include{ROOT / 'cmake/source_location.h'}"]
+        arguments = [f"--extra-arg={word}" for word in extra]
+        command = [tidy, "--quiet", "-p", str(options.build), *arguments, str(ROOT / name)]
         run = subprocess.run(command, check=False, capture_output=True, text=True)
         if run.returncode == 0:
             record.touch()

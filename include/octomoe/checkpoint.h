@@ -34,14 +34,17 @@ class SafetensorsFile {
   // Error(io) if the file cannot be read, Error(format) with path, tensor, expected and got if it is malformed.
   static SafetensorsFile open(const std::string& path);
 
-  const std::vector<Info>& tensors() const;         // in the order of their bytes
+  // In the order of their bytes. Of a temporary a copy: `for (auto& t : SafetensorsFile::open(p).tensors())` is sound.
+  const std::vector<Info>& tensors() const&;
+  std::vector<Info> tensors() &&;
   const Info* find(const std::string& name) const;  // null if absent
   // Keeps the map alive; no copy, unless the file does not align the tensor to its element. Error if absent, of a type
   // that this library does not have, or of more than kMaxRank dimensions.
   Tensor tensor(const std::string& name) const;
   // Of any type; valid while this object or a copy of it lives.
   std::span<const std::byte> bytes(const std::string& name) const;
-  const std::map<std::string, std::string>& metadata() const;
+  const std::map<std::string, std::string>& metadata() const&;
+  std::map<std::string, std::string> metadata() &&;
   const std::string& path() const;
 
  private:
@@ -124,6 +127,9 @@ struct QuantizeCheckpointOptions {
   int threads = 0;
   bool overwrite = false;  // replace `out` if it holds a checkpoint (a folder without config.json is never replaced)
   bool shared_experts = true;  // quantise shared experts too, so that they run in the same layer
+  // For a scheme with static activation scales: a safetensors file of captured layers.L.hidden_states [T, H] and
+  // layers.L.topk_ids [T, k] or layers.L.router_logits [T, E] (without either the router's weight decides).
+  std::string calibration = {};
   std::function<void(const QuantizeProgress&)> progress = {};  // after every tensor or expert's matrix
 };
 
@@ -133,7 +139,7 @@ struct QuantizeCheckpointOptions {
 // every other tensor unchanged, the config's quantization_config, and the other files of the folder. It holds the
 // matrices of one expert at a time. What it writes reads back bit-equal to quantize() of the same tensors. `out`
 // appears when everything is written; nothing is left behind on an error (or an exception thrown by `progress`). Static
-// activation scales are refused: they need calibration.
+// activation scales are those that calibrate() gives for `options.calibration`.
 void quantize_checkpoint(const std::string& in, const std::string& out, const Scheme& scheme,
                          const QuantizeCheckpointOptions& options = {});
 

@@ -1,6 +1,7 @@
 // The whole public API. See README.md for an example.
 #pragma once
 
+#include "octomoe/calibrate.h"
 #include "octomoe/checkpoint.h"
 #include "octomoe/error.h"
 #include "octomoe/layer.h"

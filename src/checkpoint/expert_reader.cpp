@@ -205,7 +205,13 @@ class MlpReader {
 
   Tensor input_scale(const Parts& p) const {
     if (!static_) return {};
-    return per_expert(p, ".input_scale", [](std::int64_t, float first, float last) { return std::max(first, last); });
+    const Tensor each =
+        per_expert(p, ".input_scale", [](std::int64_t, float first, float last) { return std::max(first, last); });
+    if (scheme_.kind != SchemeKind::int8_channel) return each;
+    // One scale for all experts: x is quantised once.
+    Tensor one = Tensor::empty(DType::float32, {1});
+    *one.as<float>() = *std::max_element(each.as<float>(), each.as<float>() + each.elems());
+    return one;
   }
 
   MoeWeights read_quantized(MoeWeights::Options& options) const {

@@ -90,6 +90,7 @@ JsonObject expert_group(const JsonObject& config) {
   return *groups->object(chosen.front());
 }
 
+// Dynamic, one scale a token; true if asymmetric.
 bool token_activations(const JsonObject& a, const char* type) {
   expect_string(a, "type", type);
   if (a.integer("num_bits").value_or(0) != 8) a.unsupported("num_bits", "8");
@@ -125,7 +126,15 @@ Scheme group_scheme(const JsonObject& group, const std::string& format) {
     scheme.per_tensor = strategy == "tensor";
     if (strategy != "channel" && strategy != "tensor") weights->unsupported("strategy", "channel or tensor");
     expect_absent(*weights, "group_size", "null");
-    scheme.asymmetric = token_activations(*activations, "int");
+    // Without "dynamic" the group's input_scale tensors hold the scale.
+    if (!activations->boolean("dynamic").value_or(false) && activations->string("strategy").value_or("") == "tensor") {
+      expect_string(*activations, "type", "int");
+      if (activations->integer("num_bits").value_or(0) != 8) activations->unsupported("num_bits", "8");
+      expect_bool(*activations, "symmetric", true);
+      scheme.activation_scale = ActivationScale::static_;
+    } else {
+      scheme.asymmetric = token_activations(*activations, "int");
+    }
     return checked(scheme, group);
   }
   if (bits != 4) weights->unsupported("num_bits", "8 or 4");
@@ -248,9 +257,10 @@ nlohmann::ordered_json make_quantization_config(const Scheme& scheme, const std:
                     {"observer", dynamic ? Json(nullptr) : Json("minmax")},
                     {"observer_kwargs", Json::object()}};
       };
+      const bool fixed = scheme.activation_scale == ActivationScale::static_;
       const Json group{{"targets", Json::array({"Linear"})},
                        {"weights", args(true, scheme.per_tensor ? "tensor" : "channel", false)},
-                       {"input_activations", args(!scheme.asymmetric, "token", true)},
+                       {"input_activations", args(!scheme.asymmetric, fixed ? "tensor" : "token", !fixed)},
                        {"output_activations", nullptr}};
       return Json{{"quant_method", method},
                   {"format", "int-quantized"},

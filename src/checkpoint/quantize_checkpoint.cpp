@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "checkpoint/calibration.h"
 #include "checkpoint/expert_names.h"
 #include "checkpoint/file_io.h"
 #include "checkpoint/json_read.h"
@@ -67,7 +68,7 @@ void write_matrix(const TensorStore& store, const QuantizeStep& step, const Sche
   const std::size_t bytes = m.values.bytes() / (step.partner.empty() ? 1 : 2);
   writer.write(target, m.values.as<std::byte>() + (step.partner_first ? bytes : 0), bytes);
   if (step.outputs.size() > 1) writer.write(step.outputs[1].name, m.scale.view().data(), m.scale.bytes());
-  if (step.outputs.size() > 2) writer.write(step.outputs[2].name, m.q.view().data(), m.q.bytes());
+  if (m.q.defined()) writer.write(step.outputs[2].name, m.q.view().data(), m.q.bytes());
 }
 
 struct Run {
@@ -75,6 +76,7 @@ struct Run {
   const QuantizePlan& plan;
   const Scheme& scheme;
   const QuantizeCheckpointOptions& options;
+  const std::map<std::string, float>& input_scales;  // static: by module
   QuantizeProgress progress;
 
   void write_shard(const std::string& path, const std::vector<QuantizeStep>& steps) {
@@ -89,6 +91,8 @@ struct Run {
         writer.write(target, bytes.data(), bytes.size());
       } else {
         write_matrix(store, step, scheme, options.threads, target, writer);
+        if (const auto scale = input_scales.find(step.module); scale != input_scales.end())
+          writer.write(step.module + ".input_scale", &scale->second, sizeof(float));
       }
       release_pages(bytes);
       progress.done += static_cast<std::int64_t>(step.source_bytes);
@@ -145,9 +149,12 @@ void check_target(const std::string& in, const std::string& out, bool overwrite)
 void quantize_checkpoint(const std::string& in, const std::string& out, const Scheme& scheme,
                          const QuantizeCheckpointOptions& options) {
   check(scheme);
-  if (scheme.activation_scale == ActivationScale::static_) {
-    fail(ErrorCode::unsupported, "scheme: expected dynamic activation scales (static ones need calibration), got {}",
-         to_string(scheme));
+  const bool wants_calibration = scheme.activation_scale == ActivationScale::static_;
+  if (wants_calibration == options.calibration.empty()) {
+    bad_argument("calibration: expected {}, got {}",
+                 wants_calibration ? "a file of captured hidden states (activation scales are static)"
+                                   : "none (activation scales are not static)",
+                 wants_calibration ? "none" : options.calibration);
   }
   if (options.max_shard_bytes < 1)
     bad_argument("max_shard_bytes: expected at least 1, got {}", options.max_shard_bytes);
@@ -161,11 +168,21 @@ void quantize_checkpoint(const std::string& in, const std::string& out, const Sc
     fail(ErrorCode::unsupported, "in: expected bf16, fp16 or float32 weights, got {} ({})", in,
          to_string(source.config().format));
   }
-  const QuantizePlan plan = plan_quantize(store, source.config(), find_expert_layers(store.names()), scheme, options);
+  const std::map<int, LayerNames> layers = find_expert_layers(store.names());
+  const QuantizePlan plan = plan_quantize(store, source.config(), layers, scheme, options);
+  std::map<std::string, float> input_scales;
+  if (wants_calibration) {
+    input_scales = calibrate_modules(
+        {store, source, layers, scheme, options.calibration, options.shared_experts, options.threads}, [&](int layer) {
+          if (options.progress)
+            options.progress(
+                {0, static_cast<std::int64_t>(plan.total_bytes), fmt::format("calibrating layer {}", layer)});
+        });
+  }
 
   const std::string target = fs::weakly_canonical(out).string();
   const TemporaryFolder folder(target);
-  Run run{store, plan, scheme, options, {}};
+  Run run{store, plan, scheme, options, input_scales, {}};
   run.write_all(folder.path());
   nlohmann::ordered_json config = parse_ordered_json(config_text, config_path);
   if (format_of(scheme) != QuantFormat::none)

@@ -99,6 +99,7 @@ class Planner {
       step.partner_first = partner_first;
     }
     step.outputs = outputs_of(module, at.rows, at.k);
+    step.module = module;
     steps_[source].push_back(std::move(step));
   }
 
@@ -116,6 +117,7 @@ class Planner {
     out.push_back({module + (inv ? ".weight_scale_inv" : ".weight_scale"), "F32", scale});
     if (scheme_.kind == SchemeKind::int8_hybrid)
       out.push_back({module + ".weight_scale_q", "U8", {layout.blocks_n, layout.blocks_k}});
+    if (scheme_.activation_scale == ActivationScale::static_) out.push_back({module + ".input_scale", "F32", {1}});
     return out;
   }
 

@@ -22,7 +22,9 @@ struct QuantizeStep {
   std::string partner;
   std::int64_t partner_row = 0;
   bool partner_first = false;
-  std::vector<SafetensorsWriter::Entry> outputs;  // copy: [tensor]; matrix: [values], [scale], [integer scale]
+  // copy: [tensor]; matrix: [values], [scale], [integer scale or static scale of the input]
+  std::vector<SafetensorsWriter::Entry> outputs;
+  std::string module;  // matrix: the outputs' names without suffix
   std::uint64_t output_bytes() const;
 };
 

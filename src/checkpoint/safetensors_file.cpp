@@ -31,8 +31,10 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
   return file;
 }
 
-const std::vector<SafetensorsFile::Info>& SafetensorsFile::tensors() const { return impl_->header.tensors; }
-const std::map<std::string, std::string>& SafetensorsFile::metadata() const { return impl_->header.metadata; }
+const std::vector<SafetensorsFile::Info>& SafetensorsFile::tensors() const& { return impl_->header.tensors; }
+std::vector<SafetensorsFile::Info> SafetensorsFile::tensors() && { return impl_->header.tensors; }
+const std::map<std::string, std::string>& SafetensorsFile::metadata() const& { return impl_->header.metadata; }
+std::map<std::string, std::string> SafetensorsFile::metadata() && { return impl_->header.metadata; }
 const std::string& SafetensorsFile::path() const { return impl_->path; }
 
 const SafetensorsFile::Info* SafetensorsFile::find(const std::string& name) const {

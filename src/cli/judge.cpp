@@ -7,6 +7,8 @@
 #include <memory>
 
 #include "base/thread_pool.h"
+#include "checkpoint/calibration.h"
+#include "octomoe/calibrate.h"
 #include "quant/matrix.h"
 #include "quant/reference.h"
 
@@ -21,26 +23,6 @@ void for_token_runs(std::int64_t tokens, int threads, const Fn& fn) {
       ceil_div(tokens, kRun), [&](std::int64_t i, int) { fn(i * kRun, std::min(kRun, tokens - i * kRun)); });
 }
 
-// x . routerᵀ in float32.
-Tensor compute_logits(const Tensor& x, const Tensor& router, int threads) {
-  const std::int64_t hidden = x.dim(1), experts = router.dim(0);
-  const Tensor w = to_float32(router, "router", router.shape(), false);
-  Tensor logits = Tensor::empty(DType::float32, {x.dim(0), experts});
-  for_token_runs(x.dim(0), threads, [&](std::int64_t begin, std::int64_t count) {
-    const TensorView rows = x.view().slice(begin, count);
-    const Tensor floats = to_float32(rows, "hidden_states", rows.shape(), false);
-    for (std::int64_t t = 0; t < count; ++t) {
-      for (std::int64_t e = 0; e < experts; ++e) {
-        float sum = 0;
-        for (std::int64_t i = 0; i < hidden; ++i)
-          sum += floats.as<float>()[t * hidden + i] * w.as<float>()[e * hidden + i];
-        logits.as<float>()[(begin + t) * experts + e] = sum;
-      }
-    }
-  });
-  return logits;
-}
-
 struct FloatLayer {
   Tensor w13, w2;
   reference::FloatWeights view;
@@ -53,8 +35,22 @@ FloatLayer float_layer(const MoeWeights& w, int threads) {
   return f;
 }
 
-// In the scheme asked for: as it is, or quantised from floats.
-MoeWeights in_scheme(const Scheme& scheme, const MoeWeights& own, const FloatLayer& floats, int threads) {
+// Where tokens go, by the model's rule.
+struct Routed {
+  Tensor x, ids, weights;
+};
+Routed routed(const JudgeInput& in, const Tensor& x, const Tensor& logits) {
+  const Shape shape{x.dim(0), in.config.top_k};
+  Routed r{x, Tensor::empty(DType::int32, shape), Tensor::empty(DType::float32, shape)};
+  RouteOptions rule = in.config.route;
+  rule.correction_bias = in.layer.correction_bias;
+  route(logits.defined() ? logits : checkpoint::router_logits(x, in.layer.router, in.threads), r.weights, r.ids, rule);
+  return r;
+}
+
+// In the scheme asked for: as it is, or quantised from floats, static scales from `calibration`.
+MoeWeights in_scheme(const Scheme& scheme, const MoeWeights& own, const FloatLayer& floats, const Routed& calibration,
+                     int threads) {
   if (scheme == own.scheme) return own;
   QuantizeOptions options;
   options.activation = own.activation;
@@ -62,6 +58,17 @@ MoeWeights in_scheme(const Scheme& scheme, const MoeWeights& own, const FloatLay
   options.b13 = own.b13;
   options.b2 = own.b2;
   options.threads = threads;
+  ActivationScales scales;
+  if (scheme.activation_scale == ActivationScale::static_) {
+    CalibrateOptions how;
+    how.activation = own.activation;
+    how.gate_up_order = own.gate_up_order;
+    how.b13 = own.b13;
+    how.threads = threads;
+    scales = calibrate(scheme, floats.w13, calibration.x, calibration.ids, how);
+    options.x_scale = scales.x_scale;
+    options.act_scale = scales.act_scale;
+  }
   return quantize(scheme, floats.w13, floats.w2, options);
 }
 
@@ -74,10 +81,14 @@ Judgement judge(const JudgeInput& in) {
   const auto step = [&](double done, const std::string& what) { in.on_step(done / steps, what); };
 
   step(0, "reference");
-  Tensor ids = Tensor::empty(DType::int32, {tokens, k}), weights = Tensor::empty(DType::float32, {tokens, k});
-  RouteOptions rule = in.config.route;
-  rule.correction_bias = in.layer.correction_bias;
-  route(in.logits.defined() ? in.logits : compute_logits(in.x, in.layer.router, in.threads), weights, ids, rule);
+  const Routed routes = routed(in, in.x, in.logits);
+  const Tensor &ids = routes.ids, &weights = routes.weights;
+  Routed calibration, shared_calibration;
+  if (in.calibration_x.defined()) {
+    calibration = routed(in, in.calibration_x, in.calibration_logits);
+    const std::int64_t rows = in.calibration_x.dim(0);
+    shared_calibration = {in.calibration_x, Tensor::zeros(DType::int32, {rows, 1}), {}};  // sees every token
+  }
 
   LayerOptions base;
   base.threads = in.threads;
@@ -108,14 +119,15 @@ Judgement judge(const JudgeInput& in) {
   for (std::size_t s = 0; s < schemes.size(); ++s) {
     const std::string name = to_string(schemes[s]);
     step(1 + static_cast<double>(std::min(s, in.schemes.size() - 1)), name);
-    const MoeWeights w = in_scheme(schemes[s], in.layer.experts, experts, in.threads);
+    const MoeWeights w = in_scheme(schemes[s], in.layer.experts, experts, calibration, in.threads);
     LayerOptions options = base;
     if (in.layer.shared_expert)
-      options.shared_expert = in_scheme(schemes[s], *in.layer.shared_expert, shared, in.threads);
+      options.shared_expert = in_scheme(schemes[s], *in.layer.shared_expert, shared, shared_calibration, in.threads);
     layers.push_back(std::make_unique<MoeLayer>(Device::cpu(), w, options));
     MoeLayer* layer = layers.back().get();
     layer->reserve(tokens, k);
-    contenders.push_back({name, [=, &in] { return time_us([&] { layer->forward(in.x, ids, weights, out); }); }});
+    contenders.push_back(
+        {name, [=, &in, &ids, &weights] { return time_us([&] { layer->forward(in.x, ids, weights, out); }); }});
     if (s >= in.schemes.size()) continue;
 
     LayerJudgement j;

@@ -14,9 +14,11 @@ namespace octomoe::cli {
 struct JudgeInput {
   const ModelConfig& config;
   Checkpoint::Layer layer;
-  std::vector<Scheme> schemes;     // a quantised checkpoint: its own scheme only
-  Tensor x = {};                   // [T, H]
-  Tensor logits = {};              // [T, E]; undefined: x . router
+  std::vector<Scheme> schemes;  // a quantised checkpoint: its own scheme only
+  Tensor x = {};                // [T, H]
+  Tensor logits = {};           // [T, E]; undefined: x . router
+  Tensor calibration_x = {};    // for static schemes: other tokens
+  Tensor calibration_logits = {};
   std::int64_t judged_tokens = 0;  // the first tokens, compared with the references
   int threads = 0;
   HarnessOptions timing = {};

@@ -28,12 +28,12 @@ Peer::Peer() : python_(find_python()) {
   namespace fs = std::filesystem;
   if (python_.empty())
     throw Error(ErrorCode::unsupported, fmt::format("--peer torch: no Python found (looked at {})", kPythonSearch));
-  std::vector<std::string> places = {"bench/peer_torch.py"};
-  if (const std::string root = source_root(); !root.empty())
-    places.insert(places.begin(), root + "/bench/peer_torch.py");
+  std::vector<std::string> places;
+  if (const std::string root = source_root(); !root.empty()) places.push_back(root + "/bench/peer_torch.py");
   if (const std::string bin = executable_folder(); !bin.empty()) {
     places.push_back((fs::path(bin).parent_path() / "share/octomoe/peer_torch.py").string());
   }
+  places.emplace_back("bench/peer_torch.py");
   for (const std::string& script : places) {
     std::error_code ec;
     if (!fs::exists(script, ec)) continue;

@@ -9,6 +9,7 @@
 #include "cli/harness.h"
 #include "cli/table.h"
 #include "cli/terminal.h"
+#include "cli/usage_error.h"
 #include "octomoe/checkpoint.h"
 
 namespace octomoe::cli {
@@ -17,7 +18,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string in, out, scheme, max_shard_size = "5GiB";
+  std::string in, out, scheme, calibration, max_shard_size = "5GiB";
   int threads = 0;
   bool overwrite = false;
 };
@@ -40,6 +41,12 @@ int quantize_command(const Options& o) {
   options.max_shard_bytes = parse_size("--max-shard-size", o.max_shard_size);
   options.threads = o.threads;
   options.overwrite = o.overwrite;
+  options.calibration = o.calibration;
+  const bool fixed = scheme.activation_scale == ActivationScale::static_;
+  if (fixed == o.calibration.empty()) {
+    throw UsageError(fixed ? fmt::format("--calibration: {} needs a file of captured hidden states", o.scheme)
+                           : fmt::format("--calibration: {} has no static activation scales", o.scheme));
+  }
 
   double us = 0;
   {
@@ -69,6 +76,9 @@ void add_quantize(CLI::App& app, Action& action) {
                   "int8_channel, int8_block, int8_hybrid, w4a8_fp8, bf16 or fp16, with options as in "
                   "int8_hybrid:block=64,q_max=32 (docs/schemes.md)")
       ->required();
+  sub->add_option("--calibration", o->calibration,
+                  "For static activation scales: safetensors file with layers.L.hidden_states [T, H] and, if at hand, "
+                  "layers.L.topk_ids [T, k] or layers.L.router_logits [T, E]");
   sub->add_flag("--overwrite", o->overwrite, "Replace OUT if it exists");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 4096));
@@ -78,7 +88,10 @@ void add_quantize(CLI::App& app, Action& action) {
       "w4a8_fp8\n"
       "writes w4afp8; int8_hybrid is OctoMoE's own (docs/checkpoints.md). Everything but the experts stays as it "
       "is.\n\n"
-      "Example:\n  octomoe quantize Qwen3-30B-A3B Qwen3-30B-A3B-INT8 --scheme int8_channel");
+      "Examples:\n"
+      "  octomoe quantize Qwen3-30B-A3B Qwen3-30B-A3B-INT8 --scheme int8_channel\n"
+      "  octomoe quantize data/tiny-qwen3-moe out/static --scheme w4a8_fp8:static --calibration "
+      "data/tiny-qwen3-moe/activations.safetensors");
   sub->callback([o, &action] { action = [o] { return quantize_command(*o); }; });
 }
 

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "checkpoint/calibration.h"
 #include "cli/arguments.h"
 #include "cli/cli.h"
 #include "cli/judge.h"
@@ -50,42 +51,30 @@ class Source {
                                 path, config.hidden));
       }
     }
-    file_ = SafetensorsFile::open(path);
+    file_.emplace(path, config);
   }
 
-  Tensor hidden_states(int layer) const {
-    if (!file_)
-      return random_activations(o_.tokens > 0 ? o_.tokens : 256, config_.hidden,
-                                o_.seed + static_cast<unsigned>(layer));
-    std::string name = fmt::format("layers.{}.hidden_states", layer);
-    if (!file_->find(name) && file_->find("hidden_states")) name = "hidden_states";
-    const Tensor x = file_->tensor(name);
-    if (x.view().rank() != 2 || x.dim(1) != config_.hidden || x.dim(0) < 1) {
-      throw Error(ErrorCode::format, fmt::format("{}: {}: expected [T, {}], got {}", file_->path(), name,
-                                                 config_.hidden, to_string(x.shape())));
+  struct Tokens {
+    Tensor x, logits;  // logits: as stored, or undefined
+  };
+  Tokens tokens(int layer) const {
+    if (!file_) {
+      return {
+          random_activations(o_.tokens > 0 ? o_.tokens : 256, config_.hidden, o_.seed + static_cast<unsigned>(layer)),
+          {}};
     }
-    return first_rows(x);
+    const Tensor x = file_->hidden_states(layer), logits = file_->logits(layer, x.dim(0));
+    const std::int64_t rows = o_.tokens > 0 ? std::min(o_.tokens, x.dim(0)) : x.dim(0);
+    return {rows_of(x, 0, rows), rows_of(logits, 0, rows)};
   }
-  // As stored, or undefined.
-  Tensor router_logits(int layer, std::int64_t tokens) const {
-    const std::string name = fmt::format("layers.{}.router_logits", layer);
-    if (!file_ || !file_->find(name)) return {};
-    Tensor logits = first_rows(file_->tensor(name));
-    if (logits.view().rank() != 2 || logits.dim(0) != tokens || logits.dim(1) != config_.experts) {
-      throw Error(ErrorCode::format, fmt::format("{}: {}: expected [{}, {}], got {}", file_->path(), name, tokens,
-                                                 config_.experts, to_string(logits.shape())));
-    }
-    return logits;
+  static Tensor rows_of(const Tensor& t, std::int64_t begin, std::int64_t count) {
+    return t.defined() ? Tensor::wrap(t.view().slice(begin, count), std::make_shared<Tensor>(t)) : t;
   }
 
  private:
-  Tensor first_rows(const Tensor& t) const {
-    const std::int64_t rows = o_.tokens > 0 ? std::min(o_.tokens, t.dim(0)) : t.dim(0);
-    return Tensor::wrap(t.view().slice(0, rows), std::make_shared<Tensor>(t));
-  }
   const Options& o_;
   const ModelConfig& config_;
-  std::optional<SafetensorsFile> file_;
+  std::optional<checkpoint::CapturedStates> file_;
 };
 
 std::vector<Scheme> choose_schemes(const Options& o, const ModelConfig& config) {
@@ -160,7 +149,7 @@ struct SchemeResult {
 struct Report {
   ModelConfig config;
   std::vector<int> layers = {};
-  std::int64_t tokens = 0, judged = 0;
+  std::int64_t tokens = 0, judged = 0, calibration = 0;  // calibration: tokens before those measured, 0 = none
   Machine machine = {};
   int threads = 0;
   std::vector<SchemeResult> results = {};
@@ -204,6 +193,7 @@ Json to_json(const Report& r, const Options& o) {
           {"layers", r.layers},
           {"tokens", r.tokens},
           {"reference_tokens", r.judged},
+          {"calibration_tokens", r.calibration},
           {"activations", o.random ? "random" : "file"},
           {"results", results}};
 }
@@ -217,6 +207,9 @@ void print(const Report& r, const Options& o) {
              r.config.shared_intermediate > 0 ? fmt::format(", shared {}", r.config.shared_intermediate) : "");
   fmt::print("{} tokens a layer{}, CPU engine ({}), {} thread{}\n", r.tokens, o.random ? " (standard normal)" : "",
              r.machine.isa, r.threads, r.threads == 1 ? "" : "s");
+  if (r.calibration > 0)
+    fmt::print("static scales: calibrated on the {} tokens before those, which no scheme is measured on\n",
+               r.calibration);
   if (r.judged < r.tokens)
     fmt::print("errors are over the first {} tokens (--reference-tokens changes that)\n", r.judged);
   if (quantised)
@@ -253,12 +246,8 @@ int run_command(const Options& o) {
   Report report{.config = checkpoint.config()};
   const ModelConfig& config = report.config;
   const std::vector<Scheme> schemes = choose_schemes(o, config);
-  for (const Scheme& s : schemes) {
-    if (s.activation_scale == ActivationScale::static_ && config.format == QuantFormat::none) {
-      throw UsageError(fmt::format(
-          "--scheme: {}: static activation scales come from calibration, which run does not do", to_string(s)));
-    }
-  }
+  const bool fixed = std::any_of(schemes.begin(), schemes.end(),
+                                 [](const Scheme& s) { return s.activation_scale == ActivationScale::static_; });
   report.layers = choose_layers(o, checkpoint);
   const Source source(o, config);
   std::optional<OutputFile> json;
@@ -274,8 +263,21 @@ int run_command(const Options& o) {
     for (std::size_t i = 0; i < report.layers.size(); ++i) {
       const int index = report.layers[i];
       JudgeInput input{.config = config, .layer = checkpoint.layer(index), .schemes = schemes};
-      input.x = source.hidden_states(index);
-      input.logits = source.router_logits(index, input.x.dim(0));
+      const Source::Tokens all = source.tokens(index);
+      // A quantised checkpoint brings its scales, but not those of a shared expert that it keeps in floats.
+      const auto& shared = input.layer.shared_expert;
+      const bool calibrates =
+          fixed && (config.format == QuantFormat::none || (shared && shared->scheme != config.scheme));
+      const std::int64_t tokens = all.x.dim(0), first = calibrates ? tokens / 2 : 0;
+      if (calibrates && first < 1) {
+        throw UsageError("--scheme: static activation scales take half of the tokens: expected at least 2, got 1");
+      }
+      input.x = Source::rows_of(all.x, first, tokens - first);
+      input.logits = Source::rows_of(all.logits, first, tokens - first);
+      if (calibrates) {
+        input.calibration_x = Source::rows_of(all.x, 0, first);
+        input.calibration_logits = Source::rows_of(all.logits, 0, first);
+      }
       input.judged_tokens = judged_tokens(o, config, schemes.size(), input.x.dim(0));
       input.threads = o.threads;
       input.timing = {.warmup = 1, .iters = o.iters, .min_time_s = o.min_time_s, .min_rounds = 3};
@@ -287,6 +289,7 @@ int run_command(const Options& o) {
       bf16_us += judgement.bf16_us;
       report.tokens = input.x.dim(0);
       report.judged = input.judged_tokens;
+      report.calibration = first;
       for (std::size_t s = 0; s < schemes.size(); ++s) report.results[s].layers.push_back(judgement.schemes[s]);
     }
     report.bf16_us = bf16_us / static_cast<double>(report.layers.size());

@@ -220,8 +220,6 @@ void product(const QuantizedMatrix& m, std::int64_t expert, const Row& a, float 
   }
 }
 
-namespace {
-
 float activate(Activation kind, float g, float u, const LayerOptions& o) {
   const auto upper = [](float x, float limit) { return x > limit ? limit : x; };
   switch (kind) {
@@ -256,6 +254,8 @@ float activate(Activation kind, float g, float u, const LayerOptions& o) {
   }
   return g;
 }
+
+namespace {
 
 float static_scale_of(const QuantizedMatrix& m, std::int64_t expert) {
   if (!m.activation_scale.defined()) return 0.0f;

@@ -26,6 +26,9 @@ Row quantize_row(const Scheme& scheme, const float* x, std::int64_t k, float sta
 // result.
 void product(const QuantizedMatrix& m, std::int64_t expert, const Row& a, float factor, float* v);
 
+// The activation of one gate (g) and up (u) value; u counts only if `kind` is gated.
+float activate(Activation kind, float g, float u, const LayerOptions& options);
+
 // Whole layer; x, ids, weights, out as MoeLayer::forward takes them.
 void moe_forward(const MoeWeights& weights, const LayerOptions& options, TensorView x, TensorView topk_ids,
                  TensorView topk_weights, TensorView out, bool accumulate = false);

@@ -94,6 +94,13 @@ TEST(QuantConfigTest, EveryCompressedTensorsFieldIsChecked) {
   check(base, "/quantization_status", "initialized", {"quantization_status", "compressed"});
   check(base, "/sparsity_config", Json{{"format", "sparse-24-bitmask"}}, {"sparsity_config", "dense"});
   check(base, "/config_groups", Json::object(), {"config_groups"}, ErrorCode::format);
+  Json fixed = base;  // static: one scale, in the file
+  fixed["config_groups"]["group_0"]["input_activations"]["strategy"] = "tensor";
+  fixed["config_groups"]["group_0"]["input_activations"]["dynamic"] = false;
+  EXPECT_EQ(parse(fixed).scheme, Scheme::parse("int8_channel:static"));
+  check(fixed, group + "/input_activations/symmetric", false, {"input_activations", "symmetric", "expected true"});
+  check(fixed, group + "/input_activations/num_bits", 4, {"input_activations", "num_bits", "got 4"});
+  check(fixed, group + "/input_activations/type", "float", {"input_activations", "type", "int"});
   const Json four = w4afp8_compressed();
   check(four, group + "/weights/group_size", 100, {"group_0", "100"});
   check(four, group + "/weights/strategy", "tensor", {"strategy", "group or channel"});

@@ -163,6 +163,7 @@ inline void expect_equal(const QuantizedMatrix& a, const QuantizedMatrix& b) {
   EXPECT_TRUE(bytes_of(a.scale) == bytes_of(b.scale)) << "scales differ";
   EXPECT_TRUE(bytes_of(a.q) == bytes_of(b.q)) << "integer scales differ";
   EXPECT_TRUE(bytes_of(a.column_sum) == bytes_of(b.column_sum)) << "column sums differ";
+  EXPECT_TRUE(bytes_of(a.activation_scale) == bytes_of(b.activation_scale)) << "activation scales differ";
 }
 inline void expect_equal(const MoeWeights& a, const MoeWeights& b) {
   EXPECT_EQ(a.scheme, b.scheme);

@@ -68,7 +68,8 @@ TEST_F(Command, UsageErrorsAreTwo) {
   expect_error(run_cli({"run", "--checkpoint", kTiny, "--scheme", "int7"}), 2, "int7");
   expect_error(run_cli({"run", "--checkpoint", kTiny, "--layers", "99"}), 2, "layer 99 has no experts");
   expect_error(run_cli({"run", "--checkpoint", kTiny, "--threads", "-1"}), 2, "--threads");
-  expect_error(run_cli({"run", "--checkpoint", kTiny, "--scheme", "int8_channel:static"}), 2, "calibration");
+  expect_error(run_cli({"run", "--checkpoint", kTiny, "--scheme", "int8_channel:static", "--tokens", "1"}), 2,
+               "at least 2");
   expect_error(run_cli({"run", "--checkpoint", kTiny, "--random", "--activations", "x"}), 2, "--random");
   expect_error(run_cli({"quantize", kTiny}), 2, "OUT");
   expect_error(run_cli({"quantize", kTiny, "/tmp/x", "--scheme", "int8_channel", "--max-shard-size", "big"}), 2,
@@ -222,6 +223,30 @@ TEST_F(Command, QuantizeThenRun) {
   std::vector<std::string> other = run;
   other.insert(other.end(), {"--scheme", "int8_channel"});
   expect_error(run_cli(other), 2, "already quantised");
+}
+
+TEST_F(Command, StaticScalesAreCalibrated) {
+  TempFolder folder;
+  const Result r = run_cli({"run", "--checkpoint", kTiny, "--scheme", "int8_channel:static,w4a8_fp8:static", "--layers",
+                            "0", "--tokens", "9", "--iters", "1", "--json", folder / "r.json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_THAT(r.out, AllOf(HasSubstr("5 tokens a layer"), HasSubstr("calibrated on the 4 tokens before")));
+  const Json j = Json::parse(read_file(folder / "r.json"));
+  EXPECT_EQ(j["tokens"], 5);
+  EXPECT_EQ(j["calibration_tokens"], 4);
+
+  const std::string states = kTiny + "/activations.safetensors";
+  std::vector<std::string> args = {"quantize", kTiny, folder / "static", "--scheme", "w4a8_fp8:static"};
+  expect_error(run_cli(args), 2, "--calibration: w4a8_fp8:static needs a file");
+  args.insert(args.end(), {"--calibration", states});
+  const Result quantize = run_cli(args);
+  EXPECT_EQ(quantize.code, 0) << quantize.err;
+  const Result own =
+      run_cli({"run", "--checkpoint", folder / "static", "--activations", states, "--tokens", "8", "--iters", "1"});
+  EXPECT_EQ(own.code, 0) << own.err;
+  EXPECT_THAT(own.out, AllOf(HasSubstr("w4a8_fp8:static"), HasSubstr("8 tokens"), Not(HasSubstr("calibrated"))));
+  args[4] = "int8_block";
+  expect_error(run_cli(args), 2, "--calibration: int8_block has no static");
 }
 
 TEST_F(Command, BenchWritesEveryNumber) {

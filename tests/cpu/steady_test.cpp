@@ -6,7 +6,6 @@
 #include <new>
 
 #include "cpu/target.h"
-#include "layer/backend.h"
 #include "support/run.h"
 
 #if OCTOMOE_X86
@@ -45,13 +44,12 @@ TEST(CpuSteady, ForwardDoesNotAllocate) {
     o.threads = 3;
     const LayerInput in = make_input(c);
     Tensor out = Tensor::empty(DType::bfloat16, {c.tokens, c.hidden});
-    const std::unique_ptr<LayerBackend> layer = cpu::make_layer(w, o);
-    const ForwardArgs args{in.x, in.ids, in.weights, out};
-    layer->reserve(64, c.top_k);
-    layer->forward(args);
+    MoeLayer layer(Device::cpu(), w, o);
+    layer.reserve(64, c.top_k);
+    layer.forward(in.x, in.ids, in.weights, out);
     allocations = 0;
     counting = true;
-    layer->forward(args);
+    layer.forward(in.x, in.ids, in.weights, out);
     counting = false;
     EXPECT_EQ(allocations.load(), 0) << scheme;
   }

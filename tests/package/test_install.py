@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import BUILD, ROOT, run
@@ -81,6 +82,15 @@ def test_command_runs_from_the_installed_tree(prefix):
     command = [prefix / "bin/octomoe", "no-such-command"]
     refused = subprocess.run(command, check=False, capture_output=True)
     assert refused.returncode != 0
+
+
+def test_installed_bench_finds_its_peer(prefix, tmp_path):
+    pytest.importorskip("torch")
+    shape = ["--experts", "4", "--hidden", "64", "--intermediate", "32", "--top-k", "2"]
+    command = [prefix / "bin/octomoe", "bench", *shape, "--tokens", "2", "--iters", "5"]
+    env = {**os.environ, "OCTOMOE_PYTHON": sys.executable}
+    out = run(*command, "--schemes", "bf16", "--peer", "torch", cwd=tmp_path, env=env)
+    assert "torch loop" in out
 
 
 def run_examples(programs, env):

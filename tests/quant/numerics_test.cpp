@@ -11,6 +11,9 @@ namespace {
 double relative(double got, double want) { return std::fabs(got - want) / std::fabs(want); }
 
 TEST(Numerics, Fp16MatchesTheCompilersType) {
+#if defined(__clang__) && __clang_major__ < 15
+  GTEST_SKIP() << "this clang has _Float16 only where the target has instructions for it";
+#else
   for (std::uint32_t h = 0; h < 0x10000; ++h) {
     _Float16 native;
     const auto half = static_cast<std::uint16_t>(h);
@@ -32,6 +35,7 @@ TEST(Numerics, Fp16MatchesTheCompilersType) {
     std::memcpy(&want, &native, 2);
     ASSERT_EQ(num::float_to_fp16(f), want) << f;
   }
+#endif
 }
 
 TEST(Numerics, Bf16RoundsToNearestEven) {
