@@ -36,7 +36,7 @@ struct ForwardOptions {
   bool check_ids = false;
   // CUDA: uint8 [at least workspace_bytes(T, k)], 256-byte aligned, used by this call alone until it has run. Not
   // given: the layer's own, one for each stream (reserve() makes the first).
-  TensorView workspace;
+  TensorView workspace = {};
 };
 
 class MoeLayer {
@@ -108,8 +108,8 @@ struct Activations {
 };
 
 struct GemmOptions {
-  TensorView bias;       // float32 [E, N]
-  TensorView workspace;  // CUDA: as in ForwardOptions, PreparedMatrix::workspace_bytes(rows)
+  TensorView bias = {};       // float32 [E, N]
+  TensorView workspace = {};  // CUDA: as in ForwardOptions, PreparedMatrix::workspace_bytes(rows)
 };
 
 // d[r, :] = a[r, :] . b[expert of r]^T for every row; d [R, N] bf16, fp16 or float32 ([E, max_rows, N] when masked,
