@@ -31,8 +31,8 @@ struct SortArgs {
   int32_t* route_row;         // [T * k] -> row, -1 = skipped
   const float* topk_weights;  // [T, k], row stride in elements; with row_factor
   int64_t weights_stride;
-  float* row_factor;        // [R] each row's router weight, or null
-  int32_t* token_offsets;   // [2] = 0, T: the rows of a shared expert; or null
+  float* row_factor;       // [R] each row's router weight, or null
+  int32_t* token_offsets;  // [2] = 0, T: the rows of a shared expert; or null
 };
 
 struct QuantizeArgs {
@@ -94,10 +94,10 @@ struct GroupIndexArgs {
 
 // A caller's row scales [rows, columns] -> [columns, rows], as GEMMs read them; bytes become int32.
 struct TransposeScalesArgs {
-  const float* scale;      // [rows, columns] or null
-  const uint8_t* q;        // [rows, q_columns] or null
-  float* scale_out;        // [columns, rows]
-  int32_t* q_out;          // [q_columns, rows]
+  const float* scale;  // [rows, columns] or null
+  const uint8_t* q;    // [rows, q_columns] or null
+  float* scale_out;    // [columns, rows]
+  int32_t* q_out;      // [q_columns, rows]
   int64_t rows;
   int32_t columns, q_columns;
   int32_t broadcast;  // scale holds one value for all rows
@@ -119,8 +119,8 @@ struct GatherRowsArgs {
   int32_t rows, k, columns, q_columns;
 };
 
-enum class Scoring : int { softmax, sigmoid };             // octomoe::Scoring's order
-enum class Renormalize : int { none, divide, add_eps };    // octomoe::Renormalize's order
+enum class Scoring : int { softmax, sigmoid };           // octomoe::Scoring's order
+enum class Renormalize : int { none, divide, add_eps };  // octomoe::Renormalize's order
 
 struct RouteArgs {
   RowView logits;  // [T, E]

@@ -16,8 +16,8 @@ enum class Promotion : int {
 
 // What happens to v.
 enum class Epilogue : int {
-  store,     // (+ bias) -> out [R, N]
-  swiglu,    // (+ bias), gate and up -> h bf16 [R, I]; other activations: quant/activate_rows.cuh
+  store,   // (+ bias) -> out [R, N]
+  swiglu,  // (+ bias), gate and up -> h bf16 [R, I]; other activations: quant/activate_rows.cuh
 };
 
 // The main loop's order inside a stage.
@@ -83,6 +83,7 @@ struct GemmArgs {
   int32_t w_scale_per_tensor;  // channel: 1 = [E]
   int32_t block_n, block_k;    // scale blocks: weight rows, columns
   int32_t blocks_n, blocks_k;  // NB, KB
+  int32_t segments;            // w's parts in which scale blocks restart: 2 for gate and up
   int32_t super_group;         // hybrid: K-blocks per float
   int32_t flush_blocks;        // hybrid: K-blocks per chunk
   int32_t up_first;            // gated: the first half of w is up

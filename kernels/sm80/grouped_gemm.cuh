@@ -126,11 +126,12 @@ struct GroupedGemm {
   static __device__ __forceinline__ int weight_row(const GemmArgs& args, int feature, int half) {
     return feature + (C.gated() && half != args.up_first ? args.n / 2 : 0);
   }
-  // The scale block of a weight row: both halves of a gated w restart at a block.
+  // The scale block of a weight row: the halves of a w13 restart at a block, also where its two halves are not gated here.
   static __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int feature, int half) {
-    const int rows = rows_of_half(args), per_half = (rows + args.block_n - 1) / args.block_n;
-    return expert * args.blocks_n + (C.gated() && half != args.up_first ? per_half : 0) +
-           min(feature, rows - 1) / args.block_n;
+    const int rows = args.n / args.segments, per_segment = (rows + args.block_n - 1) / args.block_n;
+    const int row = min(feature, rows_of_half(args) - 1);
+    const int segment = C.gated() ? half != args.up_first : row / rows;
+    return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
   // The copy cursor: one stage after another, tile after tile.

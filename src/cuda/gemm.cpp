@@ -173,6 +173,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .block_k = s.block_k,
       .blocks_n = static_cast<std::int32_t>(blocks_n_),
       .blocks_k = static_cast<std::int32_t>(blocks_k_),
+      .segments = m_.segments,
       .super_group = s.super_group,
       .flush_blocks = m_.flush_blocks,
       .up_first = p.up_first,

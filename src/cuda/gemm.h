@@ -31,7 +31,7 @@ class Launcher {
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).
 struct QuantizedRows {
   std::int8_t* q = nullptr;
-  float* scale = nullptr;          // [columns, rows]
+  float* scale = nullptr;           // [columns, rows]
   std::int32_t* block_q = nullptr;  // [KB, rows]
   std::int32_t* zero = nullptr;
   std::int64_t rows = 0;
@@ -63,9 +63,9 @@ class DeviceMatrix {
 
   struct Problem {
     QuantizedRows a;
-    const std::int32_t* index;       // offsets [E + 1] or counts [E]
-    std::int64_t masked_rows = 0;    // rows of an expert; 0: offsets
-    std::int64_t rows;               // most rows there can be in all
+    const std::int32_t* index;     // offsets [E + 1] or counts [E]
+    std::int64_t masked_rows = 0;  // rows of an expert; 0: offsets
+    std::int64_t rows;             // most rows there can be in all
     const std::int32_t* row_source = nullptr;
     const float* row_factor = nullptr;
     const float* bias = nullptr;  // null: the matrix's own

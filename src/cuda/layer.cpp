@@ -65,10 +65,9 @@ class CudaLayer final : public LayerBackend {
         weight_on_input_(o.router_weight_on_input),
         fused_gather_(o.fused_gather),
         alpha_(o.swiglu_alpha),
-        limit_(o.swiglu_limit ? *o.swiglu_limit
-                              : (weights.activation == Activation::swigluoai
-                                     ? 7.0f
-                                     : std::numeric_limits<float>::infinity())),
+        limit_(o.swiglu_limit
+                   ? *o.swiglu_limit
+                   : (weights.activation == Activation::swigluoai ? 7.0f : std::numeric_limits<float>::infinity())),
         id_limit_(o.expert_map.defined() ? o.expert_map.elems() : weights.experts()),
         routed_(std::move(weights), o, info_, ""),
         workspaces_(device) {
@@ -91,7 +90,9 @@ class CudaLayer final : public LayerBackend {
     const ContextGuard context(info_);
     workspaces_.reserve(plan(max_tokens, top_k).memory.bytes());
   }
-  std::size_t workspace_bytes(std::int64_t tokens, int top_k) const override { return plan(tokens, top_k).memory.bytes(); }
+  std::size_t workspace_bytes(std::int64_t tokens, int top_k) const override {
+    return plan(tokens, top_k).memory.bytes();
+  }
 
   void forward(const ForwardArgs& a) override {
     const std::int64_t tokens = a.x.dim(0);
@@ -195,8 +196,7 @@ class CudaLayer final : public LayerBackend {
   }
 
   bool shares_input() const {
-    return routed_.w13.scheme() == shared_->w13.scheme() &&
-           routed_.w13.static_scale() == shared_->w13.static_scale();
+    return routed_.w13.scheme() == shared_->w13.scheme() && routed_.w13.static_scale() == shared_->w13.static_scale();
   }
 
   Plan plan(std::int64_t tokens, int top_k) const {

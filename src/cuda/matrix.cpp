@@ -44,8 +44,8 @@ class CudaMatrix final : public MatrixBackend {
     }
     const bool given = a.dtype() == DType::int8;
     if (given && (!a.is_contiguous() || !rows_are_aligned(a))) {
-      bad_argument("a: expected contiguous int8 rows, aligned to 16 bytes, on {}, got strides {}", to_string(d.device()),
-                   to_string(g.a.values.strides()));
+      bad_argument("a: expected contiguous int8 rows, aligned to 16 bytes, on {}, got strides {}",
+                   to_string(d.device()), to_string(g.a.values.strides()));
     }
     const ContextGuard context(info_);
     const Plan p = plan(rows);
@@ -158,8 +158,11 @@ void route(const TensorView& logits, const TensorView& topk_weights, const Tenso
       .scaling_factor = o.scaling_factor,
   };
   const int shared = 4 * 8 * static_cast<int>(logits.dim(1) + o.groups);
-  launch(kernel, {.grid = {static_cast<unsigned>(ceil_div(logits.dim(0), 4))}, .shared_bytes = shared, .stream = stream,
-                  .pdl = true},
+  launch(kernel,
+         {.grid = {static_cast<unsigned>(ceil_div(logits.dim(0), 4))},
+          .shared_bytes = shared,
+          .stream = stream,
+          .pdl = true},
          args);
 }
 

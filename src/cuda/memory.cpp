@@ -74,7 +74,8 @@ void copy(const TensorView& from, const TensorView& to) {
         move(to.as<char>() + dst * size, from.as<char>() + src * size, static_cast<std::size_t>(from.dim(last) * size));
         return;
       }
-      for (std::int64_t i = 0; i < from.dim(d); ++i) walk(d + 1, src + i * from.strides()[d], dst + i * to.strides()[d]);
+      for (std::int64_t i = 0; i < from.dim(d); ++i)
+        walk(d + 1, src + i * from.strides()[d], dst + i * to.strides()[d]);
     };
     walk(0, 0, 0);
   }

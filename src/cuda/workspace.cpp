@@ -50,8 +50,8 @@ void Workspaces::reserve(std::size_t bytes) {
   if (bytes <= reserved_) return;
   // Work that still uses the smaller ones is waited for by their release (cuMemFree).
   entries_.clear();
-  entries_.push_back({nullptr, false, Tensor::empty(DType::uint8, {static_cast<std::int64_t>(bytes)},
-                                                    Device::cuda(device_))});
+  entries_.push_back(
+      {nullptr, false, Tensor::empty(DType::uint8, {static_cast<std::int64_t>(bytes)}, Device::cuda(device_))});
   reserved_ = bytes;
 }
 
@@ -74,8 +74,8 @@ void* Workspaces::get(std::size_t bytes, Stream stream) {
         "stream before, or pass one), got {}",
         bytes, entry == nullptr ? std::size_t{0} : entry->memory.bytes());
   }
-  Tensor memory = Tensor::empty(DType::uint8, {static_cast<std::int64_t>(std::max(bytes, reserved_))},
-                                Device::cuda(device_));
+  Tensor memory =
+      Tensor::empty(DType::uint8, {static_cast<std::int64_t>(std::max(bytes, reserved_))}, Device::cuda(device_));
   if (entry == nullptr) {
     entries_.push_back({stream, true, std::move(memory)});
     return entries_.back().memory.view().data();

@@ -19,7 +19,8 @@ std::vector<std::pair<const KernelEntry*, Target>> pack_jobs(std::span<const Ker
   for (const Target target : targets) {
     const std::size_t before = jobs.size();
     // An architecture that the catalogue knows has kernels of its own, and no use for the others that would run there.
-    const bool known = !target.ptx && std::ranges::any_of(entries, [&](const auto& e) { return made_for(e, target.arch); });
+    const bool known =
+        !target.ptx && std::ranges::any_of(entries, [&](const auto& e) { return made_for(e, target.arch); });
     for (const KernelEntry& entry : entries) {
       if (known && !made_for(entry, target.arch)) continue;
       // PTX is for devices newer than any that we know.

@@ -58,7 +58,7 @@ std::size_t MoeLayer::workspace_bytes(std::int64_t tokens, int top_k) const {
 
 void MoeLayer::forward(TensorView x, TensorView topk_ids, TensorView topk_weights, TensorView out,
                        const ForwardOptions& options, Stream stream) {
-  const ForwardArgs args{x, topk_ids, topk_weights, out, options.accumulate, options.check_ids, options.workspace,
+  const ForwardArgs args{x,     topk_ids, topk_weights, out, options.accumulate, options.check_ids, options.workspace,
                          stream};
   check_forward(impl_->shape, args);
   const std::lock_guard lock(impl_->mutex);

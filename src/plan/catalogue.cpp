@@ -37,7 +37,7 @@ constexpr Tile kChannel80[] = {
     {128, 64, 128, 4, 2, 2, 2, kSteps}, {256, 128, 128, 3, 4, 2, 1, kSteps},
 };
 constexpr Tile kChannel89[] = {
-    {128, 8, 128, 4, 4, 1, 1, kSteps},  {128, 16, 128, 4, 4, 1, 1, kSteps},  {128, 32, 128, 4, 4, 1, 1, kSteps},
+    {128, 8, 128, 4, 4, 1, 1, kSteps},  {128, 16, 128, 4, 4, 1, 1, kSteps}, {128, 32, 128, 4, 4, 1, 1, kSteps},
     {128, 64, 128, 3, 2, 2, 1, kSteps}, {128, 128, 64, 4, 2, 4, 1, kSteps},
 };
 constexpr Tile kBlock90[] = {
@@ -84,7 +84,9 @@ std::span<const Tile> tiles_of(Promotion promotion, bool fine, int family) {
   if (fine) return kGeneral;
   if (promotion == Promotion::hybrid_flush) return kFlush;
   if (promotion == Promotion::channel) {
-    return family == 90 ? std::span<const Tile>(kChannel90) : family == 80 ? std::span<const Tile>(kChannel80) : kChannel89;
+    return family == 90   ? std::span<const Tile>(kChannel90)
+           : family == 80 ? std::span<const Tile>(kChannel80)
+                          : kChannel89;
   }
   return family == 90 ? std::span<const Tile>(kBlock90) : family == 80 ? std::span<const Tile>(kBlock80) : kBlock89;
 }
@@ -179,11 +181,12 @@ std::string quantize_id(int row_scheme, QuantizeKernel kernel) {
 std::string gemm_id(const GemmConfig& c) {
   return fmt::format("sm80_gemm:{}{}:{}:m{}n{}k{}s{}w{}x{}o{}", kPromotions[static_cast<int>(c.promotion)],
                      c.fine_groups ? "_fine" : "", kEpilogues[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
-                     c.block_k, c.stages, c.warps_m, c.warps_n,
-                     c.min_blocks);
+                     c.block_k, c.stages, c.warps_m, c.warps_n, c.min_blocks);
 }
 
-int tile_family(int max_shared_bytes) { return max_shared_bytes >= 220 * 1024 ? 90 : max_shared_bytes >= 160 * 1024 ? 80 : 89; }
+int tile_family(int max_shared_bytes) {
+  return max_shared_bytes >= 220 * 1024 ? 90 : max_shared_bytes >= 160 * 1024 ? 80 : 89;
+}
 
 std::span<const GemmConfig> gemm_configs(Promotion promotion, bool fine, Epilogue epilogue, int family) {
   static const auto* all = [] {

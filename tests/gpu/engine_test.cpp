@@ -112,9 +112,8 @@ TEST_P(GpuScheme, GraphReplaysWithOtherRoutings) {
   const Tensor out = Tensor::zeros(DType::bfloat16, in.x.shape(), kGpu);
   const cuda::ContextGuard context(cuda::device_info(0));
   const cuda::OwnedStream stream;
-  expect_error("workspace: expected one of", [&] {
-    cuda::Graph::capture(stream, [&] { layer.forward(x, ids, weights, out, {}, stream); });
-  });
+  expect_error("workspace: expected one of",
+               [&] { cuda::Graph::capture(stream, [&] { layer.forward(x, ids, weights, out, {}, stream); }); });
   layer.reserve(c.tokens, c.top_k);
   const auto graph = cuda::Graph::capture(stream, [&] { layer.forward(x, ids, weights, out, {}, stream); });
   for (std::uint32_t seed = 1; seed < 6; ++seed) {
@@ -154,8 +153,9 @@ TEST_P(GpuScheme, TwoStreamsAtOnce) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Schemes, Sanitized, ::testing::Values("int8_channel", "int8_channel:asymmetric", "int8_block",
-                                                               "int8_hybrid", "int8_hybrid:block=32,super=2"));
+INSTANTIATE_TEST_SUITE_P(Schemes, Sanitized,
+                         ::testing::Values("int8_channel", "int8_channel:asymmetric", "int8_block", "int8_hybrid",
+                                           "int8_hybrid:block=32,super=2"));
 INSTANTIATE_TEST_SUITE_P(Schemes, GpuScheme, ::testing::Values("int8_channel", "int8_block", "int8_hybrid"));
 
 TEST_F(Gpu, IdsOutOfRange) {
@@ -222,7 +222,8 @@ TEST_F(Gpu, RoutesLikeTheCpu) {
   std::mt19937 random(1);
   for (int i = 0; i < 40; ++i) {
     const std::int64_t experts = (i % 4 + 1) * (i % 3 == 0 ? 64 : 40), tokens = 1 + i * 7;
-    const Tensor logits = random_tensor(static_cast<DType>(i % 3), {tokens, experts}, 100 + static_cast<unsigned>(i), 2.0f);
+    const Tensor logits =
+        random_tensor(static_cast<DType>(i % 3), {tokens, experts}, 100 + static_cast<unsigned>(i), 2.0f);
     const Tensor bias = random_tensor(DType::float32, {experts}, 7, 0.1f);
     RouteOptions o;
     o.scoring = i % 2 ? Scoring::sigmoid : Scoring::softmax;
@@ -239,7 +240,8 @@ TEST_F(Gpu, RoutesLikeTheCpu) {
     route(logits, w, ids, o);
     const Tensor bias_there = on(kGpu, bias);
     if (o.correction_bias.defined()) o.correction_bias = bias_there;
-    const Tensor w2 = Tensor::zeros(DType::float32, {tokens, k}, kGpu), ids2 = Tensor::zeros(DType::int32, {tokens, k}, kGpu);
+    const Tensor w2 = Tensor::zeros(DType::float32, {tokens, k}, kGpu),
+                 ids2 = Tensor::zeros(DType::int32, {tokens, k}, kGpu);
     route(on(kGpu, logits), w2, ids2, o);
     EXPECT_TRUE(same_bits(Tensor::copy_of(w2), w)) << i;
     EXPECT_TRUE(same_bits(Tensor::copy_of(ids2), ids)) << i;
@@ -255,7 +257,8 @@ TEST_F(Gpu, WeightsBeyondFourGigabytes) {
   const Tensor scale = random_tensor(DType::float32, {experts, n}, 6, 0.0f);
   for (std::int64_t i = 0; i < scale.elems(); ++i) scale.as<float>()[i] = 0.01f * static_cast<float>(1 + i % 7);
   const PreparedMatrix big(kGpu, adopt_matrix(Scheme::int8_channel(), values, scale));
-  const PreparedMatrix small(Device::cpu(), adopt_matrix(Scheme::int8_channel(), one, scale.view().slice(experts - 2, 2)));
+  const PreparedMatrix small(Device::cpu(),
+                             adopt_matrix(Scheme::int8_channel(), one, scale.view().slice(experts - 2, 2)));
   Tensor offsets = Tensor::zeros(DType::int32, {experts + 1});
   offsets.as<std::int32_t>()[experts - 1] = 10;
   offsets.as<std::int32_t>()[experts] = rows;

@@ -32,7 +32,8 @@ void through(Device device, const TensorView& out, const Call& call) {
   const auto row = static_cast<std::size_t>(out.dim(out.rank() - 1)) * size_bytes(out.dtype());
   const TensorView flat = back.view();
   ASSERT_EQ(out.is_contiguous(), true);
-  if (out.elems() > 0) std::memcpy(out.data(), flat.data(), row * static_cast<std::size_t>(out.elems() / out.dim(out.rank() - 1)));
+  if (out.elems() > 0)
+    std::memcpy(out.data(), flat.data(), row * static_cast<std::size_t>(out.elems() / out.dim(out.rank() - 1)));
 }
 
 inline void forward(Device device, MoeLayer& layer, const TensorView& x, const TensorView& ids,
@@ -44,11 +45,14 @@ inline void forward(Device device, MoeLayer& layer, const TensorView& x, const T
 
 inline void gemm(Device device, const Activations& a, const PreparedMatrix& b, const TensorView& d, Groups groups,
                  GemmOptions options = {}) {
-  const Tensor values = on(device, a.values), scale = on(device, a.scale), q = on(device, a.q), zero = on(device, a.zero);
+  const Tensor values = on(device, a.values), scale = on(device, a.scale), q = on(device, a.q),
+               zero = on(device, a.zero);
   const Tensor index = on(device, groups.index), bias = on(device, options.bias);
   groups.index = index;
   options.bias = bias;
-  through(device, d, [&](const TensorView& there) { grouped_gemm({values, scale, q, zero}, b, there, groups, options); });
+  through(device, d, [&](const TensorView& there) {
+    grouped_gemm({values, scale, q, zero}, b, there, groups, options);
+  });
 }
 
 struct LayerCase {
