@@ -12,7 +12,7 @@ ARGS ?=
 PYTHON_MODULE := -DOCTOMOE_BUILD_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python
 FUZZ_SECONDS ?= 120
 
-.PHONY: help setup build demo test asan tsan fuzz lint format bench install clean distclean
+.PHONY: help setup build demo test asan tsan packs fuzz lint format bench install clean distclean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ asan: ## C++ tests and the fuzzers' corpora under AddressSanitizer and Undefined
 
 tsan: setup ## thread pool, engine and layer tests under ThreadSanitizer
 	@scripts/sanitize.sh thread -L '^(base|cpu|layer)$$' $(ARGS)
+
+packs: build ## compile the GPU kernels for every architecture and check them; needs no GPU
+	@scripts/packs.sh $(BUILD)
 
 fuzz: ## fuzz every parser, FUZZ_SECONDS each (120)
 	@scripts/setup.sh --dev

@@ -134,4 +134,13 @@ struct RouteArgs {
   float renormalize_min, scaling_factor;
 };
 
+// What a GPU can do at most, measured by kernels that do nothing else (kernels/bench/ceilings.cuh).
+struct CeilingArgs {
+  const void* data;    // read: 16-byte aligned
+  int64_t bytes;       // read: a multiple of 16
+  int32_t iterations;  // multiply: of 16 mma each; clock: of a short loop
+  uint32_t* sink;      // written only by a result that does not occur
+  uint64_t* clock;     // clock: cycles and nanoseconds that the loop took
+};
+
 }  // namespace octomoe::kernels

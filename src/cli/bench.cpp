@@ -8,6 +8,7 @@
 #include "cli/arguments.h"
 #include "cli/bench_report.h"
 #include "cli/cli.h"
+#include "cli/gpu.h"
 #include "cli/harness.h"
 #include "cli/output_file.h"
 #include "cli/peer.h"
@@ -31,6 +32,7 @@ struct Options {
   std::int64_t experts = 0, experts_local = 0, hidden = 0, intermediate = 0;
   int top_k = 0, threads = 0;
   std::uint64_t seed = 0;
+  bool graph = false, no_fused_gather = false, no_fused_activation = false;
   HarnessOptions timing;
 };
 
@@ -105,7 +107,13 @@ class Bench {
       report_.python_overhead_us = peer_->python_overhead_us();
     }
     progress_.update(0, "ceilings");
-    report_.ceilings = {cpu::measure_read_bandwidth(o_.threads), cpu::measure_int8_peak(o_.threads)};
+    if (device_.type == DeviceType::cuda) {
+      gpu_.emplace(device_);
+      report_.gpu = gpu_->describe();
+      report_.ceilings = gpu_->ceilings();
+    } else {
+      report_.ceilings = {cpu::measure_read_bandwidth(o_.threads), cpu::measure_int8_peak(o_.threads)};
+    }
     make_layers();
     progress_.clear();
     fmt::print("{}", render_header(report_, wants_colour()));
@@ -137,15 +145,21 @@ class Bench {
     report_.shape = shape_of(o_, &report_.model);
     tokens_ = parse_integers("--tokens", o_.tokens, 1, kMaxTokens);
     schemes_ = parse_schemes("--schemes", o_.schemes);
-    routing_ = Routing::parse(o_.routing);
     try {
-      if (Device::parse(o_.device).type != DeviceType::cpu) {
-        throw Error(ErrorCode::unsupported, "--device " + o_.device + ": CUDA engine: not in this build");
-      }
+      device_ = Device::parse(o_.device);
     } catch (const Error& e) {
-      if (e.code() == ErrorCode::invalid_argument) throw UsageError(std::string("--device: ") + e.what());
-      throw;
+      throw UsageError(std::string("--device: ") + e.what());
     }
+    if (device_.type == DeviceType::cuda) {
+      if (o_.peer != "none")
+        throw UsageError("--peer torch: times PyTorch on the CPU, so it does not go with --device cuda");
+      if (o_.schemes == "all") std::erase_if(schemes_, [](const Scheme& s) { return !s.is_integer(); });
+    } else if (o_.graph || o_.no_fused_gather || o_.no_fused_activation) {
+      throw UsageError("--graph, --no-fused-gather, --no-fused-activation: for --device cuda");
+    }
+    report_.device = to_string(device_);
+    report_.graph = o_.graph;
+    routing_ = Routing::parse(o_.routing);
     report_.machine = Machine::read();
     report_.threads = o_.threads > 0 ? o_.threads : report_.machine.threads;
     report_.routing = routing_.kind == Routing::Kind::from_file ? "from-file" : o_.routing;  // no paths in results
@@ -163,22 +177,34 @@ class Bench {
     LayerOptions options;
     options.threads = o_.threads;
     options.expert_map = s.expert_map();
+    options.fused_gather = !o_.no_fused_gather;
+    options.fused_activation = !o_.no_fused_activation;
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
       progress_.update(static_cast<double>(i) / static_cast<double>(schemes_.size()),
                        "weights: " + to_string(schemes_[i]));
       layers_.push_back(
-          std::make_unique<MoeLayer>(Device::cpu(), random_weights(schemes_[i], s, o_.seed, o_.threads), options));
+          std::make_unique<MoeLayer>(device_, random_weights(schemes_[i], s, o_.seed, o_.threads), options));
     }
   }
 
   BenchBlock time_tokens(std::int64_t tokens, const Routes& routes) {
     const ProblemShape& s = report_.shape;
-    const Tensor x = random_activations(tokens, s.hidden, o_.seed);
-    const Tensor out = Tensor::empty(DType::bfloat16, {tokens, s.hidden});
+    const Tensor host_x = random_activations(tokens, s.hidden, o_.seed);
+    const Tensor x = gpu_ ? Tensor::copy_of(host_x, device_) : host_x;
+    const Tensor out = Tensor::empty(DType::bfloat16, {tokens, s.hidden}, device_);
     std::vector<Contender> contenders;
+    GpuBench::Work work{nullptr, x, out, {}};
+    for (std::uint64_t i = 0; gpu_ && i < kGpuCalls; ++i) {
+      work.routes.push_back(make_routes(routing_, s, tokens, o_.seed + i));
+    }
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
       MoeLayer* layer = layers_[i].get();
       layer->reserve(tokens, s.top_k);
+      work.layer = layer;
+      if (gpu_) {
+        contenders.push_back(gpu_->contender(to_string(schemes_[i]), work, o_.graph));
+        continue;
+      }
       contenders.push_back({to_string(schemes_[i]), [=, &routes] {
                               return time_us([&] { layer->forward(x, routes.ids, routes.weights, out); });
                             }});
@@ -191,14 +217,29 @@ class Bench {
     });
 
     BenchBlock block{.tokens = tokens, .routes = routes.local, .touched_experts = routes.touched_experts};
-    const double part = static_cast<double>(routes.touched_experts) / static_cast<double>(s.experts_local);
+    if (gpu_) {
+      block.clock_mhz = gpu_->clock_mhz();
+      // The calls have other routes each: the mean of what they touch.
+      block.routes = block.touched_experts = 0;
+      for (const Routes& r : work.routes) {
+        block.routes += r.local;
+        block.touched_experts += r.touched_experts;
+      }
+      block.routes /= kGpuCalls;
+      block.touched_experts /= kGpuCalls;
+    }
+    const double part = static_cast<double>(block.touched_experts) / static_cast<double>(s.experts_local);
     const double activations = 2.0 * 2.0 * static_cast<double>(tokens * s.hidden);  // x and out in bf16
     for (std::size_t i = 0; i < contenders.size(); ++i) {
       BenchRow row{.name = contenders[i].name, .is_peer = i >= schemes_.size(), .timing = timings[i]};
       row.weight_bytes = s.weight_bytes(row.is_peer ? Scheme::bf16() : schemes_[i]);
       row.bytes = row.weight_bytes * part + activations;
-      row.ops = 2.0 * 3.0 * static_cast<double>(routes.local) * static_cast<double>(s.hidden * s.intermediate);
+      row.ops = 2.0 * 3.0 * static_cast<double>(block.routes) * static_cast<double>(s.hidden * s.intermediate);
       row.floor = floor_of(row.bytes, report_.ceilings.read_bytes_per_s, row.ops, report_.ceilings.int8_ops_per_s);
+      if (gpu_) {
+        work.layer = layers_[i].get();
+        row.host_us = gpu_->host_us(work);
+      }
       if (!row.is_peer) row.workspace_bytes = static_cast<double>(layers_[i]->workspace_bytes(tokens, s.top_k));
       block.rows.push_back(row);
     }
@@ -223,6 +264,8 @@ class Bench {
   std::vector<Peer::Routing> routings_;
   std::unique_ptr<Peer> peer_;
   std::vector<std::unique_ptr<MoeLayer>> layers_;
+  Device device_;
+  std::optional<GpuBench> gpu_;
 };
 
 }  // namespace
@@ -243,7 +286,10 @@ void add_bench(CLI::App& app, Action& action) {
   sub->add_option("--tokens", o->tokens, "Token counts, separated by commas")->capture_default_str();
   sub->add_option("--schemes,--scheme", o->schemes, "all, or schemes separated by commas (docs/schemes.md)")
       ->capture_default_str();
-  sub->add_option("--device", o->device, "cpu")->capture_default_str();
+  sub->add_option("--device", o->device, "cpu, cuda or cuda:N")->capture_default_str();
+  sub->add_flag("--graph", o->graph, "CUDA: replay the calls from a CUDA graph");
+  sub->add_flag("--no-fused-gather", o->no_fused_gather, "CUDA: gather quantised tokens in a kernel of its own");
+  sub->add_flag("--no-fused-activation", o->no_fused_activation, "CUDA: apply the activation in a kernel of its own");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 1024));
   sub->add_option("--routing", o->routing,

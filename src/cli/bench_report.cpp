@@ -36,6 +36,14 @@ double worst_spread(const BenchReport& report) {
 std::string render_header(const BenchReport& r, bool colour) {
   const ProblemShape& s = r.shape;
   const std::string local = s.experts_local < s.experts ? fmt::format(" ({} here)", s.experts_local) : "";
+  if (!r.gpu.is_null()) {
+    return fmt::format(
+        "{}: E {}{}, k {}, H {}, I {}, routing {}\n"
+        "{} ({}), {}; ceilings: read {:.0f} GB/s, int8 by mma.sync {:.0f} TOPS\n",
+        styled(r.model, Style::bold, colour), s.experts, local, s.top_k, s.hidden, s.intermediate, r.routing,
+        r.gpu["name"].get<std::string>(), r.device, r.graph ? "CUDA graph" : "eager", r.ceilings.read_bytes_per_s / 1e9,
+        r.ceilings.int8_ops_per_s / 1e12);
+  }
   return fmt::format(
       "{}: E {}{}, k {}, H {}, I {}, routing {}\n"
       "CPU engine ({}), {} thread{}; ceilings: read {:.1f} GB/s, int8 {:.3f} TOPS\n",
@@ -57,6 +65,8 @@ std::string render(const BenchBlock& b, bool colour) {
                                         {"TOPS"}};
   if (bf16) columns.push_back({"vs bf16"});
   if (peer) columns.push_back({"vs peer"});
+  const bool on_gpu = b.clock_mhz.has_value();
+  if (on_gpu) columns.push_back({"host"});
   columns.push_back({"workspace"});
   Table table(columns);
   for (const BenchRow& r : b.rows) {
@@ -75,6 +85,7 @@ std::string render(const BenchBlock& b, bool colour) {
     };
     ratio(bf16);
     ratio(peer);
+    if (on_gpu) cells.emplace_back(r.host_us ? format_us(*r.host_us) : "-");
     cells.emplace_back(r.workspace_bytes ? format_bytes(*r.workspace_bytes) : "-");
     table.add(cells);
   }
@@ -93,7 +104,7 @@ Json to_json(const BenchReport& r) {
       results.push_back({{"tokens", b.tokens},
                          {"name", row.name},
                          {"kind", row.is_peer ? "peer" : "scheme"},
-                         {"device", "cpu"},
+                         {"device", r.device},
                          {"median_us", row.timing.median_us},
                          {"p10_us", row.timing.p10_us},
                          {"p90_us", row.timing.p90_us},
@@ -110,7 +121,9 @@ Json to_json(const BenchReport& r) {
                          {"speedup_over_bf16", ratio(b.find("bf16"))},
                          {"speedup_over_peer", ratio(b.peer())},
                          {"weight_bytes", row.weight_bytes},
-                         {"workspace_bytes", or_null(row.workspace_bytes)}});
+                         {"workspace_bytes", or_null(row.workspace_bytes)},
+                         {"host_us", or_null(row.host_us)},
+                         {"clock_mhz", or_null(b.clock_mhz)}});
     }
   }
   const ProblemShape& s = r.shape;
@@ -119,6 +132,8 @@ Json to_json(const BenchReport& r) {
       {"date", date_utc()},
       {"commit", commit()},
       {"machine", to_json(r.machine, r.threads)},
+      {"gpu", r.gpu},
+      {"graph", r.graph},
       {"ceilings", {{"read_bytes_per_s", r.ceilings.read_bytes_per_s}, {"int8_ops_per_s", r.ceilings.int8_ops_per_s}}},
       {"problem",
        {{"model", r.model},

@@ -25,6 +25,7 @@ struct BenchRow {
   Floor floor = {};
   double weight_bytes = 0;
   std::optional<double> workspace_bytes = {};
+  std::optional<double> host_us = {};  // GPU: what an eager call costs the host
 
   double gb_per_s() const { return bytes / timing.median_us / 1e3; }
   double tops() const { return ops / timing.median_us / 1e6; }
@@ -33,6 +34,7 @@ struct BenchRow {
 struct BenchBlock {  // one token count
   std::int64_t tokens = 0, routes = 0, touched_experts = 0;
   std::vector<BenchRow> rows = {};
+  std::optional<double> clock_mhz = {};  // GPU: after the last round
 
   const BenchRow* peer() const;  // the fastest one
   const BenchRow* find(const std::string& name) const;
@@ -40,6 +42,9 @@ struct BenchBlock {  // one token count
 
 struct BenchReport {
   Machine machine;
+  std::string device = "cpu";
+  nlohmann::ordered_json gpu = nullptr;
+  bool graph = false;  // GPU: calls were replayed from a CUDA graph
   int threads = 0;
   Ceilings ceilings;
   std::string model;  // the preset, or "custom"

@@ -10,6 +10,8 @@
 #include "cli/machine.h"
 #include "cli/table.h"
 #include "cli/terminal.h"
+#include "octomoe/error.h"
+#include "octomoe/packs.h"
 #include "octomoe/version.h"
 
 namespace octomoe::cli {
@@ -17,8 +19,16 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr bool kHasCudaEngine = false;
-constexpr const char* kNoCudaEngine = "CUDA engine: not in this build";
+// Packs that the library would use; why not, where one is refused.
+Json packs() {
+  Json list = Json::array();
+  try {
+    for (const std::string& p : kernel_packs()) list.push_back(p);
+  } catch (const Error& e) {
+    list.push_back(std::string("refused: ") + e.what());
+  }
+  return list;
+}
 
 Json describe(const Machine& machine, const CudaProbe& cuda) {
   Json libraries = Json::array();
@@ -38,7 +48,7 @@ Json describe(const Machine& machine, const CudaProbe& cuda) {
           {"machine", to_json(machine, machine.threads)},
           {"engines",
            {{"cpu", {{"available", true}, {"isa", machine.isa}, {"threads", machine.threads}}},
-            {"cuda", {{"available", kHasCudaEngine}, {"kernel_packs", Json::array()}}}}},
+            {"cuda", {{"available", !cuda.gpus.empty()}, {"kernel_packs", packs()}}}}},
           {"cuda", {{"gpus", gpus}, {"libraries", libraries}, {"folders", cuda.folders}}}};
 }
 
@@ -93,7 +103,18 @@ int doctor(bool as_json) {
   title("Engines");
   fmt::print("  {} ISA {}, {} thread{} (OCTOMOE_NUM_THREADS or --threads change that)\n",
              styled("CPU engine:", Style::good, colour), machine.isa, machine.threads, machine.threads == 1 ? "" : "s");
-  fmt::print("  {}; kernel packs: none in this version\n\n", styled(kNoCudaEngine, Style::warn, colour));
+  if (cuda.gpus.empty()) {
+    fmt::print("  {} no GPU here (see the CUDA driver below)\n", styled("CUDA engine:", Style::dim, colour));
+  } else {
+    fmt::print("  {} int8_channel, int8_block and int8_hybrid on {} GPU{}\n",
+               styled("CUDA engine:", Style::good, colour), cuda.gpus.size(), cuda.gpus.size() == 1 ? "" : "s");
+  }
+  const Json found = packs();
+  if (found.empty()) {
+    fmt::print("  kernel packs: none; kernels are compiled by NVRTC when they are first used and kept in the cache\n");
+  }
+  for (const Json& p : found) fmt::print("  kernel pack: {}\n", p.get<std::string>());
+  fmt::print("\n");
   title("NVIDIA libraries (nothing above needs them)");
   for (const Gpu& g : cuda.gpus) {
     fmt::print("  {}  {} ({}), {}\n", styled("GPU         ", Style::dim, colour), g.name, g.arch,

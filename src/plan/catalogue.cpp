@@ -144,6 +144,10 @@ std::vector<KernelEntry> make_catalogue() {
       simple_entry("transpose_scales", "route/group_index.cuh", "transpose_scales", "TransposeScalesArgs", 256));
   all.push_back(simple_entry("gather_rows", "route/group_index.cuh", "gather_rows", "GatherRowsArgs", 256));
   all.push_back(simple_entry("route", "route/route.cuh", "route", "RouteArgs", 128, kRouteSharedBytes));
+  all.push_back(simple_entry("bench:read", "bench/ceilings.cuh", "read_ceiling", "CeilingArgs", 512));
+  all.push_back(simple_entry("bench:multiply", "bench/ceilings.cuh", "multiply_ceiling", "CeilingArgs", 512));
+  all.back().expect = "IMMA";
+  all.push_back(simple_entry("bench:clock", "bench/ceilings.cuh", "clock_probe", "CeilingArgs", 32));
   for (const Promotion p : {Promotion::channel, Promotion::block, Promotion::hybrid, Promotion::hybrid_flush}) {
     for (const bool fine : {false, true}) {
       if (fine && p == Promotion::channel) continue;

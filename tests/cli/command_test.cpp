@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/process.h"
+#include "cuda/driver.h"
 
 namespace octomoe::cli::testing {
 namespace {
@@ -87,7 +88,9 @@ TEST_F(Command, UsageErrorsAreTwo) {
 TEST_F(Command, FailuresAreOne) {
   expect_error(run_cli({"run", "--checkpoint", "/nonexistent/model"}), 1, "/nonexistent/model");
   expect_error(run_cli({"quantize", "/nonexistent/model", "/tmp/x", "--scheme", "bf16"}), 1, "/nonexistent/model");
-  expect_error(run_cli({"bench", "--device", "cuda"}), 1, "CUDA engine: not in this build");
+  if (!cuda::driver_available()) expect_error(run_cli({"bench", "--device", "cuda"}), 1, "CUDA driver");
+  expect_error(run_cli({"bench", "--graph"}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--device", "cuda", "--peer", "torch"}), 2, "--peer torch");
   // A hundred terabytes: more than any machine this runs on.
   expect_error(run_cli({"bench", "--experts", "65536", "--hidden", "8192", "--intermediate", "16384", "--top-k", "8"}),
                1, "--experts-local");
@@ -107,7 +110,7 @@ TEST_F(Command, MissingActivationsSayHowToGiveThem) {
 TEST_F(Command, DoctorSpeaksPlainly) {
   const Result r = run_cli({"doctor"});
   EXPECT_EQ(r.code, 0) << r.err;
-  for (const char* part : {"CPU engine:", "CUDA engine: not in this build", "NVRTC", "NCCL", "cuBLAS", "CUDA driver"}) {
+  for (const char* part : {"CPU engine:", "CUDA engine:", "kernel pack", "NVRTC", "NCCL", "cuBLAS", "CUDA driver"}) {
     EXPECT_THAT(r.out, HasSubstr(part));
   }
   EXPECT_THAT(r.out, Not(HasSubstr(kEscape)));
