@@ -263,8 +263,7 @@ struct GroupedGemm {
           next_source = ptx::load_shared(ptx::shared_address(source + first() + (p + 1) * kRowsPerPass));
         } else if constexpr (kBlocks) {
           const int t = static_cast<int>(threadIdx.x);
-          next_source =
-              ptx::load_shared(ptx::shared_address(source + kPassesA * kRowsPerPass + (t < C.block_n ? t : 0)));
+          if (t < C.block_n) next_source = ptx::load_shared(ptx::shared_address(source + kPassesA * kRowsPerPass + t));
         }
       } else if constexpr (kBlocks) {
         const int i = c - kPassesW - kPassesA, r = static_cast<int>(threadIdx.x);
