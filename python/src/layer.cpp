@@ -77,7 +77,7 @@ RouterRef make_router(const OptionMap& options) {
     r.scaling_factor = static_cast<float>(o.get<double>("scaling_factor", r.scaling_factor));
     r.groups = static_cast<int>(o.get<std::int64_t>("groups", r.groups));
     r.topk_groups = static_cast<int>(o.get<std::int64_t>("topk_groups", r.topk_groups));
-    return RouterRef(std::move(r));
+    return RouterRef(r);
   });
 }
 

@@ -80,7 +80,7 @@ std::vector<Isa> detect() {
 
 }  // namespace
 
-std::vector<Isa> available_isas() {
+const std::vector<Isa>& available_isas() {
   static const std::vector<Isa> found = detect();
   return found;
 }
@@ -95,7 +95,10 @@ FloatEnv::~FloatEnv() {
 
 #else
 
-std::vector<Isa> available_isas() { return {Isa::portable}; }
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> found{Isa::portable};
+  return found;
+}
 
 #if defined(__aarch64__)
 FloatEnv::FloatEnv() {
@@ -113,7 +116,7 @@ FloatEnv::~FloatEnv() = default;
 #endif
 
 Isa best_isa() {
-  const std::vector<Isa> found = available_isas();
+  const std::vector<Isa>& found = available_isas();
   const char* wanted = std::getenv("OCTOMOE_CPU_ISA");
   if (!wanted || !*wanted) return found.back();
   const Isa isa = parse_isa(wanted);

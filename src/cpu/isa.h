@@ -19,8 +19,9 @@ enum class Isa : std::uint8_t {
 const char* to_string(Isa isa);
 Isa parse_isa(const std::string& name);  // Error(invalid_argument) if unknown
 
-// Those this machine and its operating system can run, portable first.
-std::vector<Isa> available_isas();
+// Those this machine and its operating system can run, portable first. The first forward asks too (ops.cpp): by
+// reference, as it must not allocate.
+const std::vector<Isa>& available_isas();
 // OCTOMOE_CPU_ISA if set (Error(unsupported) if this machine lacks it), else the last of available_isas(). Engines ask
 // once, when they are made.
 Isa best_isa();
