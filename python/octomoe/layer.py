@@ -19,7 +19,8 @@ class MoeLayer:
 
     Args:
         weights: the quantised weights. The layer keeps its own packed copy.
-        device: "cpu", "cuda" or "cuda:1". A GPU uses weights on it where they lie and uploads others.
+        device: "cpu", "cuda" or "cuda:1". A GPU uses weights on it where they lie and uploads
+            others.
         swiglu_alpha: of the activation swigluoai.
         swiglu_limit: clamp of swigluoai (7 if not given) and of swiglu (none if not given).
         router_weight_on_input: multiply x by the router's weight instead of the output.
@@ -242,7 +243,7 @@ def fused_moe(
     swiglu_alpha: float | None = None,
     swiglu_limit: float | None = None,
     router_weight_on_input: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     out: Tensor | None = None,
     out_dtype: Any = None,
 ) -> Any:
@@ -256,12 +257,15 @@ def fused_moe(
         weights: MoeWeights.
         topk_weights: float32 [T, k]. topk_ids: int32 or int64 [T, k]. As :func:`route` gives them.
         activation: if another than the weights were made for.
-        swiglu_alpha, swiglu_limit, router_weight_on_input, device: see :class:`MoeLayer`.
+        swiglu_alpha, swiglu_limit, router_weight_on_input, device: see :class:`MoeLayer`; the
+            device is by default that of a torch x.
         out, out_dtype: see :meth:`MoeLayer.forward`.
 
     Returns:
         [T, H], of x's framework and dtype.
     """
+    if device is None:
+        device = str(x.device) if is_torch(x) else "cpu"
     layer = layer_of(
         weights,
         activation=activation,

@@ -1,11 +1,12 @@
 """PyTorch custom operators: octomoe::fused_moe, octomoe::route, octomoe::grouped_gemm.
 
 They take CPU and CUDA tensors, on torch's current stream, with a workspace of torch's allocator:
-calls on several streams and torch.cuda.graph are safe. They work eagerly, under torch.compile and with fake tensors, on any build of PyTorch. Weights reach
-an operator as a *handle*: a zero-dimensional int64 tensor on the CPU that names an entry of a weak
-registry. torch.compile sees an ordinary graph input: layers that differ only in their weights
-share one compiled graph, where an integer would be burnt into it: one graph for each layer. Whoever
-made a handle keeps the weights alive; they are freed with their owner.
+calls on several streams and torch.cuda.graph are safe. They work eagerly, under torch.compile and
+with fake tensors, on any build of PyTorch. Weights reach an operator as a *handle*: a zero-
+dimensional int64 tensor on the CPU that names an entry of a weak registry. torch.compile sees an
+ordinary graph input: layers that differ only in their weights share one compiled graph, where an
+integer would be burnt into it: one graph for each layer. Whoever made a handle keeps the weights
+alive; they are freed with their owner.
 
     layer = octomoe.torch.FusedMoe(weights)            # a module: holds weights and handle
     y = layer(x, topk_weights, topk_ids)

@@ -210,8 +210,8 @@ def replace_experts(
     Args:
         model: a Hugging Face MoE model, float32, bfloat16 or float16, on the CPU or a GPU.
         scheme: see :func:`octomoe.schemes`.
-        device: where the experts run: "cpu", "cuda:0", or None for that of each module's weights. The weights
-            are quantised on the CPU.
+        device: where the experts run: "cpu", "cuda:0", or None for that of each module's weights.
+            The weights are quantised on the CPU.
         keep_weights: keep the float weights, so that :meth:`Replacement.restore` works. False frees
             each layer's as soon as it is quantised.
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
