@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import tvm_ffi
@@ -113,6 +114,7 @@ _NAMES = (
     "matrix_dequantize",
     "prepare_matrix",
     "prepared_info",
+    "prepared_workspace_bytes",
     "grouped_gemm",
     "make_layer",
     "layer_forward",
@@ -126,6 +128,7 @@ _NAMES = (
     "checkpoint_moe_layers",
     "checkpoint_layer",
     "quantize_checkpoint",
+    "add_cuda_library_paths",
     "version",
     "schemes",
     "canonical_scheme",
@@ -144,3 +147,12 @@ class _Functions:
 
 
 lib = _Functions()
+_searched: list[str] = []
+
+
+def find_cuda_libraries(device: str) -> str:
+    """`device`, after telling the library where the wheels with NVRTC are if it is a GPU."""
+    if device.startswith("cuda") and sys.path != _searched:
+        _searched[:] = sys.path
+        lib.add_cuda_library_paths([path for path in sys.path if path])
+    return device

@@ -138,12 +138,13 @@ def _output_dtype(wanted: Any, of_input: bool) -> str:
         ) from None
 
 
-def empty(shape: tuple[int, ...], dtype: str, framework: str) -> Any:
-    """An uninitialised array: torch's for "torch", else NumPy's."""
+def empty(shape: tuple[int, ...], dtype: str, framework: str, like: Any = None) -> Any:
+    """An uninitialised array: torch's for "torch", on the device of `like`, else NumPy's."""
     if framework == "torch":
         import torch
 
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+        device = None if like is None else like.device
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     return np.empty(shape, ml_dtype(dtype) if dtype in _ML_DTYPES else dtype)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from octomoe import _tensors
-from octomoe._native import InvalidArgument, lib
-from octomoe._tensors import Tensor, options, to_ffi, to_ffi_output
+from octomoe._native import InvalidArgument, find_cuda_libraries, lib
+from octomoe._tensors import Tensor, is_torch, options, to_ffi, to_ffi_output
 from octomoe.layer import _shape
 from octomoe.weights import QuantizedMatrix, quantize_matrix
 
@@ -18,7 +18,7 @@ class PreparedMatrix:
 
     Args:
         matrix: a QuantizedMatrix (see :func:`quantize_matrix`).
-        device: "cpu".
+        device: "cpu", "cuda" or "cuda:1".
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
     """
 
@@ -29,7 +29,7 @@ class PreparedMatrix:
             raise InvalidArgument(
                 f"matrix: expected a QuantizedMatrix, got {type(matrix).__name__}"
             )
-        self._handle = lib.prepare_matrix(str(device), matrix._handle, threads)
+        self._handle = lib.prepare_matrix(find_cuda_libraries(str(device)), matrix._handle, threads)
         self._info = dict(lib.prepared_info(self._handle).items())
 
     @property
@@ -42,15 +42,24 @@ class PreparedMatrix:
         """(E, N, K)."""
         return self._info["experts"], self._info["n"], self._info["k"]
 
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda:0"."""
+        return str(self._info["device"])
+
+    def workspace_bytes(self, rows: int) -> int:
+        """Of a :func:`grouped_gemm` over `rows` rows of a (masked: E * max_rows); 0 on the CPU."""
+        return lib.prepared_workspace_bytes(self._handle, rows)
+
     def __repr__(self) -> str:
         return f"PreparedMatrix({self.scheme}, {list(self.shape)})"
 
 
-def _prepare(b: Any, b_scale: Tensor | None, scheme: str | None) -> PreparedMatrix:
+def _prepare(b: Any, b_scale: Tensor | None, scheme: str | None, device: str) -> PreparedMatrix:
     if isinstance(b, PreparedMatrix):
         return b
     if isinstance(b, QuantizedMatrix):
-        return PreparedMatrix(b)
+        return PreparedMatrix(b, device=device)
     shape = _shape(b, "b")
     dtype = getattr(b.dtype, "name", str(b.dtype).removeprefix("torch."))
     if dtype != "int8":
@@ -58,7 +67,7 @@ def _prepare(b: Any, b_scale: Tensor | None, scheme: str | None) -> PreparedMatr
             raise InvalidArgument(f"b_scale: expected none beside a float b, got one ({dtype} b)")
         own = dtype if dtype in ("bfloat16", "float16") else "bfloat16"
         default = {"bfloat16": "bf16", "float16": "fp16"}[own]
-        return PreparedMatrix(quantize_matrix(b, scheme or default))
+        return PreparedMatrix(quantize_matrix(b, scheme or default), device=device)
     if b_scale is None:
         raise InvalidArgument("b_scale: an int8 b needs its scales")
     if scheme is None:
@@ -69,7 +78,7 @@ def _prepare(b: Any, b_scale: Tensor | None, scheme: str | None) -> PreparedMatr
                 f"{list(shape)}, got {list(_shape(b_scale, 'b_scale'))}"
             )
         scheme = "int8_channel" if rank == 2 else "int8_block"
-    return PreparedMatrix(QuantizedMatrix.from_parts(scheme, b, b_scale))
+    return PreparedMatrix(QuantizedMatrix.from_parts(scheme, b, b_scale), device=device)
 
 
 def grouped_gemm(
@@ -86,6 +95,8 @@ def grouped_gemm(
     scheme: str | None = None,
     out_dtype: Any = "bfloat16",
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    stream: int | None = None,
 ) -> Any:
     """``d[r] = a[r] @ b[expert of r].T`` for every row r.
 
@@ -107,6 +118,8 @@ def grouped_gemm(
         bias: float32 [E, N].
         out_dtype: "bfloat16", "float16" or "float32".
         out: written if given.
+        workspace: CUDA: uint8 of at least ``b.workspace_bytes(rows)``, used by this call alone.
+        stream: see :meth:`MoeLayer.forward`.
 
     Returns:
         `out`, or a new tensor of a's framework. (Rows of a masked result without an owner are 0.)
@@ -117,16 +130,18 @@ def grouped_gemm(
     if (expert_offsets is None) == (rows_per_expert is None):
         raise InvalidArgument("expert_offsets: give it or rows_per_expert, and not both")
     masked = rows_per_expert is not None
-    matrix = _prepare(b, b_scale, scheme)
+    matrix = _prepare(b, b_scale, scheme, str(a.device) if is_torch(a) else "cpu")
     framework = _tensors.framework_of(a)
     if out is None:
         shape = (*_shape(a, "a")[:-1], matrix._info["n"])
-        out = _tensors.empty(shape, _tensors.output_dtype(out_dtype, a), framework)
+        out = _tensors.empty(shape, _tensors.output_dtype(out_dtype, a), framework, a)
         if masked:
             out[...] = 0
     else:
         framework = "numpy"
-    extras = options(a_scale=a_scale, a_q=a_q, a_zero=a_zero, bias=bias) or None
+    extras = (
+        options(a_scale=a_scale, a_q=a_q, a_zero=a_zero, bias=bias, workspace=workspace) or None
+    )
     index = rows_per_expert if masked else expert_offsets
     lib.grouped_gemm(
         to_ffi(a, "a"),
@@ -135,6 +150,7 @@ def grouped_gemm(
         to_ffi(index, "rows_per_expert" if masked else "expert_offsets"),
         masked,
         extras,
+        stream,
     )
     return _tensors.finish(out, framework)
 

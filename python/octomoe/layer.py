@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from octomoe import _tensors
-from octomoe._native import InvalidArgument, lib
+from octomoe._native import InvalidArgument, find_cuda_libraries, lib
 from octomoe._tensors import Tensor, is_torch, options, to_ffi, to_ffi_output
 from octomoe.weights import MoeWeights
 
@@ -19,7 +19,8 @@ class MoeLayer:
 
     Args:
         weights: the quantised weights. The layer keeps its own packed copy.
-        device: "cpu". ("cuda" is refused with Unsupported in this version.)
+        device: "cpu", "cuda" or "cuda:1". A GPU uses weights on it where they lie and uploads
+            others.
         swiglu_alpha: of the activation swigluoai.
         swiglu_limit: clamp of swigluoai (7 if not given) and of swiglu (none if not given).
         router_weight_on_input: multiply x by the router's weight instead of the output.
@@ -27,6 +28,8 @@ class MoeLayer:
         shared_gate: [H]: the shared expert's weight is sigmoid(x . shared_gate), else 1.
         expert_map: int32 [global experts] -> expert of these weights, -1 = on another rank.
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
+        fused_gather, fused_activation: CUDA: False runs the step as a kernel of its own, with the
+            same result, to measure what the fusion is worth.
 
     Raises:
         InvalidArgument, Unsupported: the weights do not fit together, or the device cannot.
@@ -46,6 +49,8 @@ class MoeLayer:
         shared_gate: Tensor | None = None,
         expert_map: Tensor | None = None,
         threads: int = 0,
+        fused_gather: bool = True,
+        fused_activation: bool = True,
     ) -> None:
         if not isinstance(weights, MoeWeights):
             raise InvalidArgument(f"weights: expected MoeWeights, got {type(weights).__name__}")
@@ -57,8 +62,10 @@ class MoeLayer:
             shared_gate=shared_gate,
             expert_map=expert_map,
             threads=threads,
+            fused_gather=bool(fused_gather),
+            fused_activation=bool(fused_activation),
         )
-        self._handle = lib.make_layer(str(device), weights._live(), named)
+        self._handle = lib.make_layer(find_cuda_libraries(str(device)), weights._live(), named)
         self._info = dict(lib.layer_info(self._handle).items())
 
     def forward(
@@ -70,6 +77,9 @@ class MoeLayer:
         out: Tensor | None = None,
         accumulate: bool = False,
         out_dtype: Any = None,
+        check_ids: bool = False,
+        workspace: Tensor | None = None,
+        stream: int | None = None,
     ) -> Any:
         """Run the layer. The interpreter lock is released meanwhile.
 
@@ -81,6 +91,12 @@ class MoeLayer:
             out: written if given: bfloat16, float16 or float32 [T, H].
             accumulate: add to `out` instead of overwriting it.
             out_dtype: of the result if `out` is not given; by default x's.
+            check_ids: CUDA: refuse ids outside -1..E-1, which waits for the stream; without it
+                they count as -1. The CPU always checks.
+            workspace: CUDA: uint8 of at least ``workspace_bytes(T, k)``, used by this call alone.
+                Without it the layer has its own, one for each stream.
+            stream: CUDA: a cudaStream_t as an integer; by default the current stream of torch for
+                torch tensors, else that of ``tvm_ffi.use_raw_stream``. The call returns at once.
 
         Returns:
             `out`, or a new [T, H]: a torch.Tensor for a torch.Tensor, a JAX array for a JAX
@@ -100,7 +116,7 @@ class MoeLayer:
                     result = target = _empty_like(x)
                 else:
                     dtype = _tensors.output_dtype(out_dtype, x)
-                    result = target = _tensors.empty(x.shape, dtype, "torch")
+                    result = target = _tensors.empty(x.shape, dtype, "torch", x)
             else:
                 framework = _tensors.framework_of(x)
                 result = _tensors.empty(
@@ -114,6 +130,9 @@ class MoeLayer:
             to_ffi(topk_weights, "topk_weights"),
             target,
             accumulate,
+            check_ids,
+            None if workspace is None else to_ffi_output(workspace, "workspace"),
+            stream,
         )
         return result if framework != "jax" else _tensors.finish(result, framework)
 
@@ -149,7 +168,7 @@ class MoeLayer:
 
     @property
     def device(self) -> str:
-        """ "cpu"."""
+        """ "cpu" or "cuda:0"."""
         return str(self._info["device"])
 
     @property
@@ -224,7 +243,7 @@ def fused_moe(
     swiglu_alpha: float | None = None,
     swiglu_limit: float | None = None,
     router_weight_on_input: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     out: Tensor | None = None,
     out_dtype: Any = None,
 ) -> Any:
@@ -238,12 +257,15 @@ def fused_moe(
         weights: MoeWeights.
         topk_weights: float32 [T, k]. topk_ids: int32 or int64 [T, k]. As :func:`route` gives them.
         activation: if another than the weights were made for.
-        swiglu_alpha, swiglu_limit, router_weight_on_input, device: see :class:`MoeLayer`.
+        swiglu_alpha, swiglu_limit, router_weight_on_input, device: see :class:`MoeLayer`; the
+            device is by default that of a torch x.
         out, out_dtype: see :meth:`MoeLayer.forward`.
 
     Returns:
         [T, H], of x's framework and dtype.
     """
+    if device is None:
+        device = str(x.device) if is_torch(x) else "cpu"
     layer = layer_of(
         weights,
         activation=activation,
@@ -327,6 +349,7 @@ def route(
     groups: int = 1,
     topk_groups: int = 1,
     out: tuple[Tensor, Tensor] | None = None,
+    stream: int | None = None,
 ) -> tuple[Any, Any]:
     """Choose the experts of each token.
 
@@ -338,6 +361,7 @@ def route(
         scoring, renormalize, renormalize_min, scaling_factor, groups, topk_groups: the fields of
             :class:`RouteOptions`.
         out: (topk_weights, topk_ids) to write.
+        stream: see :meth:`MoeLayer.forward`.
 
     Returns:
         (topk_weights float32 [T, k], topk_ids int32 [T, k]) in descending order of selection score;
@@ -372,7 +396,9 @@ def route(
             weights, ids = np.empty(size, np.float32), np.empty(size, np.int32)
             targets = to_ffi(weights, "topk_weights"), to_ffi(ids, "topk_ids")
     bias = None if correction_bias is None else to_ffi(correction_bias, "correction_bias")
-    lib.route(router, to_ffi(logits, "logits"), bias, *targets)
+    if getattr(logits, "is_cuda", False):
+        find_cuda_libraries("cuda")
+    lib.route(router, to_ffi(logits, "logits"), bias, *targets, stream)
     if framework == "jax":
         return _tensors.finish(weights, framework), _tensors.finish(ids, framework)
     return weights, ids

@@ -1,10 +1,12 @@
 """PyTorch custom operators: octomoe::fused_moe, octomoe::route, octomoe::grouped_gemm.
 
-They work eagerly, under torch.compile and with fake tensors, on any build of PyTorch. Weights reach
-an operator as a *handle*: a zero-dimensional int64 tensor on the CPU that names an entry of a weak
-registry. torch.compile sees an ordinary graph input: layers that differ only in their weights
-share one compiled graph, where an integer would be burnt into it: one graph for each layer. Whoever
-made a handle keeps the weights alive; they are freed with their owner.
+They take CPU and CUDA tensors, on torch's current stream, with a workspace of torch's allocator:
+calls on several streams and torch.cuda.graph are safe. They work eagerly, under torch.compile and
+with fake tensors, on any build of PyTorch. Weights reach an operator as a *handle*: a zero-
+dimensional int64 tensor on the CPU that names an entry of a weak registry. torch.compile sees an
+ordinary graph input: layers that differ only in their weights share one compiled graph, where an
+integer would be burnt into it: one graph for each layer. Whoever made a handle keeps the weights
+alive; they are freed with their owner.
 
     layer = octomoe.torch.FusedMoe(weights)            # a module: holds weights and handle
     y = layer(x, topk_weights, topk_ids)
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-from octomoe._native import InvalidArgument, Unsupported
+from octomoe._native import InvalidArgument, lib
 from octomoe.gemm import PreparedMatrix
 from octomoe.gemm import grouped_gemm as _grouped_gemm
 from octomoe.layer import MoeLayer, RouteOptions, layer_of
@@ -35,14 +37,18 @@ _next_id = itertools.count(1)
 _lock = threading.Lock()
 
 
-def handle(owner: MoeWeights | MoeLayer | PreparedMatrix) -> torch.Tensor:
+def handle(owner: MoeWeights | MoeLayer | PreparedMatrix, device: str = "cpu") -> torch.Tensor:
     """The handle of a layer (or of the layer that fused_moe makes of weights) or of a matrix.
+
+    Args:
+        owner: what the handle names.
+        device: where the layer of MoeWeights runs.
 
     Returns:
         An int64 tensor of no dimensions on the CPU, the same one for each call. It does not keep
         its owner alive.
     """
-    target = layer_of(owner) if isinstance(owner, MoeWeights) else owner
+    target = layer_of(owner, device=device) if isinstance(owner, MoeWeights) else owner
     if not isinstance(target, (MoeLayer, PreparedMatrix)):
         raise InvalidArgument(
             "owner: expected MoeWeights, a MoeLayer or a PreparedMatrix, "
@@ -91,12 +97,31 @@ _library.define(
 )
 
 
-def _fused_moe_cpu(x, number, topk_weights, topk_ids, *, out_dtype=None):
+def _fused_moe_op(x, number, topk_weights, topk_ids, *, out_dtype=None):
     layer = _lookup(number, MoeLayer)
-    return layer.forward(x, topk_ids, topk_weights, out_dtype=out_dtype)
+    if not x.is_cuda:
+        return layer.forward(x, topk_ids, topk_weights, out_dtype=out_dtype)
+    if x.dim() != 2 or topk_ids.dim() != 2:  # the library's error says what was expected
+        return layer.forward(x, topk_ids, topk_weights, out_dtype=out_dtype)
+    out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    # torch's allocator knows streams and graphs: memory of this call is never another's.
+    size = lib.layer_workspace_bytes(layer._handle, x.shape[0], topk_ids.shape[1])
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    lib.layer_forward(
+        layer._handle,
+        x.detach() if x.requires_grad else x,
+        topk_ids,
+        topk_weights.detach() if topk_weights.requires_grad else topk_weights,
+        out,
+        False,
+        False,
+        workspace,
+        None,
+    )
+    return out
 
 
-def _route_cpu(
+def _route_op(
     logits,
     top_k,
     correction_bias=None,
@@ -121,7 +146,7 @@ def _route_cpu(
     )
 
 
-def _grouped_gemm_cpu(
+def _grouped_gemm_op(
     a,
     number,
     n,
@@ -137,6 +162,10 @@ def _grouped_gemm_cpu(
     matrix = _lookup(number, PreparedMatrix)
     if matrix.shape[1] != n:
         raise InvalidArgument(f"n: expected the matrix's {matrix.shape[1]}, got {n}")
+    workspace = None
+    if a.is_cuda:
+        size = matrix.workspace_bytes(a.shape[:-1].numel())
+        workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
     return _grouped_gemm(
         a,
         matrix,
@@ -147,14 +176,8 @@ def _grouped_gemm_cpu(
         a_zero=a_zero,
         bias=bias,
         out_dtype=torch.bfloat16 if out_dtype is None else out_dtype,
+        workspace=workspace,
     )
-
-
-def _no_cuda(name):
-    def refuse(*args, **kwargs):
-        raise Unsupported(f"octomoe::{name}: this version computes on the CPU; CUDA is to come")
-
-    return refuse
 
 
 def _fake_fused_moe(x, number, topk_weights, topk_ids, *, out_dtype=None):
@@ -177,13 +200,13 @@ def _no_backward(ctx, *grads):
     raise NotImplementedError("OctoMoE's operators have no gradients: they are for inference")
 
 
-for _name, _cpu, _fake in (
-    ("fused_moe", _fused_moe_cpu, _fake_fused_moe),
-    ("route", _route_cpu, _fake_route),
-    ("grouped_gemm", _grouped_gemm_cpu, _fake_grouped_gemm),
+for _name, _kernel, _fake in (
+    ("fused_moe", _fused_moe_op, _fake_fused_moe),
+    ("route", _route_op, _fake_route),
+    ("grouped_gemm", _grouped_gemm_op, _fake_grouped_gemm),
 ):
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _no_cuda(_name), "CUDA")
+    _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"octomoe::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"octomoe::{_name}", _no_backward, lib=_library)
 
@@ -201,7 +224,7 @@ def fused_moe(
     `weights` may be a handle: inside torch.compile take it outside of the compiled code
     (:func:`handle`), or use :class:`FusedMoe`.
     """
-    number = weights if isinstance(weights, torch.Tensor) else handle(weights)
+    number = weights if isinstance(weights, torch.Tensor) else handle(weights, str(x.device))
     return torch.ops.octomoe.fused_moe(x, number, topk_weights, topk_ids, out_dtype=out_dtype)
 
 
@@ -259,13 +282,16 @@ class FusedMoe(torch.nn.Module):
 
     Args:
         weights: MoeWeights, or a MoeLayer made with other options.
+        device: of the layer that is made of MoeWeights.
 
     The layer is not a parameter: it is neither moved by ``.to()`` nor part of the state dict.
     """
 
-    def __init__(self, weights: MoeWeights | MoeLayer) -> None:
+    def __init__(self, weights: MoeWeights | MoeLayer, device: str = "cpu") -> None:
         super().__init__()
-        self.layer = MoeLayer(weights) if isinstance(weights, MoeWeights) else weights
+        self.layer = (
+            MoeLayer(weights, device=device) if isinstance(weights, MoeWeights) else weights
+        )
         self.number = handle(self.layer)  # a plain attribute: `.to()` and `.half()` leave it alone
 
     def forward(

@@ -177,7 +177,7 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-def _make_layer(module: torch.nn.Module, scheme: str, threads: int) -> MoeLayer:
+def _make_layer(module: torch.nn.Module, scheme: str, threads: int, device: str | None) -> MoeLayer:
     found = _describe(module)
     weights = quantize(
         found["w13"],
@@ -190,6 +190,7 @@ def _make_layer(module: torch.nn.Module, scheme: str, threads: int) -> MoeLayer:
     )
     return MoeLayer(
         weights,
+        device=device or str(module.down_proj.device),
         swiglu_alpha=found["swiglu_alpha"],
         swiglu_limit=found["swiglu_limit"],
         threads=threads,
@@ -207,9 +208,10 @@ def replace_experts(
     """Quantise the experts of a loaded model and let OctoMoE compute them.
 
     Args:
-        model: a Hugging Face MoE model, float32, bfloat16 or float16, on the CPU.
+        model: a Hugging Face MoE model, float32, bfloat16 or float16, on the CPU or a GPU.
         scheme: see :func:`octomoe.schemes`.
-        device: where the experts run: "cpu", or None for the model's own device.
+        device: where the experts run: "cpu", "cuda:0", or None for that of each module's weights.
+            The weights are quantised on the CPU.
         keep_weights: keep the float weights, so that :meth:`Replacement.restore` works. False frees
             each layer's as soon as it is quantised.
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
@@ -229,18 +231,15 @@ def replace_experts(
         raise InvalidArgument(f"model: {reason} ({type(model).__name__})")
     for place in places:  # refuse before anything changes
         where = place[2].down_proj.device
-        if (device or str(where)).split(":")[0] != "cpu" or where.type != "cpu":
-            raise Unsupported(
-                f"device: expected the model on the CPU and device 'cpu', got {where} and {device} "
-                "(this version computes on the CPU; CUDA is to come)"
-            )
+        if where.type not in ("cpu", "cuda"):
+            raise Unsupported(f"model: expected weights on cpu or cuda, got {where}")
     result = Replacement(model)
     result.scheme = scheme
     places.reverse()
     try:
         while places:  # nothing here may hold on to a module that has been replaced
             parent, name, module = places.pop()
-            layer = _make_layer(module, scheme, threads)
+            layer = _make_layer(module, scheme, threads, device)
             parallel = bool(getattr(module, "_is_expert_parallel", False))
             setattr(parent, name, Experts(layer, parallel))
             result._layers.append(layer)

@@ -1,4 +1,8 @@
 // Checkpoints, and what the library says of itself.
+#include <string>
+#include <vector>
+
+#include "cuda/library_search.h"
 #include "objects.h"
 
 namespace octomoe::python {
@@ -88,6 +92,14 @@ void run_quantize_checkpoint(const ffi::String& in, const ffi::String& out, cons
   });
 }
 
+void add_cuda_library_paths(const ffi::Array<ffi::String>& paths) {
+  guarded([&] {
+    std::vector<std::string> folders;
+    for (const ffi::String& path : paths) folders.emplace_back(path);
+    cuda::add_python_paths(folders);
+  });
+}
+
 ffi::String version() { return OCTOMOE_VERSION; }
 
 ffi::Array<ffi::String> schemes() {
@@ -114,6 +126,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(checkpoint_config, octomoe::python::checkpoint_con
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(checkpoint_moe_layers, octomoe::python::checkpoint_moe_layers)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(checkpoint_layer, octomoe::python::checkpoint_layer)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_checkpoint, octomoe::python::run_quantize_checkpoint)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_cuda_library_paths, octomoe::python::add_cuda_library_paths)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, octomoe::python::version)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(schemes, octomoe::python::schemes)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(canonical_scheme, octomoe::python::canonical_scheme)

@@ -1,5 +1,8 @@
 #include "convert.h"
 
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <cstdint>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -36,7 +39,13 @@ DLDataType dl_of(DType dtype) {
   throw Error(ErrorCode::internal, "a dtype without a DLPack name");
 }
 
-bool on_host(DLDevice device) { return device.device_type == kDLCPU || device.device_type == kDLCUDAHost; }
+Device device_of(DLDevice device, const char* name) {
+  if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost) return Device::cpu();
+  if (device.device_type == kDLCUDA) return Device::cuda(device.device_id);
+  throw Error(ErrorCode::unsupported, std::string(name) +
+                                          ": expected a tensor on cpu or cuda, got DLPack device type " +
+                                          std::to_string(device.device_type));
+}
 
 // Memory of a library tensor inside a tvm-ffi tensor.
 struct SharedMemory {
@@ -58,14 +67,7 @@ struct ForeignMemory {
 }  // namespace
 
 TensorView view_of(const ffi::Tensor& tensor, const char* name) {
-  if (!on_host(tensor.device())) {
-    const DLDevice device = tensor.device();
-    const std::string where = device.device_type == kDLCUDA
-                                  ? "cuda:" + std::to_string(device.device_id)
-                                  : "DLPack device type " + std::to_string(device.device_type);
-    throw Error(ErrorCode::unsupported, std::string(name) + ": expected a tensor on the CPU, got one on " + where +
-                                            " (this version computes on the CPU; CUDA is to come)");
-  }
+  const Device device = device_of(tensor.device(), name);
   if (tensor.ndim() > kMaxRank) {
     throw Error(ErrorCode::invalid_argument, std::string(name) + ": expected at most " + std::to_string(kMaxRank) +
                                                  " dimensions, got " + std::to_string(tensor.ndim()));
@@ -76,8 +78,8 @@ TensorView view_of(const ffi::Tensor& tensor, const char* name) {
   const Shape shape(std::span<const std::int64_t>(dl->shape, rank));
   const DType dtype = dtype_of(dl->dtype, name);
   // An empty tensor has no meaningful strides (NumPy's are 0).
-  if (dl->strides == nullptr || shape.elems() == 0) return {data, dtype, shape};
-  return {data, dtype, shape, Shape(std::span<const std::int64_t>(dl->strides, rank))};
+  if (dl->strides == nullptr || shape.elems() == 0) return {data, dtype, shape, device};
+  return {data, dtype, shape, Shape(std::span<const std::int64_t>(dl->strides, rank)), device};
 }
 
 TensorView view_of(const OptionalTensor& tensor, const char* name) {
@@ -86,12 +88,28 @@ TensorView view_of(const OptionalTensor& tensor, const char* name) {
 
 Tensor adopt(const ffi::Tensor& tensor, const char* name) {
   const TensorView view = view_of(tensor, name);
-  if (!view.is_contiguous()) return Tensor::copy_of(view);
+  if (!view.is_contiguous()) return Tensor::copy_of(view, view.device());
   return Tensor::wrap(view, std::make_shared<ffi::Tensor>(tensor));
 }
 
 Tensor adopt(const OptionalTensor& tensor, const char* name) {
   return tensor.has_value() ? adopt(tensor.value(), name) : Tensor();
+}
+
+Tensor on_host(const ffi::Tensor& tensor, const char* name) {
+  const TensorView view = view_of(tensor, name);
+  if (view.device().type == DeviceType::cuda) return Tensor::copy_of(view);
+  return Tensor::wrap(view, std::make_shared<ffi::Tensor>(tensor));
+}
+
+Tensor on_host(const OptionalTensor& tensor, const char* name) {
+  return tensor.has_value() ? on_host(tensor.value(), name) : Tensor();
+}
+
+Stream stream_of(const ffi::Optional<std::int64_t>& stream, Device device) {
+  if (device.type == DeviceType::cpu) return nullptr;
+  if (stream.has_value()) return reinterpret_cast<Stream>(static_cast<std::uintptr_t>(stream.value()));
+  return TVMFFIEnvGetStream(kDLCUDA, device.index);
 }
 
 Tensor adopt_int4x2(const ffi::Tensor& tensor, const char* name) {
@@ -102,15 +120,17 @@ Tensor adopt_int4x2(const ffi::Tensor& tensor, const char* name) {
         ErrorCode::invalid_argument,
         std::string(name) + ": expected two INT4 values in each int8 or uint8, got dtype " + to_string(bytes.dtype()));
   }
-  const TensorView view(bytes.view().data(), DType::int4x2, bytes.shape());
+  const TensorView view(bytes.view().data(), DType::int4x2, bytes.shape(), bytes.device());
   return Tensor::wrap(view, std::make_shared<Tensor>(std::move(bytes)));
 }
 
 OptionalTensor to_ffi(const Tensor& tensor) {
   if (!tensor.defined()) return std::nullopt;
   const auto dims = tensor.shape().dims();
+  const Device d = tensor.device();
+  const DLDevice device = d.type == DeviceType::cuda ? DLDevice{kDLCUDA, d.index} : DLDevice{kDLCPU, 0};
   return ffi::Tensor::FromNDAlloc(SharedMemory{tensor}, ffi::ShapeView(dims.data(), dims.size()), dl_of(tensor.dtype()),
-                                  DLDevice{kDLCPU, 0});
+                                  device);
 }
 
 ffi::Tensor reinterpret(const ffi::Tensor& tensor, const ffi::String& dtype) {

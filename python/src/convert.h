@@ -12,7 +12,7 @@ namespace octomoe::python {
 namespace ffi = tvm::ffi;
 using OptionalTensor = ffi::Optional<ffi::Tensor>;
 
-// A view of the tensor's memory. Error(unsupported) for a device other than the CPU, Error(invalid_argument) for a
+// A view of the tensor's memory. Error(unsupported) for a device other than CPU and CUDA, Error(invalid_argument) for a
 // dtype or a rank that the library does not have; both name the argument.
 TensorView view_of(const ffi::Tensor& tensor, const char* name);
 TensorView view_of(const OptionalTensor& tensor, const char* name);  // undefined if absent
@@ -21,6 +21,15 @@ TensorView view_of(const OptionalTensor& tensor, const char* name);  // undefine
 Tensor adopt(const ffi::Tensor& tensor, const char* name);
 Tensor adopt(const OptionalTensor& tensor, const char* name);
 Tensor adopt_int4x2(const ffi::Tensor& tensor, const char* name);
+
+// The same memory, strides and all, or a copy on the CPU of a CUDA tensor: for what the CPU reads (scales, floats to
+// quantise).
+Tensor on_host(const ffi::Tensor& tensor, const char* name);
+Tensor on_host(const OptionalTensor& tensor, const char* name);
+
+// The caller's if given; else the one that tvm-ffi took from the arguments' framework (torch's current stream), or its
+// environment's; nullptr on the CPU.
+Stream stream_of(const ffi::Optional<std::int64_t>& stream, Device device);
 
 // Shares the memory of a library tensor with the caller; nullopt if undefined. int4x2 becomes uint8.
 OptionalTensor to_ffi(const Tensor& tensor);
@@ -43,6 +52,7 @@ class Options {
   std::string text(const char* key, const char* fallback) const { return get<ffi::String>(key, fallback); }
   OptionalTensor tensor(const char* key) const { return get<OptionalTensor>(key, std::nullopt); }
   TensorView view(const char* key) const { return view_of(tensor(key), key); }
+  Tensor host(const char* key) const { return on_host(tensor(key), key); }
   bool has(const char* key) const { return map_.count(ffi::String(key)) != 0; }
 
  private:

@@ -14,21 +14,25 @@ MoeLayerRef make_layer(const ffi::String& device, const MoeWeightsRef& weights, 
     if (o.has("shared_expert")) {
       l.shared_expert = *o.get<ffi::Optional<MoeWeightsRef>>("shared_expert", std::nullopt).value();
     }
-    l.shared_gate = adopt(o.tensor("shared_gate"), "shared_gate");
-    l.expert_map = adopt(o.tensor("expert_map"), "expert_map");
+    l.shared_gate = o.host("shared_gate");
+    l.expert_map = o.host("expert_map");
     l.threads = static_cast<int>(o.get<std::int64_t>("threads", 0));
+    l.fused_gather = o.get<bool>("fused_gather", true);
+    l.fused_activation = o.get<bool>("fused_activation", true);
     l.keep_weights = o.get<bool>("keep_weights", false);
     return MoeLayerRef(MoeLayer(Device::parse(device), *weights, std::move(l)));
   });
 }
 
 void layer_forward(const MoeLayerRef& layer, const ffi::Tensor& x, const ffi::Tensor& topk_ids,
-                   const ffi::Tensor& topk_weights, const ffi::Tensor& out, bool accumulate) {
+                   const ffi::Tensor& topk_weights, const ffi::Tensor& out, bool accumulate, bool check_ids,
+                   const OptionalTensor& workspace, const ffi::Optional<std::int64_t>& stream) {
   guarded([&] {
     // One after the other: the first wrong argument is the one that is named.
     const TensorView x_view = view_of(x, "x"), ids = view_of(topk_ids, "topk_ids");
     const TensorView weights = view_of(topk_weights, "topk_weights"), out_view = view_of(out, "out");
-    (*layer).forward(x_view, ids, weights, out_view, ForwardOptions{accumulate});
+    const ForwardOptions options{accumulate, check_ids, view_of(workspace, "workspace")};
+    (*layer).forward(x_view, ids, weights, out_view, options, stream_of(stream, (*layer).device()));
   });
 }
 
@@ -82,12 +86,13 @@ RouterRef make_router(const OptionMap& options) {
 }
 
 void run_route(const RouterRef& router, const ffi::Tensor& logits, const OptionalTensor& bias,
-               const ffi::Tensor& topk_weights, const ffi::Tensor& topk_ids) {
+               const ffi::Tensor& topk_weights, const ffi::Tensor& topk_ids,
+               const ffi::Optional<std::int64_t>& stream) {
   guarded([&] {
     RouteOptions options = *router;
     options.correction_bias = view_of(bias, "correction_bias");
     const TensorView l = view_of(logits, "logits"), w = view_of(topk_weights, "topk_weights");
-    route(l, w, view_of(topk_ids, "topk_ids"), options);
+    route(l, w, view_of(topk_ids, "topk_ids"), options, stream_of(stream, l.device()));
   });
 }
 

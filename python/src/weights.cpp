@@ -1,18 +1,22 @@
 // MoeWeights and QuantizedMatrix: making them, looking into them.
+#include <vector>
+
 #include "objects.h"
 #include "quant/matrix.h"
 
 namespace octomoe::python {
 namespace {
 
-MoeWeights::Options weight_options(const Options& o) {
+// Biases and static scales are read by the CPU: `kept` holds the copies of those on a GPU.
+MoeWeights::Options weight_options(const Options& o, std::vector<Tensor>& kept) {
+  const auto host = [&](const char* key) { return TensorView(kept.emplace_back(o.host(key))); };
   MoeWeights::Options w;
   w.activation = parse_activation(o.text("activation", "swiglu"));
   w.gate_up_order = parse_gate_up_order(o.text("gate_up_order", "gate_up"));
-  w.b13 = o.view("b13");
-  w.b2 = o.view("b2");
-  w.x_scale = o.view("x_scale");
-  w.act_scale = o.view("act_scale");
+  w.b13 = host("b13");
+  w.b2 = host("b2");
+  w.x_scale = host("x_scale");
+  w.act_scale = host("act_scale");
   w.threads = static_cast<int>(o.get<std::int64_t>("threads", 0));
   return w;
 }
@@ -21,8 +25,9 @@ MoeWeightsRef quantize_weights(const ffi::String& scheme, const ffi::Tensor& w13
                                const OptionMap& options) {
   return guarded([&] {
     const Scheme parsed = Scheme::parse(scheme);
-    const TensorView w13_view = view_of(w13, "w13"), w2_view = view_of(w2, "w2");
-    return MoeWeightsRef(quantize(parsed, w13_view, w2_view, weight_options(Options(options))));
+    const Tensor first = on_host(w13, "w13"), second = on_host(w2, "w2");
+    std::vector<Tensor> kept;
+    return MoeWeightsRef(quantize(parsed, first, second, weight_options(Options(options), kept)));
   });
 }
 
@@ -32,12 +37,13 @@ MoeWeightsRef weights_from_integers(const ffi::String& scheme_name, const ffi::T
   return guarded([&] {
     const Scheme scheme = Scheme::parse(scheme_name);
     const Options named(options);
-    const MoeWeights::Options o = weight_options(named);
+    std::vector<Tensor> kept;
+    const MoeWeights::Options o = weight_options(named, kept);
     const bool int4 = scheme.kind == SchemeKind::w4a8_fp8;
     Tensor first = int4 ? adopt_int4x2(w13, "w13") : adopt(w13, "w13");
-    const TensorView s13 = view_of(w13_scale, "w13_scale");
+    const Tensor s13 = on_host(w13_scale, "w13_scale");
     Tensor second = int4 ? adopt_int4x2(w2, "w2") : adopt(w2, "w2");
-    const TensorView s2 = view_of(w2_scale, "w2_scale");
+    const Tensor s2 = on_host(w2_scale, "w2_scale");
     switch (scheme.kind) {
       case SchemeKind::int8_channel:
         return MoeWeightsRef(MoeWeights::from_int8_channel(std::move(first), s13, std::move(second), s2, o, scheme));
@@ -46,8 +52,8 @@ MoeWeightsRef weights_from_integers(const ffi::String& scheme_name, const ffi::T
       case SchemeKind::w4a8_fp8:
         return MoeWeightsRef(MoeWeights::from_w4a8_fp8(std::move(first), s13, std::move(second), s2, o, scheme));
       case SchemeKind::int8_hybrid:
-        return MoeWeightsRef(MoeWeights::from_int8_hybrid(std::move(first), s13, named.view("w13_q"), std::move(second),
-                                                          s2, named.view("w2_q"), o, scheme));
+        return MoeWeightsRef(MoeWeights::from_int8_hybrid(std::move(first), s13, named.host("w13_q"), std::move(second),
+                                                          s2, named.host("w2_q"), o, scheme));
       default:
         throw Error(ErrorCode::invalid_argument,
                     "scheme: " + to_string(scheme) + " has no constructor from integers and float scales");
@@ -58,7 +64,9 @@ MoeWeightsRef weights_from_integers(const ffi::String& scheme_name, const ffi::T
 MoeWeightsRef weights_from_float(const ffi::Tensor& w13, const ffi::Tensor& w2, const OptionMap& options) {
   return guarded([&] {
     Tensor first = adopt(w13, "w13"), second = adopt(w2, "w2");
-    return MoeWeightsRef(MoeWeights::from_float(std::move(first), std::move(second), weight_options(Options(options))));
+    std::vector<Tensor> kept;
+    const MoeWeights::Options o = weight_options(Options(options), kept);
+    return MoeWeightsRef(MoeWeights::from_float(std::move(first), std::move(second), o));
   });
 }
 
@@ -128,7 +136,7 @@ QuantizedMatrixRef quantize_one_matrix(const ffi::String& scheme, const ffi::Ten
                                        std::int64_t threads) {
   return guarded([&] {
     return QuantizedMatrixRef(
-        quantize_matrix(Scheme::parse(scheme), view_of(w, "w"), static_cast<int>(segments), static_cast<int>(threads)));
+        quantize_matrix(Scheme::parse(scheme), on_host(w, "w"), static_cast<int>(segments), static_cast<int>(threads)));
   });
 }
 
@@ -138,10 +146,10 @@ QuantizedMatrixRef matrix_from_parts(const ffi::String& scheme, const ffi::Tenso
     const Options o(parts);
     const Scheme parsed = Scheme::parse(scheme);
     Tensor owned = parsed.kind == SchemeKind::w4a8_fp8 ? adopt_int4x2(values, "values") : adopt(values, "values");
-    QuantizedMatrix m = adopt_matrix(parsed, std::move(owned), o.view("scale"), o.view("q"),
+    QuantizedMatrix m = adopt_matrix(parsed, std::move(owned), o.host("scale"), o.host("q"),
                                      static_cast<int>(o.get<std::int64_t>("segments", 1)), "values",
                                      static_cast<int>(o.get<std::int64_t>("threads", 0)));
-    m.activation_scale = adopt(o.tensor("activation_scale"), "activation_scale");
+    m.activation_scale = o.host("activation_scale");
     return QuantizedMatrixRef(std::move(m));
   });
 }
@@ -173,6 +181,7 @@ ffi::Tensor matrix_dequantize(const QuantizedMatrixRef& matrix, std::int64_t thr
 PreparedMatrixRef prepare_matrix(const ffi::String& device, const QuantizedMatrixRef& matrix, std::int64_t threads) {
   return guarded([&] {
     OptionMap info = describe(*matrix);
+    info.Set("device", ffi::String(to_string(Device::parse(device))));
     return PreparedMatrixRef(
         Prepared{PreparedMatrix(Device::parse(device), *matrix, static_cast<int>(threads)), std::move(info)});
   });
@@ -180,9 +189,14 @@ PreparedMatrixRef prepare_matrix(const ffi::String& device, const QuantizedMatri
 
 OptionMap prepared_info(const PreparedMatrixRef& matrix) { return (*matrix).info; }
 
-// `extras`: a_scale, a_q, a_zero (quantised activations), bias.
+std::int64_t prepared_workspace_bytes(const PreparedMatrixRef& matrix, std::int64_t rows) {
+  return guarded([&] { return static_cast<std::int64_t>((*matrix).matrix.workspace_bytes(rows)); });
+}
+
+// `extras`: a_scale, a_q, a_zero (quantised activations), bias, workspace.
 void run_grouped_gemm(const ffi::Tensor& a, const PreparedMatrixRef& b, const ffi::Tensor& out,
-                      const ffi::Tensor& index, bool masked, const ffi::Optional<OptionMap>& extras) {
+                      const ffi::Tensor& index, bool masked, const ffi::Optional<OptionMap>& extras,
+                      const ffi::Optional<std::int64_t>& stream) {
   guarded([&] {
     const Options o(extras);
     // Braces evaluate in order: the first wrong argument is the one that is named.
@@ -190,7 +204,7 @@ void run_grouped_gemm(const ffi::Tensor& a, const PreparedMatrixRef& b, const ff
     const TensorView rows = view_of(index, masked ? "rows_per_expert" : "expert_offsets");
     const TensorView d = view_of(out, "out");
     grouped_gemm(activations, (*b).matrix, d, masked ? Groups::masked(rows) : Groups::offsets(rows),
-                 GemmOptions{o.view("bias")});
+                 GemmOptions{o.view("bias"), o.view("workspace")}, stream_of(stream, d.device()));
   });
 }
 
@@ -211,4 +225,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(matrix_parts, octomoe::python::matrix_parts)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(matrix_dequantize, octomoe::python::matrix_dequantize)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare_matrix, octomoe::python::prepare_matrix)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepared_info, octomoe::python::prepared_info)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepared_workspace_bytes, octomoe::python::prepared_workspace_bytes)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm, octomoe::python::run_grouped_gemm)

@@ -138,7 +138,10 @@ def test_torch_weights():
     assert torch.equal(floats.tensors()["w2"]["values"], w2)
 
 
-def test_cuda_is_refused():
+def test_cuda_without_a_gpu():
+    torch = pytest.importorskip("torch", reason="PyTorch is missing")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     weights = random_weights("int8_channel", 4, 64, 96)[0]
     with pytest.raises(octomoe.Unsupported, match="cuda") as caught:
         octomoe.MoeLayer(weights, device="cuda:0")
@@ -151,16 +154,24 @@ def test_cuda_is_refused():
         octomoe.MoeLayer(weights, device="gpu")
 
 
-def test_cuda_tensors_are_refused(problem):
+def test_cuda_tensor_on_a_cpu_layer(problem):
     torch = pytest.importorskip("torch", reason="PyTorch is missing")
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("no GPU")
     weights, *arrays = problem
     x, ids, topk_weights = (torch.from_numpy(a).cuda() for a in arrays)
-    with pytest.raises(
-        octomoe.Unsupported, match="x: expected a tensor on the CPU, got one on cuda"
-    ):
-        call(weights, x, ids, topk_weights)
+    with pytest.raises(octomoe.InvalidArgument, match=r"x: expected .*cpu.*cuda:0"):
+        call(weights, x, ids, topk_weights, device="cpu")
+
+
+def test_workspace_is_for_cuda(problem):
+    weights, x, ids, topk_weights = problem
+    layer = octomoe.MoeLayer(weights, fused_gather=False, fused_activation=False)
+    with pytest.raises(octomoe.InvalidArgument, match="workspace: expected none on cpu"):
+        layer(x, ids, topk_weights, workspace=np.empty(64, np.uint8))
+    np.testing.assert_array_equal(
+        layer(x, ids, topk_weights, check_ids=True, stream=0), call(weights, x, ids, topk_weights)
+    )
 
 
 def test_jax(problem):

@@ -1,0 +1,75 @@
+"""CUDA tensors: equal to the CPU, streams, graphs, errors."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is missing")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+import octomoe  # noqa: E402
+import octomoe.torch as octomoe_torch  # noqa: E402
+from problems import INTEGER_SCHEMES, random_input, random_weights  # noqa: E402
+
+
+def problem(scheme="int8_channel", tokens=33):
+    weights = random_weights(scheme, 8, 256, 128)[0]
+    x, ids, topk_weights = map(torch.from_numpy, random_input(tokens, 256, 8, 2))
+    return weights, x.cuda(), topk_weights.cuda(), ids.cuda()
+
+
+def close(one, two):
+    return (one.cpu() - two.cpu()).norm() <= 1e-3 * two.cpu().norm()
+
+
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+def test_layer(scheme):
+    weights, x, topk_weights, ids = problem(scheme)
+    try:
+        layer = octomoe.MoeLayer(weights, device="cuda")
+    except octomoe.Unsupported as error:
+        pytest.skip(str(error))
+    y = layer(x, ids, topk_weights)
+    assert y.device == x.device
+    assert close(y, octomoe.fused_moe(x.cpu(), weights, topk_weights.cpu(), ids.cpu()))
+    workspace = torch.empty(layer.workspace_bytes(33, 2), dtype=torch.uint8, device="cuda")
+    assert torch.equal(layer(x, ids, topk_weights, workspace=workspace), y)
+    assert torch.equal(octomoe_torch.FusedMoe(layer)(x, topk_weights, ids), y)
+    with pytest.raises(octomoe.InvalidArgument, match=r"x: expected .*cuda:0"):
+        layer(x.cpu(), ids, topk_weights)
+    with pytest.raises(octomoe.InvalidArgument, match="topk_ids: expected expert ids"):
+        layer(x, ids + 8, topk_weights, check_ids=True)
+
+
+def test_two_streams_and_a_graph():
+    weights, x, topk_weights, ids = problem()
+    module = octomoe_torch.FusedMoe(weights, "cuda")
+    expected = module(x, topk_weights, ids)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
+    for stream in streams * 8:
+        with torch.cuda.stream(stream):
+            results.append(module(x, topk_weights, ids))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in results)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x, topk_weights, ids)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+    x.mul_(2)
+    graph.replay()
+    assert torch.equal(y, module(x, topk_weights, ids))
+
+
+def test_route_and_gemm():
+    logits = torch.randn(9, 16, device="cuda")
+    for one, two in zip(
+        octomoe_torch.route(logits, 3), octomoe.route(logits.cpu(), 3), strict=True
+    ):
+        assert torch.allclose(one.cpu(), two, rtol=1e-5)
+    stack = octomoe.quantize_matrix(torch.randn(3, 64, 128))
+    a, offsets = torch.randn(10, 128, device="cuda"), torch.tensor([0, 4, 4, 10], device="cuda")
+    d = octomoe_torch.grouped_gemm(a, octomoe.PreparedMatrix(stack, device="cuda"), offsets)
+    expected = octomoe.grouped_gemm(a.cpu(), octomoe.PreparedMatrix(stack), offsets.cpu())
+    assert close(d.float(), expected.float())
