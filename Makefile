@@ -33,8 +33,8 @@ asan: ## C++ tests and the fuzzers' corpora under AddressSanitizer and Undefined
 	@scripts/setup.sh --dev
 	@scripts/sanitize.sh address,undefined $(ARGS)
 
-tsan: setup ## thread pool, engine and layer tests under ThreadSanitizer
-	@scripts/sanitize.sh thread -L '^(base|cpu|layer)$$' $(ARGS)
+tsan: setup ## thread pool and CPU engine tests under ThreadSanitizer
+	@scripts/sanitize.sh thread -L '^(base|cpu)$$' $(ARGS)
 
 packs: build ## compile the GPU kernels for every architecture and check them; needs no GPU
 	@scripts/packs.sh $(BUILD)

@@ -30,6 +30,9 @@ def microseconds(us: float) -> str:
 
 
 def where(data: dict) -> str:
+    if data.get("gpu"):
+        how = "CUDA graph" if data["graph"] else "eager"
+        return f"{data['gpu']['name']}, {how}, {data['date'][:10]}"
     machine = data["machine"]
     threads = machine["threads"]
     plural = "" if threads == 1 else "s"
@@ -85,7 +88,7 @@ def results() -> str:
     parts = []
     for path in sorted((ROOT / "bench/results").glob("*.json")):
         data = json.loads(path.read_text())
-        if not isinstance(data, dict) or "results" not in data:
+        if not isinstance(data, dict) or "results" not in data or "_no_fused_" in path.name:
             continue
         name = str(path.relative_to(ROOT))
         if "checkpoint" in data:
