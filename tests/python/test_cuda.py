@@ -17,8 +17,9 @@ def problem(scheme="int8_channel", tokens=33):
     return weights, x.cuda(), topk_weights.cuda(), ids.cuda()
 
 
-def close(one, two):
-    return (one.cpu() - two.cpu()).norm() <= 1e-3 * two.cpu().norm()
+def same(one, two):
+    """Integer schemes: every bit, whatever the device."""
+    return torch.equal(one.cpu(), two.cpu())
 
 
 @pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
@@ -30,7 +31,7 @@ def test_layer(scheme):
         pytest.skip(str(error))
     y = layer(x, ids, topk_weights)
     assert y.device == x.device
-    assert close(y, octomoe.fused_moe(x.cpu(), weights, topk_weights.cpu(), ids.cpu()))
+    assert same(y, octomoe.fused_moe(x.cpu(), weights, topk_weights.cpu(), ids.cpu()))
     workspace = torch.empty(layer.workspace_bytes(33, 2), dtype=torch.uint8, device="cuda")
     assert torch.equal(layer(x, ids, topk_weights, workspace=workspace), y)
     assert torch.equal(octomoe_torch.FusedMoe(layer)(x, topk_weights, ids), y)
@@ -67,9 +68,9 @@ def test_route_and_gemm():
     for one, two in zip(
         octomoe_torch.route(logits, 3), octomoe.route(logits.cpu(), 3), strict=True
     ):
-        assert torch.allclose(one.cpu(), two, rtol=1e-5)
+        assert same(one, two)
     stack = octomoe.quantize_matrix(torch.randn(3, 64, 128))
     a, offsets = torch.randn(10, 128, device="cuda"), torch.tensor([0, 4, 4, 10], device="cuda")
     d = octomoe_torch.grouped_gemm(a, octomoe.PreparedMatrix(stack, device="cuda"), offsets)
     expected = octomoe.grouped_gemm(a.cpu(), octomoe.PreparedMatrix(stack), offsets.cpu())
-    assert close(d.float(), expected.float())
+    assert same(d, expected)
