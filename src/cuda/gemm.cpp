@@ -1,6 +1,8 @@
 #include "cuda/gemm.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <utility>
 
 #include "cuda/stream.h"
@@ -134,13 +136,38 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 
-// The smallest token tile that most experts' rows fit in: a second tile reads the expert's weights once more.
-const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
-  const std::int64_t mean = ceil_div(rows, m_.experts);
-  for (const Kernel& k : kernels_) {
-    if (2 * k.config.block_n >= 3 * mean) return k;
+namespace {
+
+// Token tiles that an expert's rows need on average, where tokens choose experts at random: the rows are Poisson
+// distributed, near enough to a normal distribution. E[ceil(rows / block)] = sum over j of P(rows > j * block).
+double expected_tiles(double mean, int block) {
+  const double spread = std::sqrt(2 * mean) + 1e-9;
+  double tiles = 0;
+  for (int j = 0;; ++j) {
+    const double above = 0.5 * std::erfc((static_cast<double>(j) * block + 0.5 - mean) / spread);
+    if (above < 1e-3) return tiles;
+    tiles += above;
   }
-  return kernels_.back();
+}
+
+}  // namespace
+
+// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as 48 tokens
+// more (docs/kernels.md). Remembered: the next call usually has as many rows.
+const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
+  if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;
+  const double mean = static_cast<double>(rows) / static_cast<double>(m_.experts);
+  double least = std::numeric_limits<double>::infinity();
+  for (const Kernel& k : kernels_) {
+    constexpr int kOverhead = 48;
+    const double cost = std::max(1e-3, expected_tiles(mean, k.config.block_n)) * (k.config.block_n + kOverhead);
+    if (cost < least) {
+      least = cost;
+      chosen_ = &k;
+    }
+  }
+  chosen_rows_ = rows;
+  return *chosen_;
 }
 
 void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {

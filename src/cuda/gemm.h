@@ -90,7 +90,9 @@ class DeviceMatrix {
   float static_scale_ = 0;
   std::int64_t blocks_n_ = 0, blocks_k_ = 0, super_groups_ = 0;
   const LoadedKernel* quantizer_ = nullptr;
-  std::vector<Kernel> kernels_;  // by rising block_n
+  std::vector<Kernel> kernels_;             // by rising block_n
+  mutable const Kernel* chosen_ = nullptr;  // of the last call; callers hold the layer's lock
+  mutable std::int64_t chosen_rows_ = -1;
 };
 
 kernels::RowView row_view(const TensorView& rows);  // of a 2-D tensor
