@@ -23,7 +23,8 @@ setup: ## Debian packages and .venv, if missing
 build: setup ## library, command, Python module and tests into build/
 	@scripts/build.sh $(BUILD) $(PYTHON_MODULE)
 
-demo: build ## quantise and run the bundled model in every scheme; results in out/
+demo: setup ## quantise and run the bundled model in every scheme; results in out/
+	@TARGETS="octomoe_cli octomoe_python" scripts/build.sh $(BUILD) $(PYTHON_MODULE)
 	@scripts/demo.sh $(BUILD)
 
 test: build ## every test: C++, Python, the installed package, README's examples
