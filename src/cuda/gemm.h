@@ -21,7 +21,6 @@ class Launcher {
     const std::int64_t grid = persistent ? std::min(blocks, resident) : blocks;
     launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true}, args);
   }
-  const DeviceInfo& device() const { return device_; }
 
  private:
   const DeviceInfo& device_;
@@ -54,7 +53,6 @@ class DeviceMatrix {
   std::int64_t k() const { return m_.k; }
   const Scheme& scheme() const { return m_.scheme; }
   ScaleColumns scale_columns() const;
-  bool has_static_scale() const { return m_.activation_scale.defined(); }
   float static_scale() const { return static_scale_; }
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
@@ -76,7 +74,6 @@ class DeviceMatrix {
     float limit = 0;
   };
   void gemm(const Launcher& launcher, const Problem& problem) const;
-  std::size_t bytes() const { return m_.bytes() + bias_.bytes(); }
 
  private:
   struct Kernel {

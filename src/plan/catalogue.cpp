@@ -50,7 +50,7 @@ constexpr Tile kBlock80[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
     {128, 16, 128, 5, 4, 1, 2, kTiles},
     {128, 32, 128, 4, 4, 1, 2, kTiles},
-    {256, 64, 128, 4, 4, 2, 1, kTiles},
+    {256, 64, 128, 3, 4, 2, 1, kTiles},
 };
 constexpr Tile kBlock89[] = {
     {128, 8, 128, 4, 4, 1, 1, kTiles},

@@ -1,0 +1,28 @@
+// A tile that a device's blocks have no shared memory for could never be loaded there.
+#include "plan/catalogue.h"
+
+#include <gtest/gtest.h>
+
+namespace octomoe::plan {
+namespace {
+
+TEST(Catalogue, TilesFitTheirDevicesSharedMemory) {
+  const struct { int family, limit; } devices[] = {{90, 227 * 1024}, {80, 163 * 1024}, {89, 99 * 1024}};
+  constexpr int kTileList = (2 * (kernels::kMaxExperts + 1) + 32) * 4;
+  for (const auto& [family, limit] : devices) {
+    EXPECT_EQ(tile_family(limit), family);
+    for (int p = 0; p < 4; ++p) {
+      for (int e = 0; e < 2; ++e) {
+        for (const bool fine : {false, true}) {
+          const auto promotion = static_cast<kernels::Promotion>(p);
+          for (const auto& c : gemm_configs(promotion, fine, static_cast<kernels::Epilogue>(e), family)) {
+            EXPECT_LE(c.pipeline_bytes() + kTileList + 2 * c.stages * 8, limit) << family << " " << gemm_id(c);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace octomoe::plan
