@@ -27,9 +27,9 @@ struct Expert {
         up_first(w.gate_up_order == GateUpOrder::up_gate),
         fused(o.fused_activation && w.activation == Activation::swiglu),
         intermediate(w.intermediate()),
-        w13(std::move(w.w13), w.b13, fused ? kernels::Epilogue::swiglu : kernels::Epilogue::store, device,
+        w13(std::move(w.w13), w.b13, fused ? kernels::Epilogue::swiglu : kernels::Epilogue::store, o.family, device,
             (std::string(prefix) + "w13").c_str()),
-        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, device, (std::string(prefix) + "w2").c_str()) {}
+        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {}
 
   Activation activation;
   bool up_first, fused;
