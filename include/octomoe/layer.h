@@ -27,6 +27,11 @@ struct LayerOptions {
   // CUDA: normally GEMM1 gathers quantised tokens by itself and applies SwiGLU in its epilogue. Off: as kernels of
   // their own, same results, to measure what the fusion is worth.
   bool fused_gather = true, fused_activation = true;
+  // CUDA: calls that repeat are replayed. From the third call on with the same addresses, shapes, options and stream,
+  // whatever the contents, the host launches a graph that the layer has made of it, instead of six kernels. Graphs of
+  // this many calls are kept, the latest (0.12 MiB of GPU memory each, at first use); 0: none, at most 64. Replayed
+  // kernels have the stream's priority, but not what else a stream may have: an access policy window, a green context.
+  int replays = 16;
 };
 
 struct ForwardOptions {
