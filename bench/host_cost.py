@@ -38,11 +38,10 @@ def cli_results(cli, tokens, flags):
     return {t: {f: median(t, f) for f in ("host_us", "median_us")} for t in tokens}, report
 
 
-def python_costs(tokens, replays):
-    """Microseconds a call of the ways into the library that PyTorch has."""
+def problem(tokens):
+    """Weights of a small layer, and x, topk_ids, topk_weights on the GPU."""
     import numpy as np
     import octomoe
-    import octomoe.torch as octomoe_torch
     import torch
 
     experts, hidden, intermediate, top_k = 8, 256, 128, 2
@@ -52,13 +51,22 @@ def python_costs(tokens, replays):
         random.standard_normal((experts, hidden, intermediate), np.float32) * 0.05,
         scheme="int8_channel",
     )
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    ids = torch.randint(experts, (tokens, top_k), device="cuda", dtype=torch.int32)
+    return weights, x, ids, torch.rand(tokens, top_k, device="cuda")
+
+
+def python_costs(tokens, replays):
+    """Microseconds a call of the ways into the library that PyTorch has."""
+    import octomoe
+    import octomoe.torch as octomoe_torch
+    import torch
+
+    weights, x, ids, topk_weights = problem(tokens)
     layer = octomoe.MoeLayer(weights, device="cuda", replays=replays)
     module = octomoe_torch.FusedMoe(layer)
     number = octomoe_torch.handle(layer)
     operator = torch.ops.octomoe.fused_moe
-    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
-    ids = torch.randint(experts, (tokens, top_k), device="cuda", dtype=torch.int32)
-    topk_weights = torch.rand(tokens, top_k, device="cuda")
     out = torch.empty_like(x)
 
     def measure(call):
@@ -82,6 +90,40 @@ def python_costs(tokens, replays):
             lambda: operator(x, number, topk_weights, ids)
         )
     return costs
+
+
+def graph_costs():
+    """What making a graph costs: MoeLayer's calls one by one, each kind of call five times.
+
+    Sixteen kinds fill each layer's graphs; the rest make the layer release older ones.
+    """
+    import octomoe
+    import torch
+
+    weights, x, ids, topk_weights = problem(4)
+    layers = [octomoe.MoeLayer(weights, device="cuda") for _ in range(32)]
+    outs = [torch.empty_like(x) for _ in range(32)]
+    us = [[] for _ in range(5)]
+
+    def calls(outs):
+        for layer in layers:
+            for out in outs:
+                for i in range(5):
+                    begin = time.perf_counter()
+                    layer(x, ids, topk_weights, out=out)
+                    us[i].append((time.perf_counter() - begin) * 1e6)
+                    torch.cuda.synchronize()
+
+    for layer in layers:
+        layer(x, ids, topk_weights)  # makes the workspace
+    before = torch.cuda.mem_get_info()[0]
+    calls(outs[:16])
+    taken = before - torch.cuda.mem_get_info()[0]
+    us = [[] for _ in range(5)]
+    calls(outs[16:])
+    names = ("first_us", "second_us", "third_makes_the_graph_us", "fourth_us", "fifth_us")
+    times = {name: round(statistics.median(t), 2) for name, t in zip(names, us, strict=True)}
+    return {**times, "gpu_mib_per_graph": round(taken / len(layers) / 16 / 2**20, 3)}
 
 
 def main():
@@ -120,6 +162,7 @@ def main():
         "torch": torch.__version__,
         "python": platform.python_version(),
         "results": results,
+        "graphs": graph_costs(),
     }
     if options.before:
         document["before"] = json.loads(Path(options.before).read_text())

@@ -254,7 +254,7 @@ TEST_F(Replay, ReserveMovesTheWorkspace) {
 }
 
 // Nobody has waited for the graphs when their layer goes.
-TEST_F(SanitizedReplay, LayersEndWhileTheirGraphsRun) {
+TEST_F(Replay, LayersEndWhileTheirGraphsRun) {
   Call call(problem(300), weights_);
   const cuda::OwnedStream stream;
   for (int round = 0; round < 4; ++round) {
