@@ -20,8 +20,8 @@
 namespace octomoe::cuda {
 namespace {
 
-// To make a graph, and to release it one day, costs the host as much as it saves in one or two calls (on an H100 16 and
-// 12 us), and 0.12 MiB on the GPU: calls that come less often than this are not worth it.
+// To make a graph and to release it one day costs the host 28 us, what it saves in two or three calls, and 0.11 MiB on
+// the GPU (H100, bench/results/host_cost_h100.json): it is not made for calls that come less often than this.
 constexpr int kCallsBeforeGraph = 3;
 
 // The steps of a layer, for the lifetimes of its buffers.
