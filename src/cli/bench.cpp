@@ -32,7 +32,7 @@ struct Options {
   std::int64_t experts = 0, experts_local = 0, hidden = 0, intermediate = 0;
   int top_k = 0, threads = 0;
   std::uint64_t seed = 0;
-  bool graph = false, no_fused_gather = false, no_fused_activation = false;
+  bool graph = false, no_fused_gather = false, no_fused_activation = false, no_replay = false;
   HarnessOptions timing;
 };
 
@@ -154,11 +154,12 @@ class Bench {
       if (o_.peer != "none")
         throw UsageError("--peer torch: times PyTorch on the CPU, so it does not go with --device cuda");
       if (o_.schemes == "all") std::erase_if(schemes_, [](const Scheme& s) { return !s.is_integer(); });
-    } else if (o_.graph || o_.no_fused_gather || o_.no_fused_activation) {
-      throw UsageError("--graph, --no-fused-gather, --no-fused-activation: for --device cuda");
+    } else if (o_.graph || o_.no_fused_gather || o_.no_fused_activation || o_.no_replay) {
+      throw UsageError("--graph, --no-fused-gather, --no-fused-activation, --no-replay: for --device cuda");
     }
     report_.device = to_string(device_);
     report_.graph = o_.graph;
+    report_.replay = !o_.no_replay;
     routing_ = Routing::parse(o_.routing);
     report_.machine = Machine::read();
     report_.threads = o_.threads > 0 ? o_.threads : report_.machine.threads;
@@ -179,6 +180,7 @@ class Bench {
     options.expert_map = s.expert_map();
     options.fused_gather = !o_.no_fused_gather;
     options.fused_activation = !o_.no_fused_activation;
+    if (o_.no_replay) options.replays = 0;
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
       progress_.update(static_cast<double>(i) / static_cast<double>(schemes_.size()),
                        "weights: " + to_string(schemes_[i]));
@@ -290,6 +292,7 @@ void add_bench(CLI::App& app, Action& action) {
   sub->add_flag("--graph", o->graph, "CUDA: replay the calls from a CUDA graph");
   sub->add_flag("--no-fused-gather", o->no_fused_gather, "CUDA: gather quantised tokens in a kernel of its own");
   sub->add_flag("--no-fused-activation", o->no_fused_activation, "CUDA: apply the activation in a kernel of its own");
+  sub->add_flag("--no-replay", o->no_replay, "CUDA: launch every kernel of an eager call, repeated or not");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 1024));
   sub->add_option("--routing", o->routing,

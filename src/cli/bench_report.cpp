@@ -134,6 +134,7 @@ Json to_json(const BenchReport& r) {
       {"machine", to_json(r.machine, r.threads)},
       {"gpu", r.gpu},
       {"graph", r.graph},
+      {"replay", r.replay},
       {"ceilings", {{"read_bytes_per_s", r.ceilings.read_bytes_per_s}, {"int8_ops_per_s", r.ceilings.int8_ops_per_s}}},
       {"problem",
        {{"model", r.model},

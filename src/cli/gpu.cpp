@@ -129,10 +129,12 @@ Contender GpuBench::contender(const std::string& name, Work work, bool graph) {
 
 double GpuBench::host_us(const Work& work) {
   const std::vector<Call> calls = upload(work);
+  constexpr int kWarmup = 12, kRounds = 15;  // by then the layer replays what repeats (LayerOptions::replays)
   std::vector<double> us;
-  for (int i = 0; i < 9; ++i) {
-    us.push_back(time_us([&] { call_all(work, calls, impl_->stream); }) / static_cast<double>(calls.size()));
+  for (int i = 0; i < kWarmup + kRounds; ++i) {
+    const double round = time_us([&] { call_all(work, calls, impl_->stream); });
     impl_->stream.synchronize();
+    if (i >= kWarmup) us.push_back(round / static_cast<double>(calls.size()));
   }
   return quantile(us, 0.5);
 }

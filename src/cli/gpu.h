@@ -30,7 +30,7 @@ class GpuBench {
   };
   // Microseconds a call. With `graph`, all calls are one captured graph.
   Contender contender(const std::string& name, Work work, bool graph);
-  // What the calls of a contender cost the host, the last time they were made eagerly.
+  // What one of the calls costs the host when they are made eagerly, over and over, on a stream that was idle.
   double host_us(const Work& work);
 
  private:
