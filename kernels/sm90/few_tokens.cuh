@@ -10,7 +10,7 @@
 // The arithmetic is docs/schemes.md's, so results equal the other kernels' to the bit.
 #pragma once
 
-#include "core/args.h"
+#include "core/few_args.h"
 #include "core/load_row.cuh"
 #include "core/numerics.cuh"
 #include "ptx/grid.cuh"
@@ -42,7 +42,8 @@ struct FewShared {
   uint32_t top[kFewRoutes], low[kFewRoutes], high[kFewRoutes];
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
-  uint32_t used;  // routes that have an expert, as bits
+  uint8_t token[kFewRoutes];  // of a route
+  uint32_t used;              // routes that have an expert, as bits
 };
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
 
@@ -89,6 +90,7 @@ struct FewTokens {
       shared.expert[at] = e;
       shared.routes[at] = same;
     }
+    shared.token[lane()] = static_cast<uint8_t>(lane() / r.top_k);
     const uint32_t used = __ballot_sync(0xffffffffu, e >= 0);
     if (lane() == 0) {
       shared.experts = __popc(leaders);
@@ -190,22 +192,24 @@ struct FewTokens {
     return static_cast<int32_t>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(v)));
   }
 
-  // What a weight row's sum becomes; asked for before its bytes are there.
-  struct RowScale {
-    float scale, bias;
-    int32_t column_sum;
-    __device__ __forceinline__ void load(const FewMatrix& m, int32_t expert, int32_t row) {
-      const int64_t at = static_cast<int64_t>(expert) * m.n + row;
-      scale = m.scale[m.per_tensor ? expert : at];
-      bias = m.bias != nullptr ? m.bias[at] : 0.0f;
-      column_sum = m.column_sum != nullptr ? m.column_sum[at] : 0;
+  // A row of weights times one of tokens; every lane has the sum.
+  static __device__ __forceinline__ int32_t multiply(const uint8_t* w, const int8_t* a, int32_t k) {
+    int32_t sum = 0;
+#pragma unroll 4
+    for (int32_t c = lane() * 16; c < k; c += 512) {
+      sum = dot(*reinterpret_cast<const int4*>(w + c), *reinterpret_cast<const int4*>(a + c), sum);
     }
-    __device__ __forceinline__ float value(const FewMatrix& m, int32_t sum, float a_scale, int32_t zero) const {
-      const int32_t acc = m.column_sum != nullptr ? sum - zero * column_sum : sum;
-      const float v = __fmul_rn(__int2float_rn(acc), __fmul_rn(scale, a_scale));
-      return m.bias != nullptr ? __fadd_rn(v, bias) : v;
-    }
-  };
+    return sum_lanes(sum);
+  }
+
+  // v of a sum; scale: of the weight row.
+  static __device__ __forceinline__ float value(const FewMatrix& m, int32_t expert, int32_t row, int32_t sum,
+                                                float scale, float a_scale, int32_t zero) {
+    const int64_t at = static_cast<int64_t>(expert) * m.n + row;
+    const int32_t acc = m.column_sum != nullptr ? sum - zero * m.column_sum[at] : sum;
+    const float v = __fmul_rn(__int2float_rn(acc), __fmul_rn(scale, a_scale));
+    return m.bias != nullptr ? __fadd_rn(v, m.bias[at]) : v;
+  }
 };
 
 __device__ __forceinline__ FewTokens open_few(uint8_t* memory) {
@@ -229,109 +233,84 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   const auto begin = static_cast<int32_t>(pairs * blockIdx.x / gridDim.x);
   const auto end = static_cast<int32_t>(pairs * (blockIdx.x + 1) / gridDim.x);
   const int32_t per_stage = kFewStageBytes / (2 * m.k);
-  const auto stage_pairs = [&](int32_t at) { return min(min(per_stage, end - at), width - at % width); };
+  int32_t unit = begin / width, column = begin - unit * width, n = 0;
+  const auto next = [&](int32_t& at) {
+    at += n;
+    column += n;
+    if (column == width) {
+      column = 0;
+      ++unit;
+    }
+    n = min(min(per_stage, end - at), width - column);
+  };
+  n = min(min(per_stage, end - begin), width - column);
   if (warp == 8) {
     if (lane != 0) return;
     FewTokens::Stage stage;
-    for (int32_t at = begin; at < end; ++stage.number) {
-      const int32_t n = stage_pairs(at), expert = shared.expert[at / width];
+    for (int32_t at = begin; at < end; next(at), ++stage.number) {
       const auto bytes = static_cast<uint32_t>(n * m.k);
       few.wait_empty(stage);
       const uint32_t full = ptx::shared_address(&shared.full[stage.slot()]);
       ptx::barrier_arrive_expect(full, 2 * bytes);
-      const int8_t* from = m.w + (static_cast<int64_t>(expert) * m.n + at % width) * m.k;
+      const int8_t* from = m.w + (static_cast<int64_t>(shared.expert[unit]) * m.n + column) * m.k;
       ptx::copy_bulk(few.place(stage), from, bytes, full, ptx::kEvictFirst);
       ptx::copy_bulk(few.place(stage) + bytes, from + static_cast<int64_t>(width) * m.k, bytes, full,
                      ptx::kEvictFirst);
-      at += n;
     }
     return;
+  }
+  // Scales of the pairs' rows, first half and second half of w13: once, or each stage would wait for its own.
+  auto* scales = reinterpret_cast<float2*>(few.rows + static_cast<int64_t>(args.routes.tokens) * m.k);
+  for (int32_t at = begin + static_cast<int32_t>(threadIdx.x); at < end; at += kFewWorkers) {
+    const int32_t expert = shared.expert[at / width];
+    const int64_t row = static_cast<int64_t>(expert) * m.n + at % width;
+    scales[at - begin] = m.per_tensor ? make_float2(m.scale[expert], m.scale[expert])
+                                      : make_float2(m.scale[row], m.scale[row + width]);
   }
   few.quantize(m, args.routes.tokens, ~0u,
                [&](int row, int column, float(&v)[8]) { kernels::load_elems(args.x, row, column, v); });
 
-  const int group = warp / 4;
   FewTokens::Stage stage;
-  for (int32_t at = begin; at < end; ++stage.number) {
-    const int32_t n = stage_pairs(at), unit = at / width, column = at % width;
-    if (stage.number % 2 == group) {
-      const int32_t expert = shared.expert[unit];
-      const uint8_t* bytes = few.ring + stage.slot() * kFewStageBytes;
-      for (int32_t pair = warp % 4, first = 1; pair < n || first; pair += 4, first = 0) {
-        FewTokens::RowScale gate{}, up{};
-        if (pair < n) {
-          gate.load(m, expert, column + pair + (args.up_first ? width : 0));
-          up.load(m, expert, column + pair + (args.up_first ? 0 : width));
-        }
-        if (first) few.wait_full(stage);
-        if (pair >= n) break;
-        const uint8_t* row[2] = {bytes + static_cast<int64_t>(pair) * m.k, bytes + static_cast<int64_t>(n + pair) * m.k};
-        // At most one route of a token: at most kFewTokens.
-        int32_t sums[kFewTokens][2] = {};
-        int32_t route[kFewTokens], count = 0;
-        uint32_t left = shared.routes[unit];
-#pragma unroll
-        for (int i = 0; i < kFewTokens; ++i) {
-          route[i] = left != 0 ? __ffs(static_cast<int>(left)) - 1 : 0;
-          count += left != 0;
-          left &= left - 1;
-        }
-        const bool more = left != 0;  // an expert twice in a token's list: the rest follows below
-        for (int32_t c = lane * 16; c < m.k; c += 512) {
-          const int4 w0 = *reinterpret_cast<const int4*>(row[0] + c), w1 = *reinterpret_cast<const int4*>(row[1] + c);
-#pragma unroll
-          for (int i = 0; i < kFewTokens; ++i) {
-            if (i < count) {
-              const int4 a = *reinterpret_cast<const int4*>(few.rows + (route[i] / args.routes.top_k) * m.k + c);
-              sums[i][0] = FewTokens::dot(w0, a, sums[i][0]);
-              sums[i][1] = FewTokens::dot(w1, a, sums[i][1]);
-            }
-          }
-        }
-        int32_t mine[2] = {}, my_route = -1;
-#pragma unroll
-        for (int i = 0; i < kFewTokens; ++i) {
-          if (i < count) {
-            const int32_t s0 = FewTokens::sum_lanes(sums[i][0]), s1 = FewTokens::sum_lanes(sums[i][1]);
-            if (lane == i) {
-              mine[0] = s0;
-              mine[1] = s1;
-              my_route = route[i];
-            }
-          }
-        }
-        const auto finish = [&](int32_t r, int32_t s0, int32_t s1) {
-          const int32_t token = r / args.routes.top_k;
-          float a_scale = shared.scale[token];
-          if (args.routes.weight_on_input) {
-            a_scale = __fmul_rn(a_scale, args.routes.topk_weights[token * args.routes.weights_stride + r -
-                                                                  token * args.routes.top_k]);
-          }
-          const int32_t zero = shared.zero[token];
-          const float g = num::min_nan(gate.value(m, args.up_first ? s1 : s0, a_scale, zero), args.limit);
-          const float u = num::clamp(up.value(m, args.up_first ? s0 : s1, a_scale, zero), -args.limit, args.limit);
-          args.h[static_cast<int64_t>(r) * width + column + pair] =
-              static_cast<uint16_t>(num::pack_bf16(__fmul_rn(num::silu(g), u), 0.0f));
-        };
-        if (my_route >= 0) finish(my_route, mine[0], mine[1]);
-        if (more) {
-          for (uint32_t rest = left; rest != 0; rest &= rest - 1) {
-            const int32_t r = __ffs(static_cast<int>(rest)) - 1;
-            int32_t s0 = 0, s1 = 0;
-            for (int32_t c = lane * 16; c < m.k; c += 512) {
-              const int4 a = *reinterpret_cast<const int4*>(few.rows + (r / args.routes.top_k) * m.k + c);
-              s0 = FewTokens::dot(*reinterpret_cast<const int4*>(row[0] + c), a, s0);
-              s1 = FewTokens::dot(*reinterpret_cast<const int4*>(row[1] + c), a, s1);
-            }
-            s0 = FewTokens::sum_lanes(s0);
-            s1 = FewTokens::sum_lanes(s1);
-            if (lane == 0) finish(r, s0, s1);
-          }
+  for (int32_t at = begin; at < end; next(at), ++stage.number) {
+    if (stage.number % 2 != warp / 4) continue;
+    const uint8_t* bytes = few.ring + stage.slot() * kFewStageBytes;
+    const int32_t expert = shared.expert[unit];
+    few.wait_full(stage);
+    for (int32_t pair = warp % 4; pair < n; pair += 4) {
+      // Lane i finishes the expert's i-th route.
+      int32_t sums[2] = {}, route = -1, i = 0;
+      for (uint32_t left = shared.routes[unit]; left != 0; left &= left - 1, ++i) {
+        const int32_t r = __ffs(static_cast<int>(left)) - 1;
+        const int8_t* a = few.rows + shared.token[r] * m.k;
+        const int32_t first = FewTokens::multiply(bytes + static_cast<int64_t>(pair) * m.k, a, m.k);
+        const int32_t second = FewTokens::multiply(bytes + static_cast<int64_t>(n + pair) * m.k, a, m.k);
+        if (lane == i) {
+          sums[0] = first;
+          sums[1] = second;
+          route = r;
         }
       }
-      few.release(stage);
+      if (route >= 0) {
+        const int32_t token = shared.token[route];
+        float a_scale = shared.scale[token];
+        if (args.routes.weight_on_input) {
+          a_scale = __fmul_rn(a_scale, args.routes.topk_weights[token * args.routes.weights_stride + route -
+                                                                token * args.routes.top_k]);
+        }
+        const float2 scale = scales[at - begin + pair];
+        float g = FewTokens::value(m, expert, column + pair, sums[0], scale.x, a_scale, shared.zero[token]);
+        float u = FewTokens::value(m, expert, column + pair + width, sums[1], scale.y, a_scale, shared.zero[token]);
+        if (args.up_first) {
+          const float first = g;
+          g = u;
+          u = first;
+        }
+        const float act = __fmul_rn(num::silu(num::min_nan(g, args.limit)), num::clamp(u, -args.limit, args.limit));
+        args.h[static_cast<int64_t>(route) * width + column + pair] =
+            static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
+      }
     }
-    at += n;
+    few.release(stage);
   }
 }
 
@@ -350,24 +329,37 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   if (warp == 8) few.group_routes(args.routes);
   __syncthreads();
   const int32_t per_stage = kFewStageBytes / m.k, total = shared.experts * columns;
-  const auto stage_rows = [&](int32_t at) { return min(per_stage, columns - at % columns); };
+  int32_t unit = 0, column = 0, n = min(per_stage, columns);
+  const auto next = [&](int32_t& at) {
+    at += n;
+    column += n;
+    if (column == columns) {
+      column = 0;
+      ++unit;
+    }
+    n = min(per_stage, columns - column);
+  };
   if (warp == 8) {
     if (lane == 0) {
       FewTokens::Stage stage;
-      for (int32_t at = 0; at < total; ++stage.number) {
-        const int32_t n = stage_rows(at), expert = shared.expert[at / columns];
+      for (int32_t at = 0; at < total; next(at), ++stage.number) {
         const auto bytes = static_cast<uint32_t>(n * m.k);
         few.wait_empty(stage);
         const uint32_t full = ptx::shared_address(&shared.full[stage.slot()]);
         ptx::barrier_arrive_expect(full, bytes);
-        ptx::copy_bulk(few.place(stage), m.w + (static_cast<int64_t>(expert) * m.n + first + at % columns) * m.k, bytes,
-                       full, ptx::kEvictFirst);
-        at += n;
+        ptx::copy_bulk(few.place(stage),
+                       m.w + (static_cast<int64_t>(shared.expert[unit]) * m.n + first + column) * m.k, bytes, full,
+                       ptx::kEvictFirst);
       }
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
   } else {
+    float* scales = y + routes * columns;  // of the weight rows, by expert
+    for (int32_t at = static_cast<int32_t>(threadIdx.x); at < total; at += kFewWorkers) {
+      const int32_t expert = shared.expert[at / columns];
+      scales[at] = m.scale[m.per_tensor ? expert : static_cast<int64_t>(expert) * m.n + first + at % columns];
+    }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     few.quantize(m, routes, shared.used, [&](int row, int column, float(&v)[8]) {
@@ -379,36 +371,30 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
         v[2 * i + 1] = num::bf16_high(w[i]);
       }
     });
-    const int group = warp / 4;
     FewTokens::Stage stage;
-    for (int32_t at = 0; at < total; ++stage.number) {
-      const int32_t n = stage_rows(at), unit = at / columns, column = at % columns;
-      if (stage.number % 2 == group) {
-        const int32_t expert = shared.expert[unit];
-        const uint8_t* bytes = few.ring + stage.slot() * kFewStageBytes;
-        for (int32_t i = warp % 4, begins = 1; i < n || begins; i += 4, begins = 0) {
-          FewTokens::RowScale scale{};
-          if (i < n) scale.load(m, expert, first + column + i);
-          if (begins) few.wait_full(stage);
-          if (i >= n) break;
-          const uint8_t* row = bytes + static_cast<int64_t>(i) * m.k;
-          for (uint32_t left = shared.routes[unit]; left != 0; left &= left - 1) {
-            const int32_t r = __ffs(static_cast<int>(left)) - 1;
-            int32_t sum = 0;
-            for (int32_t c = lane * 16; c < m.k; c += 512) {
-              sum = FewTokens::dot(*reinterpret_cast<const int4*>(row + c),
-                                   *reinterpret_cast<const int4*>(few.rows + static_cast<int64_t>(r) * m.k + c), sum);
-            }
-            sum = FewTokens::sum_lanes(sum);
-            if (lane == 0) {
-              const float v = scale.value(m, sum, shared.scale[r], shared.zero[r]);
-              y[r * columns + column + i] = num::bf16_low(num::pack_bf16(v, 0.0f));
-            }
+    for (int32_t at = 0; at < total; next(at), ++stage.number) {
+      if (stage.number % 2 != warp / 4) continue;
+      const uint8_t* bytes = few.ring + stage.slot() * kFewStageBytes;
+      const int32_t expert = shared.expert[unit];
+      few.wait_full(stage);
+      for (int32_t i = warp % 4; i < n; i += 4) {
+        int32_t sum = 0, route = -1, j = 0;
+        for (uint32_t left = shared.routes[unit]; left != 0; left &= left - 1, ++j) {
+          const int32_t r = __ffs(static_cast<int>(left)) - 1;
+          const int32_t s =
+              FewTokens::multiply(bytes + static_cast<int64_t>(i) * m.k, few.rows + static_cast<int64_t>(r) * m.k, m.k);
+          if (lane == j) {
+            sum = s;
+            route = r;
           }
         }
-        few.release(stage);
+        if (route >= 0) {
+          const float v = FewTokens::value(m, expert, first + column + i, sum, scales[at + i], shared.scale[route],
+                                           shared.zero[route]);
+          y[route * columns + column + i] = num::bf16_low(num::pack_bf16(v, 0.0f));
+        }
       }
-      at += n;
+      few.release(stage);
     }
   }
   __syncthreads();

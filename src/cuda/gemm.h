@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/few_args.h"
 #include "core/gemm_config.h"
 #include "cuda/module.h"
 #include "octomoe/weights.h"

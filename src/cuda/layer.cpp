@@ -199,8 +199,10 @@ class CudaLayer final : public LayerBackend {
     const std::int64_t routes = tokens * top_k;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes) return {};
     constexpr int kRing = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
-    const FewShared shared{kRing + tokens * hidden_,
-                           kRing + routes * (routed_.intermediate + few_columns() * std::int64_t{sizeof(float)})};
+    // Behind the ring: quantised rows; then a scale for each weight row of the CTA, and for `down` y as well.
+    const std::int64_t pairs = ceil_div(routes * routed_.intermediate, info_.multiprocessors);
+    const FewShared shared{kRing + tokens * hidden_ + pairs * 2 * std::int64_t{sizeof(float)},
+                           kRing + routes * (routed_.intermediate + few_columns() * 2 * std::int64_t{sizeof(float)})};
     return std::max(shared.gate_up, shared.down) <= plan::kFewSharedBytes ? shared : FewShared{};
   }
 

@@ -8,6 +8,7 @@
 #include <map>
 #include <string_view>
 
+#include "core/few_args.h"
 #include "tensor/check.h"
 
 namespace octomoe::plan {

@@ -1,0 +1,181 @@
+// The kernel families (mma.sync, wgmma, the pair for few tokens) compute the same bits as the CPU engine, each where it
+// can run; random problems, and a case that a race would break run after run.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <random>
+#include <string>
+
+#include "support/errors.h"
+#include "support/run.h"
+
+namespace octomoe::testing {
+namespace {
+
+const Device kGpu = Device::cuda(0);
+
+class Family : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!is_here(kGpu)) GTEST_SKIP() << "no GPU here";
+    if (cuda::device_info(0).compute_capability != 90) GTEST_SKIP() << "no SM90 here";
+  }
+
+  static Tensor run(const LayerCase& c, LayerOptions o, KernelFamily family, DType out = DType::bfloat16) {
+    o.family = family;
+    return run_layer(kGpu, make_weights(c, c.experts), o, make_input(c), out);
+  }
+  static void expect_same(const LayerCase& c, const LayerOptions& o = {}, DType out = DType::bfloat16) {
+    SCOPED_TRACE(to_string(c.scheme) + " E" + std::to_string(c.experts) + " H" + std::to_string(c.hidden) + " I" +
+                 std::to_string(c.intermediate) + " T" + std::to_string(c.tokens) + " k" + std::to_string(c.top_k) +
+                 " " + to_string(c.activation) + " seed " + std::to_string(c.seed));
+    const Tensor want = run_layer(Device::cpu(), make_weights(c, c.experts), o, make_input(c), out);
+    EXPECT_TRUE(same_bits(run(c, o, KernelFamily::sm80, out), want)) << "sm80";
+    EXPECT_TRUE(same_bits(run(c, o, KernelFamily::sm90, out), want)) << "sm90";
+  }
+};
+
+const char* const kSchemes[] = {"int8_channel",
+                                "int8_channel:static",
+                                "int8_channel:asymmetric",
+                                "int8_channel:per_tensor",
+                                "int8_block",
+                                "int8_block:block_k=256",
+                                "int8_hybrid",
+                                "int8_hybrid:block_k=256"};
+
+TEST_F(Family, AgreeOnModelShapes) {
+  for (const char* scheme : kSchemes) {
+    for (const int tokens : {1, 2, 3, 4, 5, 33, 300, 900}) {
+      LayerCase c;
+      c.scheme = Scheme::parse(scheme);
+      c.experts = 16;
+      c.hidden = 1024;
+      c.intermediate = 768;
+      c.tokens = tokens;
+      c.top_k = 4;
+      expect_same(c);
+    }
+  }
+}
+
+// One expert with all rows, tiles of every width, K and N that end inside a tile.
+TEST_F(Family, AgreeOnEveryTileWidth) {
+  for (const char* scheme : {"int8_channel", "int8_hybrid"}) {
+    for (int tokens = 7; tokens <= 700; tokens += 23) {
+      LayerCase c;
+      c.scheme = Scheme::parse(scheme);
+      c.experts = 1;
+      c.hidden = 352;
+      c.intermediate = 448;
+      c.tokens = tokens;
+      c.top_k = 1;
+      expect_same(c);
+    }
+  }
+}
+
+TEST_F(Family, FewTokensWithEveryOption) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 60; ++i) {
+    LayerCase c;
+    c.scheme = Scheme::parse(kSchemes[i % 4]);
+    c.tokens = 1 + i % 4;
+    c.top_k = 1 + static_cast<int>(random() % 8);
+    c.experts = c.top_k + static_cast<int>(random() % 9);
+    c.hidden = 32 * (1 + static_cast<int>(random() % 70));
+    c.intermediate = 32 * (1 + static_cast<int>(random() % 50));
+    c.order = i % 3 == 0 ? GateUpOrder::up_gate : GateUpOrder::gate_up;
+    c.biases = i % 2 == 0;
+    c.seed = static_cast<std::uint32_t>(100 + i);
+    LayerOptions o;
+    o.router_weight_on_input = i % 5 == 0;
+    if (i % 7 == 0) o.swiglu_limit = 1.0f;
+    const DType outs[] = {DType::bfloat16, DType::float16, DType::float32};
+    expect_same(c, o, outs[i % 3]);
+  }
+}
+
+TEST_F(Family, WhatTheSm90FamilyRefuses) {
+  LayerCase c;
+  c.scheme = Scheme::parse("int8_block:block_n=64");
+  c.hidden = 128;
+  c.intermediate = 96;
+  LayerOptions o;
+  o.family = KernelFamily::sm90;
+  EXPECT_ERROR(ErrorCode::unsupported, "the sm90 family expects block_n of a multiple of 128, got 64",
+               MoeLayer(kGpu, make_weights(c, c.experts), o));
+  c.scheme = Scheme::parse("int8_channel");
+  c.intermediate = 72;
+  EXPECT_ERROR(ErrorCode::unsupported, "the sm90 family expects a multiple of 16 output columns, got 72",
+               MoeLayer(kGpu, make_weights(c, c.experts), o));
+}
+
+// Many tiles a CTA, several experts that end inside tiles: what a missing fence or an early release would break.
+TEST_F(Family, ThousandRunsAreOneResult) {
+  for (const char* scheme : {"int8_channel", "int8_hybrid"}) {
+    LayerCase c;
+    c.scheme = Scheme::parse(scheme);
+    c.experts = 12;
+    c.hidden = 512;
+    c.intermediate = 384;
+    c.tokens = 700;
+    c.top_k = 3;
+    LayerOptions o;
+    o.family = KernelFamily::sm90;
+    MoeLayer layer(kGpu, make_weights(c, c.experts), o);
+    const LayerInput in = make_input(c);
+    const Tensor x = on(kGpu, in.x), ids = on(kGpu, in.ids), weights = on(kGpu, in.weights);
+    const Tensor out = Tensor::empty(DType::bfloat16, {c.tokens, c.hidden}, kGpu);
+    layer.forward(x, ids, weights, out);
+    const Tensor want = Tensor::copy_of(out);
+    for (int i = 0; i < 1000; ++i) {
+      layer.forward(x, ids, weights, out);
+      if (i % 100 == 99 || i < 3) {
+        ASSERT_TRUE(same_bits(Tensor::copy_of(out), want)) << scheme << " run " << i;
+      }
+    }
+  }
+}
+
+// OCTOMOE_FUZZ_PROBLEMS random layers (scripts/gpu.sh fuzz runs 100000), both families against the CPU engine.
+TEST_F(Family, RandomProblems) {
+  const char* text = std::getenv("OCTOMOE_FUZZ_PROBLEMS");
+  const int problems = text != nullptr ? std::atoi(text) : 200;
+  const char* seed_text = std::getenv("OCTOMOE_FUZZ_SEED");
+  std::mt19937 random(seed_text != nullptr ? static_cast<unsigned>(std::atoi(seed_text)) : 1);
+  const auto upto = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int i = 0; i < problems && !HasFailure(); ++i) {
+    LayerCase c;
+    c.scheme = Scheme::parse(kSchemes[upto(static_cast<int>(std::size(kSchemes)))]);
+    c.activation = upto(3) == 0 ? static_cast<Activation>(upto(10)) : Activation::swiglu;
+    c.order = upto(2) ? GateUpOrder::up_gate : GateUpOrder::gate_up;
+    c.biases = upto(3) == 0;
+    c.top_k = 1 + upto(6);
+    c.experts = c.top_k + upto(10);
+    c.tokens = upto(3) == 0 ? 1 + upto(5) : 1 + upto(upto(4) == 0 ? 300 : 60);
+    c.hidden = 32 * (1 + upto(12));
+    c.intermediate = 32 * (1 + upto(12));
+    c.seed = random() % 1000003;
+    LayerOptions o;
+    o.router_weight_on_input = upto(6) == 0;
+    if (upto(6) == 0) o.swiglu_limit = 0.5f;
+    o.fused_gather = upto(8) != 0;
+    o.fused_activation = upto(8) != 0;
+    const DType outs[] = {DType::bfloat16, DType::float16, DType::float32};
+    const DType out = outs[upto(3)];
+    const MoeWeights w = make_weights(c, c.experts);
+    const LayerInput in = make_input(c, outs[upto(3)]);
+    const Tensor want = run_layer(Device::cpu(), w, o, in, out);
+    for (const KernelFamily family : {KernelFamily::sm80, KernelFamily::automatic}) {
+      o.family = family;
+      EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in, out), want))
+          << "problem " << i << ": " << to_string(c.scheme) << " " << to_string(c.activation) << " E" << c.experts
+          << " H" << c.hidden << " I" << c.intermediate << " T" << c.tokens << " k" << c.top_k << " seed " << c.seed
+          << (family == KernelFamily::sm80 ? " sm80" : " automatic");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace octomoe::testing
