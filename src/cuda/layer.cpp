@@ -103,6 +103,7 @@ class CudaLayer final : public LayerBackend {
     const Plan& p = plan_;
     auto* base = static_cast<std::uint8_t*>(workspaces_.choose(a.workspace, p.memory.bytes(), a.stream));
     const Launcher launcher(info_, a.stream);
+    if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
     };
@@ -114,12 +115,15 @@ class CudaLayer final : public LayerBackend {
     };
 
     // The shared experts' rows of tokens are a group of their own: its offsets come from the sort too.
+    launcher.stage("sort");
     sort(launcher, a, p, base);
     const kernels::RowView x = row_view(a.x);
     const QuantizedRows xq = rows_of(p.x);
+    launcher.stage("quantise x");
     routed_.w13.quantize(launcher, x, tokens, nullptr, xq);
     if (shared_) {
       if (shared_gate_.defined()) {
+        launcher.stage("shared gate");
         const kernels::SharedGateArgs args{x, shared_gate_.as<float>(), floats(p.shared_weight),
                                            static_cast<std::int32_t>(tokens), static_cast<std::int32_t>(hidden_)};
         launcher(*gate_kernel_, tokens, args);
@@ -127,6 +131,7 @@ class CudaLayer final : public LayerBackend {
       QuantizedRows sx = xq;
       if (p.shared_x.q >= 0) {
         sx = rows_of(p.shared_x);
+        launcher.stage("quantise x");
         shared_->w13.quantize(launcher, x, tokens, nullptr, sx);
       }
       DeviceMatrix::Problem first;
@@ -141,6 +146,7 @@ class CudaLayer final : public LayerBackend {
     if (!fused_gather_) {
       first.a = rows_of(p.gathered);
       first.row_source = nullptr;
+      launcher.stage("gather");
       gather(launcher, p, xq, first.a, ints(p.row_token), ints(p.offsets) + experts_);
     }
     first.index = ints(p.offsets);
@@ -164,7 +170,9 @@ class CudaLayer final : public LayerBackend {
         .top_k = top_k,
         .hidden = static_cast<std::int32_t>(hidden_),
     };
+    launcher.stage("combine");
     launcher(*combine_, ceil_div(tokens * hidden_ / 8, 256), args);
+    launcher.stage(nullptr);
   }
 
  private:
@@ -283,6 +291,7 @@ class CudaLayer final : public LayerBackend {
     first.out = e.fused ? static_cast<void*>(h) : at(b.v);
     first.out_stride = e.fused ? e.intermediate : e.w13.n();
     first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
+    launcher.stage("gemm1");
     e.w13.gemm(launcher, first);
     if (!e.fused) {
       const kernels::ActivateArgs args{
@@ -297,17 +306,20 @@ class CudaLayer final : public LayerBackend {
           .alpha = alpha_,
           .limit = limit_,
       };
+      launcher.stage("activate");
       launcher(*activate_, ceil_div(rows * e.intermediate / 4, 256), args);
     }
     const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
                            reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
                            reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
+    launcher.stage("quantise h");
     e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq);
     second.a = hq;
     second.row_source = nullptr;
     second.row_factor = nullptr;
     second.out = at(b.y);
     second.out_stride = hidden_;
+    launcher.stage("gemm2");
     e.w2.gemm(launcher, second);
   }
 

@@ -117,7 +117,7 @@ TEST_F(Command, DoctorSpeaksPlainly) {
   const Json j = Json::parse(run_cli({"doctor", "--json"}).out);
   EXPECT_FALSE(j["engines"]["cuda"]["available"].get<bool>());
   EXPECT_GE(j["machine"]["cores"].get<int>(), 1);
-  ASSERT_EQ(j["cuda"]["libraries"].size(), 4u);
+  ASSERT_EQ(j["cuda"]["libraries"].size(), 5u);
   for (const Json& l : j["cuda"]["libraries"]) {
     EXPECT_FALSE(l["tried"].empty());
     EXPECT_NE(l["found"].get<bool>(), l.contains("fix")) << l;
