@@ -1,0 +1,354 @@
+#include "cli/study.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "cli/cublas.h"
+#include "cli/cuda_probe.h"
+#include "cuda/gemm.h"
+#include "cuda/stream.h"
+#include "quant/matrix.h"
+#include "quant/numerics.h"
+#include "tensor/check.h"
+
+namespace octomoe::cli {
+namespace {
+
+constexpr Skew kSkews[] = {Skew::even, Skew::uniform, Skew::zipf, Skew::quarter};
+constexpr double kZipfExponent = 1.2;
+constexpr int kLeastCalls = 4;              // between two events
+constexpr std::int64_t kCheckedRows = 256;  // cases of at most that many rows are compared value by value
+
+// A part of a matrix stack, without a copy.
+QuantizedMatrix one_expert(const QuantizedMatrix& m, std::int64_t e) {
+  const auto part = [&](const Tensor& t) {
+    return t.defined() ? Tensor::wrap(t.view().slice(e, 1), std::make_shared<Tensor>(t)) : t;
+  };
+  QuantizedMatrix one = m;
+  one.experts = 1;
+  one.values = part(m.values);
+  one.scale = part(m.scale);
+  one.q = part(m.q);
+  one.column_sum = part(m.column_sum);
+  return one;
+}
+
+QuantizedMatrix on_device(QuantizedMatrix m, Device device) {
+  for (Tensor* t : {&m.values, &m.scale, &m.q, &m.column_sum}) {
+    if (t->defined()) *t = Tensor::copy_of(*t, device);
+  }
+  return m;
+}
+
+// The weights of one expert count, and everything that the ways share.
+class Bench {
+ public:
+  Bench(const StudyInput& in, GpuBench& gpu, Cublas& cublas, std::int64_t experts)
+      : in_(in), gpu_(gpu), cublas_(cublas), experts_(experts), n_(2 * in.shape.intermediate), k_(in.shape.hidden) {
+    const double bytes = static_cast<double>(experts * n_ * k_);
+    const int copies = gpu.copies(bytes);
+    for (int c = 0; c < copies; ++c) {
+      const QuantizedMatrix m = on_device(
+          random_matrix(in.scheme, {experts, n_, k_}, 1, in.seed + 7 * static_cast<std::uint64_t>(c), 0), in.device);
+      values_.push_back(m.values);
+      scale_.push_back(m.scale);
+      grouped_.push_back(matrix(m));
+      singles_.emplace_back();
+      for (std::int64_t e = 0; e < experts; ++e) singles_.back().push_back(matrix(one_expert(m, e)));
+    }
+    const std::int64_t most = *std::max_element(in.tokens.begin(), in.tokens.end()) * in.shape.top_k;
+    quantise(most);
+    out_ = Tensor::empty(DType::bfloat16, {most, n_}, in.device);
+    sums_ = Tensor::empty(DType::int32, {most, n_}, in.device);
+  }
+
+  StudyCase run(std::int64_t tokens, Skew skew, const Ceilings& ceilings) {
+    StudyCase c{.tokens = tokens, .experts = experts_, .skew = skew};
+    c.rows = tokens * in_.shape.top_k;
+    rows_ = draw_rows(skew, experts_, c.rows, in_.seed);
+    c.busy_experts = std::count_if(rows_.begin(), rows_.end(), [](std::int64_t r) { return r > 0; });
+    c.largest = *std::max_element(rows_.begin(), rows_.end());
+    c.weight_copies = static_cast<int>(grouped_.size());
+    TileUse padded;
+    for (const std::int64_t r : rows_) padded.add(r, {128, n_, n_}, n_, k_);
+    c.waste_128 = padded.waste();
+    c.bytes = static_cast<double>(c.busy_experts * n_ * k_ + c.rows * (k_ + 2 * n_));
+    const double ops = 2.0 * static_cast<double>(c.rows * n_ * k_);
+    upload_index();
+    check_results(c.rows);
+
+    const int calls = std::max(kLeastCalls, c.weight_copies);
+    std::vector<Contender> contenders;
+    std::vector<GpuCall> first;
+    const auto add = [&](const StudyWay& way, const std::function<GpuCall(int copy)>& make) {
+      std::vector<GpuCall> all;
+      for (int i = 0; i < calls; ++i) all.push_back(make(i));
+      contenders.push_back(gpu_.contender(way.name, all, true));
+      contenders.push_back(gpu_.contender(way.name, all, false));
+      first.push_back(all.front());
+      c.ways.push_back(way);
+      const auto one = cuda::Graph::capture(gpu_.stream(), [&] { all.front()(gpu_.stream()); });
+      c.ways.back().launches = static_cast<std::int64_t>(one.nodes());
+    };
+    add(grouped_way("grouped"), [&](int i) { return grouped_call(i % c.weight_copies, c.rows); });
+    if (c.weight_copies > 1) {
+      add(grouped_way("grouped, weights in L2"), [&](int) { return grouped_call(0, c.rows); });
+    }
+    add(single_way(), [&](int i) { return single_call(i % c.weight_copies); });
+    add({.name = "cuBLAS"}, [&](int i) { return cublas_call(i % c.weight_copies); });
+    contenders.push_back(gpu_.read_contender(c.bytes, true));
+
+    std::vector<double> clocks;
+    const std::vector<Timing> timings =
+        interleave(contenders, in_.timing, [&](int, double) { clocks.push_back(gpu_.clock_mhz()); });
+    for (std::size_t w = 0; w < c.ways.size(); ++w) {
+      c.ways[w].graph = timings[2 * w];
+      c.ways[w].eager = timings[2 * w + 1];
+      c.ways[w].host_us = gpu_.host_us({first[w]});
+    }
+    c.clock_mhz = quantile(clocks, 0.5);
+    c.floor = floor_of(c.bytes, 1e6 * c.bytes / timings.back().median_us, ops, ceilings.int8_ops_per_s);
+    return c;
+  }
+
+ private:
+  std::unique_ptr<cuda::DeviceMatrix> matrix(QuantizedMatrix m) const {
+    return std::make_unique<cuda::DeviceMatrix>(std::move(m), Tensor(), kernels::Epilogue::store, gpu_.info(), "w");
+  }
+
+  void quantise(std::int64_t rows) {
+    const cuda::ScaleColumns columns = grouped_.front()->scale_columns();
+    const Tensor x = Tensor::copy_of(random_activations(rows, k_, in_.seed), in_.device);
+    a_q_ = Tensor::empty(DType::int8, {rows, k_}, in_.device);
+    a_scale_ = Tensor::empty(DType::float32, {columns.scale, rows}, in_.device);
+    a_block_q_ = Tensor::empty(DType::int32, {std::max<std::int64_t>(columns.block_q, 1), rows}, in_.device);
+    a_zero_ = Tensor::empty(DType::int32, {rows}, in_.device);
+    a_rows_ = rows;
+    grouped_.front()->quantize(cuda::Launcher(gpu_.info(), gpu_.stream()), cuda::row_view(x), rows, nullptr, a(0));
+    gpu_.synchronize();
+  }
+  cuda::QuantizedRows a(std::int64_t begin) const {
+    return {a_q_.as<std::int8_t>() + begin * k_, a_scale_.as<float>() + begin, a_block_q_.as<std::int32_t>() + begin,
+            a_zero_.as<std::int32_t>() + begin, a_rows_};
+  }
+
+  // [E + 1] offsets, then 0 and its rows for each expert.
+  void upload_index() {
+    Tensor index = Tensor::zeros(DType::int32, {3 * experts_ + 1});
+    auto* v = index.as<std::int32_t>();
+    begin_.assign(1, 0);
+    for (std::int64_t e = 0; e < experts_; ++e) {
+      const auto rows = static_cast<std::int32_t>(rows_[static_cast<std::size_t>(e)]);
+      v[e + 1] = v[e] + rows;
+      v[experts_ + 1 + 2 * e + 1] = rows;
+      begin_.push_back(v[e + 1]);
+    }
+    index_ = Tensor::copy_of(index, in_.device);
+  }
+
+  cuda::DeviceMatrix::Problem problem(std::int64_t begin, std::int64_t rows, std::int64_t index) const {
+    cuda::DeviceMatrix::Problem p;
+    p.a = a(begin);
+    p.index = index_.as<std::int32_t>() + index;
+    p.rows = rows;
+    p.out = out_.as<std::uint16_t>() + begin * n_;
+    p.out_stride = n_;
+    return p;
+  }
+  GpuCall grouped_call(int copy, std::int64_t rows) const {
+    return [this, m = grouped_[static_cast<std::size_t>(copy)].get(), p = problem(0, rows, 0)](Stream stream) {
+      m->gemm(cuda::Launcher(gpu_.info(), stream), p);
+    };
+  }
+  // Fn(expert, its first row, its rows) for experts with rows.
+  template <class Fn>
+  void for_busy(const Fn& fn) const {
+    for (std::size_t e = 0; e < rows_.size(); ++e) {
+      if (rows_[e] > 0) fn(e, begin_[e], rows_[e]);
+    }
+  }
+  GpuCall single_call(int copy) const {
+    std::vector<std::pair<const cuda::DeviceMatrix*, cuda::DeviceMatrix::Problem>> list;
+    for_busy([&](std::size_t e, std::int64_t begin, std::int64_t rows) {
+      list.emplace_back(singles_[static_cast<std::size_t>(copy)][e].get(),
+                        problem(begin, rows, experts_ + 1 + 2 * static_cast<std::int64_t>(e)));
+    });
+    return [this, list](Stream stream) {
+      const cuda::Launcher launcher(gpu_.info(), stream);
+      for (const auto& [matrix, p] : list) matrix->gemm(launcher, p);
+    };
+  }
+  GpuCall cublas_call(int copy) const {
+    std::vector<Cublas::Product> list;
+    const auto* w = values_[static_cast<std::size_t>(copy)].as<std::int8_t>();
+    for_busy([&](std::size_t e, std::int64_t begin, std::int64_t rows) {
+      list.push_back({a_q_.as<std::int8_t>() + begin * k_, w + static_cast<std::int64_t>(e) * n_ * k_,
+                      sums_.as<std::int32_t>() + begin * n_, rows, n_, k_});
+    });
+    return [this, list](Stream) {
+      for (const Cublas::Product& p : list) cublas_.multiply(p);
+    };
+  }
+
+  void describe(StudyWay& way, const cuda::DeviceMatrix::Kernel& kernel, const std::vector<std::int64_t>& rows) const {
+    const TileUse::Size size{kernel.config.block_n, kernel.config.features(), kernel.config.block_m};
+    TileUse use;
+    for (const std::int64_t r : rows) use.add(r, size, n_, k_);
+    way.use.tiles += use.tiles;
+    way.use.token_slots += use.token_slots;
+    way.use.rows += use.rows;
+    way.use.bytes += use.bytes;
+    const double resident = static_cast<double>(gpu_.info().multiprocessors) * kernel.loaded->blocks_per_multiprocessor;
+    way.occupancy += std::min(1.0, static_cast<double>(use.tiles) / resident);
+    const std::string tile = fmt::format("{}x{}", kernel.config.block_m, kernel.config.block_n);
+    way.tile = way.tile.empty() || way.tile == tile ? tile : "several";
+  }
+  StudyWay grouped_way(const std::string& name) const {
+    StudyWay way{.name = name};
+    describe(way, grouped_.front()->choose(std::accumulate(rows_.begin(), rows_.end(), std::int64_t{0})), rows_);
+    return way;
+  }
+  StudyWay single_way() const {
+    StudyWay way{.name = "per expert"};
+    double busy = 0;
+    for_busy([&](std::size_t e, std::int64_t, std::int64_t rows) {
+      describe(way, singles_.front()[e]->choose(rows), {rows});
+      ++busy;
+    });
+    way.occupancy /= busy;
+    return way;
+  }
+
+  // All ways compute the same: ours to the bit, cuBLAS's sums times the scales to bf16's accuracy.
+  void check_results(std::int64_t rows) {
+    const auto result = [&](const Tensor& t, const GpuCall& call) {
+      call(gpu_.stream());
+      gpu_.synchronize();
+      return Tensor::copy_of(t.view().slice(0, std::min(rows, kCheckedRows)));
+    };
+    const Tensor ours = result(out_, grouped_call(0, rows)), single = result(out_, single_call(0));
+    const Tensor sums = result(sums_, cublas_call(0));
+    if (!std::equal(ours.as<std::uint16_t>(), ours.as<std::uint16_t>() + ours.elems(), single.as<std::uint16_t>()))
+      fail(ErrorCode::internal, "study: the grouped GEMM and one GEMM per expert differ in {} experts", experts_);
+    if (in_.scheme != Scheme::int8_channel()) return;
+    const Tensor a_scale = Tensor::copy_of(a_scale_), w_scale = Tensor::copy_of(scale_.front());
+    double error = 0, norm = 0;
+    for_busy([&](std::size_t e, std::int64_t begin, std::int64_t count) {
+      for (std::int64_t r = begin; r < std::min(begin + count, ours.dim(0)); ++r) {
+        for (std::int64_t n = 0; n < n_; ++n) {
+          const double scale =
+              double{a_scale.as<float>()[r]} * double{w_scale.as<float>()[static_cast<std::int64_t>(e) * n_ + n]};
+          const double expected = num::bf16_to_float(ours.as<std::uint16_t>()[r * n_ + n]);
+          const double got = scale * sums.as<std::int32_t>()[r * n_ + n];
+          error += (got - expected) * (got - expected);
+          norm += expected * expected;
+        }
+      }
+    });
+    if (!(error <= 1e-4 * norm)) fail(ErrorCode::internal, "study: cuBLAS's sums differ from ours");
+  }
+
+  const StudyInput& in_;
+  GpuBench& gpu_;
+  Cublas& cublas_;
+  std::int64_t experts_, n_, k_;
+  std::vector<Tensor> values_, scale_;                                     // of each copy
+  std::vector<std::unique_ptr<cuda::DeviceMatrix>> grouped_;               // the same
+  std::vector<std::vector<std::unique_ptr<cuda::DeviceMatrix>>> singles_;  // the same, one for each expert
+  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, sums_, index_;
+  std::int64_t a_rows_ = 0;
+  std::vector<std::int64_t> rows_, begin_;  // of the case at hand
+};
+
+}  // namespace
+
+const char* to_string(Skew skew) {
+  static constexpr const char* kNames[] = {"even", "uniform", "zipf:1.2", "quarter"};
+  return kNames[static_cast<int>(skew)];
+}
+
+std::vector<std::int64_t> draw_rows(Skew skew, std::int64_t experts, std::int64_t rows, std::uint64_t seed) {
+  const auto count = static_cast<std::size_t>(experts);
+  std::vector<std::int64_t> result(count, 0);
+  std::mt19937_64 random(seed);
+  std::vector<std::size_t> order(count);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  for (std::size_t i = count - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
+  if (skew == Skew::even) {
+    for (std::size_t i = 0; i < count; ++i) {
+      result[order[i]] = rows / experts + (static_cast<std::int64_t>(i) < rows % experts ? 1 : 0);
+    }
+    return result;
+  }
+  std::int64_t drawn = rows;
+  std::vector<double> until(count);  // the sum of the weights up to the i-th in `order`
+  double sum = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    double weight = 1.0;
+    if (skew == Skew::zipf) weight = std::pow(static_cast<double>(i + 1), -kZipfExponent);
+    if (skew == Skew::quarter && i == 0 && count > 1) weight = 0.0;
+    until[i] = sum += weight;
+  }
+  if (skew == Skew::quarter) {
+    result[order[0]] = (rows + 3) / 4;
+    drawn -= result[order[0]];
+  }
+  for (std::int64_t i = 0; i < drawn; ++i) {
+    const double at = sum * (static_cast<double>(random() >> 11) * 0x1p-53);
+    const auto found = std::upper_bound(until.begin(), until.end(), at);
+    ++result[order[std::min(static_cast<std::size_t>(found - until.begin()), count - 1)]];
+  }
+  return result;
+}
+
+void TileUse::add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k) {
+  const std::int64_t token_tiles = ceil_div(rows_of_expert, size.tokens), column_tiles = ceil_div(n, size.columns);
+  tiles += token_tiles * column_tiles;
+  token_slots += token_tiles * size.tokens;
+  rows += rows_of_expert;
+  bytes += static_cast<double>(column_tiles * (token_tiles * size.weight_rows + rows_of_expert) * k);
+}
+
+double TileUse::waste() const {
+  return token_slots > 0 ? 1.0 - static_cast<double>(rows) / static_cast<double>(token_slots) : 0.0;
+}
+
+const StudyWay* StudyCase::find(const std::string& name) const {
+  const auto at = std::find_if(ways.begin(), ways.end(), [&](const StudyWay& w) { return w.name == name; });
+  return at == ways.end() ? nullptr : &*at;
+}
+
+GroupingStudy study_grouping(const StudyInput& input) {
+  search_python_wheels();
+  GpuBench gpu(input.device);
+  Cublas cublas(input.device);
+  cublas.use(gpu.stream());
+  StudyInput in = input;
+  // Some ways take a hundred times as long as others: as many rounds for all.
+  if (in.timing.iters == 0) in.timing.iters = 12;
+  GroupingStudy study{.scheme = in.scheme, .n = 2 * in.shape.intermediate, .k = in.shape.hidden};
+  study.top_k = in.shape.top_k;
+  study.device = to_string(in.device);
+  study.cublas = cublas.version();
+  study.gpu = gpu.describe();
+  study.ceilings = gpu.ceilings();
+  const double all = static_cast<double>(in.experts.size() * in.tokens.size() * std::size(kSkews));
+  for (const std::int64_t experts : in.experts) {
+    Bench bench(in, gpu, cublas, experts);
+    for (const std::int64_t tokens : in.tokens) {
+      for (const Skew skew : kSkews) {
+        in.on_step(static_cast<double>(study.cases.size()) / all,
+                   fmt::format("{} experts, T = {}, {}", experts, tokens, to_string(skew)));
+        study.cases.push_back(bench.run(tokens, skew, study.ceilings));
+      }
+    }
+  }
+  return study;
+}
+
+}  // namespace octomoe::cli

@@ -1,0 +1,87 @@
+// octomoe bench --study grouping: what one launch for all experts is worth against one launch for each.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "cli/gpu.h"
+#include "cli/harness.h"
+#include "cli/problem.h"
+
+namespace octomoe::cli {
+
+struct StudyInput {
+  ProblemShape shape;  // of a layer; its GEMM1 is studied: N 2I, K H
+  Scheme scheme = Scheme::int8_channel();
+  std::vector<std::int64_t> tokens = {1, 16, 128, 1024, 8192}, experts = {8, 64, 256};
+  HarnessOptions timing = {};
+  Device device = {};
+  std::uint64_t seed = 0;
+  std::function<void(double fraction, const std::string& what)> on_step = {};
+};
+
+// How rows fall on experts.
+enum class Skew {
+  even,     // as equal as can be
+  uniform,  // every row anywhere
+  zipf,     // the r-th most popular expert with weight 1 / r^1.2
+  quarter,  // one expert has a quarter of the rows, the others share the rest at random
+};
+const char* to_string(Skew skew);
+std::vector<std::int64_t> draw_rows(Skew skew, std::int64_t experts, std::int64_t rows, std::uint64_t seed);
+
+// A tile's size in tokens and output columns, and what becomes of an expert's rows in such tiles.
+struct TileUse {
+  std::int64_t tiles = 0, token_slots = 0, rows = 0;
+  double bytes = 0;  // that the tiles ask L2 for
+
+  struct Size {
+    std::int64_t tokens, columns, weight_rows;
+  };
+  void add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k);
+  double waste() const;  // the part of the tiles' tokens that are not there
+};
+
+struct StudyWay {
+  std::string name;  // "grouped", "grouped, weights in L2", "per expert", "cuBLAS"
+  std::int64_t launches = 0;
+  std::string tile = {};  // "256x128"; empty: not known
+  TileUse use = {};
+  double occupancy = 0;  // CTAs / CTAs that fit on the GPU at once, the mean of the launches; 0: not known
+  Timing graph = {}, eager = {};
+  double host_us = 0;
+};
+
+struct StudyCase {
+  std::int64_t tokens = 0, experts = 0;
+  Skew skew = Skew::even;
+  std::int64_t rows = 0, busy_experts = 0, largest = 0;  // experts with rows; rows of the largest
+  double waste_128 = 0;                                  // if every expert's rows were filled up to a multiple of 128
+  double bytes = 0;                                      // weights in use, rows, result, once
+  Floor floor = {};
+  int weight_copies = 1;
+  double clock_mhz = 0;
+  std::vector<StudyWay> ways = {};
+
+  const StudyWay* find(const std::string& name) const;
+  double rows_per_expert() const { return static_cast<double>(rows) / static_cast<double>(busy_experts); }
+};
+
+struct GroupingStudy {
+  Scheme scheme = {};
+  std::int64_t n = 0, k = 0;
+  int top_k = 0;
+  std::string device = {}, cublas = {};
+  nlohmann::ordered_json gpu = nullptr;
+  Ceilings ceilings = {};
+  std::vector<StudyCase> cases = {};
+};
+
+GroupingStudy study_grouping(const StudyInput& input);
+std::string render(const GroupingStudy& study, bool colour);
+nlohmann::ordered_json to_json(const GroupingStudy& study);
+
+}  // namespace octomoe::cli
