@@ -233,11 +233,9 @@ class Bench {
     }
   }
 
-  std::vector<Timing> time(const std::vector<Contender>& contenders, std::int64_t tokens,
-                           const std::function<void()>& after_round = {}) {
+  std::vector<Timing> time(const std::vector<Contender>& contenders, std::int64_t tokens) {
     return interleave(contenders, o_.timing, [&](int round, double fraction) {
       progress_.update(fraction, fmt::format("T = {}, round {}", tokens, round));
-      if (after_round) after_round();
     });
   }
 
@@ -309,19 +307,21 @@ class Bench {
         });
       }
     }
+    std::vector<GpuBench::Clocks> clocks;  // the same
     block.read_bytes = row_of("", false, schemes_.front(), {}, block).bytes;
     std::vector<Contender> contenders;
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
-      contenders.push_back(gpu_->contender(to_string(schemes_[i]), calls[i], o_.graph));
+      clocks.push_back(std::make_shared<std::vector<double>>());
+      contenders.push_back(gpu_->contender(to_string(schemes_[i]), calls[i], o_.graph, clocks.back()));
       if (o_.graph) contenders.push_back(gpu_->contender("eager", calls[i], false));
     }
     contenders.push_back(gpu_->read_contender(block.read_bytes, o_.graph));
-    const std::vector<Timing> timings =
-        time(contenders, tokens, [&] { block.clocks_mhz.push_back(gpu_->clock_mhz()); });
+    const std::vector<Timing> timings = time(contenders, tokens);
     block.read = timings.back();
     for (std::size_t i = 0, t = 0; i < schemes_.size(); ++i) {
       BenchRow row = row_of(to_string(schemes_[i]), false, schemes_[i], timings[t++], block);
       if (o_.graph) row.eager = timings[t++];
+      row.clocks_mhz = *clocks[i];
       row.host_us = gpu_->host_us(calls[i]);
       const GpuBench::WorkspaceUse workspace = gpu_->workspace(calls[i].front());
       row.workspace_bytes = workspace.bytes;

@@ -92,7 +92,7 @@ std::string render(const BenchBlock& b, bool colour) {
   const bool on_gpu = b.read.has_value();
   const bool eager = !b.rows.empty() && b.rows.front().eager.has_value();
   if (eager) columns.push_back({"eager"});
-  if (on_gpu) columns.push_back({"host"});
+  if (on_gpu) columns.insert(columns.end(), {{"host"}, {"SM clock"}});
   columns.push_back({"workspace"});
   Table table(columns);
   for (const BenchRow& r : b.rows) {
@@ -112,7 +112,10 @@ std::string render(const BenchBlock& b, bool colour) {
     ratio(bf16);
     ratio(peer);
     if (eager) cells.emplace_back(r.eager ? format_us(r.eager->median_us) : "-");
-    if (on_gpu) cells.emplace_back(r.host_us ? format_us(*r.host_us) : "-");
+    if (on_gpu) {
+      cells.emplace_back(r.host_us ? format_us(*r.host_us) : "-");
+      cells.emplace_back(fmt::format("{:.0f} MHz", quantile(r.clocks_mhz, 0.5)));
+    }
     std::string workspace = r.workspace_bytes ? format_bytes(*r.workspace_bytes) : "-";
     if (r.live_bytes) {
       workspace += fmt::format(" = {:.2f} x {} live", *r.workspace_bytes / *r.live_bytes, format_bytes(*r.live_bytes));
@@ -122,9 +125,8 @@ std::string render(const BenchBlock& b, bool colour) {
   }
   std::string gpu;
   if (on_gpu) {
-    gpu = fmt::format("; a plain read of {}: {} ({:.0f} GB/s); SM clock {:.0f} MHz ({:.0f} to {:.0f})",
-                      format_bytes(b.read_bytes), format_us(b.read->median_us), b.read_bytes_per_s() / 1e9,
-                      quantile(b.clocks_mhz, 0.5), quantile(b.clocks_mhz, 0.0), quantile(b.clocks_mhz, 1.0));
+    gpu = fmt::format("; a plain read of {}: {} ({:.0f} GB/s)", format_bytes(b.read_bytes),
+                      format_us(b.read->median_us), b.read_bytes_per_s() / 1e9);
   }
   std::string text = fmt::format("{} routes to {} experts, {} rounds{}\n{}", b.routes, b.touched_experts,
                                  b.rows.empty() ? 0 : b.rows.front().timing.rounds, gpu, table.render(colour));
@@ -136,8 +138,10 @@ Json to_json(const BenchReport& r) {
   const auto or_null = [](const auto& value) { return value ? Json(*value) : Json(nullptr); };
   Json results = Json::array();
   for (const BenchBlock& b : r.blocks) {
-    const auto clock = [&](double q) { return b.clocks_mhz.empty() ? Json(nullptr) : Json(quantile(b.clocks_mhz, q)); };
     for (const BenchRow& row : b.rows) {
+      const auto clock = [&](double q) {
+        return row.clocks_mhz.empty() ? Json(nullptr) : Json(quantile(row.clocks_mhz, q));
+      };
       const auto ratio = [&](const BenchRow* other) {
         return other ? Json(other->timing.median_us / row.timing.median_us) : Json(nullptr);
       };

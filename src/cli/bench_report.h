@@ -29,6 +29,7 @@ struct BenchRow {
   std::optional<double> live_bytes = {};  // the most of the workspace that is alive at once: no plan can need less
   std::optional<Timing> eager = {};       // with a graph: the same calls, made one by one
   std::optional<double> host_us = {};     // what an eager call costs the host
+  std::vector<double> clocks_mhz = {};    // right behind the calls of each round
   int weight_copies = 1;                  // that calls take turns with, so that weights are not found in L2
 
   double gb_per_s() const { return bytes / timing.median_us / 1e3; }
@@ -46,8 +47,7 @@ struct BenchBlock {  // one token count
   // GPU
   std::optional<Timing> read = {};  // a plain read of read_bytes in the same rounds
   double read_bytes = 0;
-  std::vector<double> clocks_mhz = {};  // after each round
-  std::vector<StageTime> stages = {};   // --profile
+  std::vector<StageTime> stages = {};  // --profile
 
   const BenchRow* peer() const;  // the fastest one
   const BenchRow* find(const std::string& name) const;

@@ -36,6 +36,18 @@ struct GpuBench::Impl {
     end.synchronize();
     return cuda::Event::elapsed_us(begin, end);
   }
+  // Cycles and nanoseconds of a loop that runs behind what is on the stream now: the load's clock, not that of a GPU
+  // which has waited for the host.
+  void launch_clock() const {
+    kernels::CeilingArgs a = args();
+    a.iterations = 20000;
+    cuda::launch(clock, {.grid = {1}, .stream = stream}, a);
+  }
+  double read_clock_mhz() const {
+    const Tensor host = Tensor::copy_of(sink);
+    const auto* v = host.as<std::int64_t>() + 2;
+    return v[1] > 0 ? 1e3 * static_cast<double>(v[0]) / static_cast<double>(v[1]) : 0;
+  }
   // Memory that is there to be read. What was captured before it grew must not run again.
   void grow_pool(std::int64_t bytes) {
     if (static_cast<std::int64_t>(pool.bytes()) >= bytes) return;
@@ -83,16 +95,6 @@ Ceilings GpuBench::ceilings() {
   return {1e6 * kPoolBytes / quantile(read, 0.5), 1e6 * ops / quantile(multiply, 0.5)};
 }
 
-double GpuBench::clock_mhz() {
-  kernels::CeilingArgs args = impl_->args();
-  args.iterations = 20000;
-  cuda::launch(impl_->clock, {.grid = {1}, .stream = impl_->stream}, args);
-  impl_->stream.synchronize();
-  const Tensor host = Tensor::copy_of(impl_->sink);
-  const auto* v = host.as<std::int64_t>() + 2;
-  return v[1] > 0 ? 1e3 * static_cast<double>(v[0]) / static_cast<double>(v[1]) : 0;
-}
-
 nlohmann::ordered_json GpuBench::describe() const {
   const int driver = cuda::driver().version;
   return {{"name", impl_->info.name},
@@ -113,7 +115,9 @@ int GpuBench::copies(double bytes) const {
   return static_cast<int>(std::clamp(wanted, 1.0, static_cast<double>(kGpuCalls)));
 }
 
-Contender GpuBench::contender(const std::string& name, std::vector<GpuCall> calls, bool graph) const {
+Contender GpuBench::contender(const std::string& name, std::vector<GpuCall> calls, bool graph,
+                              const Clocks& clocks) const {
+  const int count = static_cast<int>(calls.size());
   struct State {
     std::vector<GpuCall> calls;
     cuda::Event begin, end;
@@ -126,7 +130,8 @@ Contender GpuBench::contender(const std::string& name, std::vector<GpuCall> call
   const Stream stream = impl_->stream;
   s->make(stream);
   if (graph) s->graph = cuda::Graph::capture(stream, [&] { s->make(stream); });
-  return {name, [s, stream] {
+  return {name,
+          [s, stream, clocks, impl = impl_.get()] {
             s->begin.record(stream);
             if (s->graph) {
               s->graph->launch(stream);
@@ -134,9 +139,14 @@ Contender GpuBench::contender(const std::string& name, std::vector<GpuCall> call
               s->make(stream);
             }
             s->end.record(stream);
+            if (clocks) {
+              impl->launch_clock();
+              clocks->push_back(impl->read_clock_mhz());
+            }
             s->end.synchronize();
             return cuda::Event::elapsed_us(s->begin, s->end) / static_cast<double>(s->calls.size());
-          }};
+          },
+          count};
 }
 
 Contender GpuBench::cold_contender(const std::string& name, GpuCall call) {

@@ -30,7 +30,6 @@ class GpuBench {
   ~GpuBench();
 
   Ceilings ceilings();  // a plain read of 1 GiB; mma.sync m16n8k32 on registers
-  double clock_mhz();   // right now
   nlohmann::ordered_json describe() const;
   Device device() const;
   const cuda::DeviceInfo& info() const;
@@ -41,8 +40,10 @@ class GpuBench {
   // call meets the same bytes again; at most kGpuCalls.
   int copies(double bytes) const;
 
-  // Microseconds a call: all of them between two events. With `graph`, they are one captured graph.
-  Contender contender(const std::string& name, std::vector<GpuCall> calls, bool graph) const;
+  // Microseconds a call: all of them between two events. With `graph`, they are one captured graph. `clocks` gets the
+  // clock of the SMs in MHz right behind the calls, each time.
+  using Clocks = std::shared_ptr<std::vector<double>>;
+  Contender contender(const std::string& name, std::vector<GpuCall> calls, bool graph, const Clocks& clocks = {}) const;
   // The same for one call that finds nothing of its own in L2: another read comes first, outside the events.
   Contender cold_contender(const std::string& name, GpuCall call);
   // Plain reads of `bytes`, each elsewhere in memory: what a floor by memory is made of.

@@ -85,10 +85,12 @@ class Bench {
     const int calls = std::max(kLeastCalls, c.weight_copies);
     std::vector<Contender> contenders;
     std::vector<GpuCall> first;
+    std::vector<GpuBench::Clocks> clocks;
     const auto add = [&](const StudyWay& way, const std::function<GpuCall(int copy)>& make) {
       std::vector<GpuCall> all;
       for (int i = 0; i < calls; ++i) all.push_back(make(i));
-      contenders.push_back(gpu_.contender(way.name, all, true));
+      clocks.push_back(std::make_shared<std::vector<double>>());
+      contenders.push_back(gpu_.contender(way.name, all, true, clocks.back()));
       contenders.push_back(gpu_.contender(way.name, all, false));
       first.push_back(all.front());
       c.ways.push_back(way);
@@ -103,15 +105,13 @@ class Bench {
     add({.name = "cuBLAS"}, [&](int i) { return cublas_call(i % c.weight_copies); });
     contenders.push_back(gpu_.read_contender(c.bytes, true));
 
-    std::vector<double> clocks;
-    const std::vector<Timing> timings =
-        interleave(contenders, in_.timing, [&](int, double) { clocks.push_back(gpu_.clock_mhz()); });
+    const std::vector<Timing> timings = interleave(contenders, in_.timing);
     for (std::size_t w = 0; w < c.ways.size(); ++w) {
       c.ways[w].graph = timings[2 * w];
       c.ways[w].eager = timings[2 * w + 1];
+      c.ways[w].clock_mhz = quantile(*clocks[w], 0.5);
       c.ways[w].host_us = gpu_.host_us({first[w]});
     }
-    c.clock_mhz = quantile(clocks, 0.5);
     c.floor = floor_of(c.bytes, 1e6 * c.bytes / timings.back().median_us, ops, ceilings.int8_ops_per_s);
     return c;
   }

@@ -53,6 +53,7 @@ struct StudyWay {
   double occupancy = 0;  // CTAs / CTAs that fit on the GPU at once, the mean of the launches; 0: not known
   Timing graph = {}, eager = {};
   double host_us = 0;
+  double clock_mhz = 0;  // right behind the calls
 };
 
 struct StudyCase {
@@ -63,7 +64,6 @@ struct StudyCase {
   double bytes = 0;                                      // weights in use, rows, result, once
   Floor floor = {};
   int weight_copies = 1;
-  double clock_mhz = 0;
   std::vector<StudyWay> ways = {};
 
   const StudyWay* find(const std::string& name) const;

@@ -29,7 +29,8 @@ Json to_json(const StudyWay& w) {
           {"occupancy", if_ours(w.occupancy)},
           {"graph", to_json(w.graph)},
           {"eager", to_json(w.eager)},
-          {"host_us", w.host_us}};
+          {"host_us", w.host_us},
+          {"clock_mhz", w.clock_mhz}};
 }
 
 }  // namespace
@@ -101,7 +102,6 @@ Json to_json(const GroupingStudy& s) {
                      {"floor_us", c.floor.us},
                      {"floor_by", c.floor.by_memory ? "memory" : "compute"},
                      {"weight_copies", c.weight_copies},
-                     {"clock_mhz", c.clock_mhz},
                      {"ways", ways}});
   }
   return {
