@@ -38,9 +38,9 @@ struct GpuBench::Impl {
   }
   // Cycles and nanoseconds of a loop that runs behind what is on the stream now: the load's clock, not that of a GPU
   // which has waited for the host.
-  void launch_clock() const {
+  void launch_clock(int iterations) const {
     kernels::CeilingArgs a = args();
-    a.iterations = 20000;
+    a.iterations = iterations;
     cuda::launch(clock, {.grid = {1}, .stream = stream}, a);
   }
   double read_clock_mhz() const {
@@ -140,7 +140,7 @@ Contender GpuBench::contender(const std::string& name, std::vector<GpuCall> call
             }
             s->end.record(stream);
             if (clocks) {
-              impl->launch_clock();
+              impl->launch_clock(20000);
               clocks->push_back(impl->read_clock_mhz());
             }
             s->end.synchronize();
@@ -178,6 +178,10 @@ Contender GpuBench::read_contender(double bytes, bool graph) {
     });
   }
   return contender("read", std::move(calls), graph);
+}
+
+GpuCall GpuBench::empty_call() const {
+  return [impl = impl_.get()](Stream) { impl->launch_clock(0); };
 }
 
 double GpuBench::host_us(const std::vector<GpuCall>& calls) const {

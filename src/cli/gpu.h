@@ -48,6 +48,7 @@ class GpuBench {
   Contender cold_contender(const std::string& name, GpuCall call);
   // Plain reads of `bytes`, each elsewhere in memory: what a floor by memory is made of.
   Contender read_contender(double bytes, bool graph);
+  GpuCall empty_call() const;  // one launch of one block that does next to nothing
   // What a call costs the thread that makes it: the median over some rounds of all calls.
   double host_us(const std::vector<GpuCall>& calls) const;
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -21,6 +22,7 @@ namespace {
 
 constexpr Skew kSkews[] = {Skew::even, Skew::uniform, Skew::zipf, Skew::quarter};
 constexpr double kZipfExponent = 1.2;
+constexpr std::size_t kStreams = 8;
 constexpr int kLeastCalls = 4;              // between two events
 constexpr std::int64_t kCheckedRows = 256;  // cases of at most that many rows are compared value by value
 
@@ -101,7 +103,8 @@ class Bench {
     if (c.weight_copies > 1) {
       add(grouped_way("grouped, weights in L2"), [&](int) { return grouped_call(0, c.rows); });
     }
-    add(single_way(), [&](int i) { return single_call(i % c.weight_copies); });
+    add(single_way("per expert"), [&](int i) { return single_call(i % c.weight_copies); });
+    add(single_way("per expert, 8 streams"), [&](int i) { return forked_call(i % c.weight_copies); });
     add({.name = "cuBLAS"}, [&](int i) { return cublas_call(i % c.weight_copies); });
     contenders.push_back(gpu_.read_contender(c.bytes, true));
 
@@ -172,15 +175,35 @@ class Bench {
       if (rows_[e] > 0) fn(e, begin_[e], rows_[e]);
     }
   }
-  GpuCall single_call(int copy) const {
-    std::vector<std::pair<const cuda::DeviceMatrix*, cuda::DeviceMatrix::Problem>> list;
+  using Products = std::vector<std::pair<const cuda::DeviceMatrix*, cuda::DeviceMatrix::Problem>>;
+  Products products(int copy) const {
+    Products list;
     for_busy([&](std::size_t e, std::int64_t begin, std::int64_t rows) {
       list.emplace_back(singles_[static_cast<std::size_t>(copy)][e].get(),
                         problem(begin, rows, experts_ + 1 + 2 * static_cast<std::int64_t>(e)));
     });
-    return [this, list](Stream stream) {
+    return list;
+  }
+  GpuCall single_call(int copy) const {
+    return [this, list = products(copy)](Stream stream) {
       const cuda::Launcher launcher(gpu_.info(), stream);
       for (const auto& [matrix, p] : list) matrix->gemm(launcher, p);
+    };
+  }
+  GpuCall forked_call(int copy) {
+    return [this, list = products(copy)](Stream stream) {
+      const std::size_t streams = std::min(kStreams, list.size());
+      fork_.begin.record(stream);
+      for (std::size_t s = 0; s < streams; ++s) {
+        OCTOMOE_CUDA(cuStreamWaitEvent, fork_.streams[s].get(), fork_.begin.get(), 0);
+      }
+      for (std::size_t i = 0; i < list.size(); ++i) {
+        list[i].first->gemm(cuda::Launcher(gpu_.info(), fork_.streams[i % streams]), list[i].second);
+      }
+      for (std::size_t s = 0; s < streams; ++s) {
+        fork_.ends[s].record(fork_.streams[s]);
+        OCTOMOE_CUDA(cuStreamWaitEvent, cuda::cu_stream(stream), fork_.ends[s].get(), 0);
+      }
     };
   }
   GpuCall cublas_call(int copy) const {
@@ -213,8 +236,8 @@ class Bench {
     describe(way, grouped_.front()->choose(std::accumulate(rows_.begin(), rows_.end(), std::int64_t{0})), rows_);
     return way;
   }
-  StudyWay single_way() const {
-    StudyWay way{.name = "per expert"};
+  StudyWay single_way(const std::string& name) const {
+    StudyWay way{.name = name};
     double busy = 0;
     for_busy([&](std::size_t e, std::int64_t, std::int64_t rows) {
       describe(way, singles_.front()[e]->choose(rows), {rows});
@@ -253,6 +276,15 @@ class Bench {
     if (!(error <= 1e-4 * norm)) fail(ErrorCode::internal, "study: cuBLAS's sums differ from ours");
   }
 
+  struct Fork {
+    std::array<cuda::OwnedStream, kStreams> streams;
+    cuda::Event begin{false};
+    std::vector<cuda::Event> ends;
+    Fork() {
+      for (std::size_t i = 0; i < kStreams; ++i) ends.emplace_back(false);
+    }
+  };
+
   const StudyInput& in_;
   GpuBench& gpu_;
   Cublas& cublas_;
@@ -262,6 +294,7 @@ class Bench {
   std::vector<std::vector<std::unique_ptr<cuda::DeviceMatrix>>> singles_;  // the same, one for each expert
   Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, sums_, index_;
   std::int64_t a_rows_ = 0;
+  Fork fork_;
   std::vector<std::int64_t> rows_, begin_;  // of the case at hand
 };
 
@@ -337,6 +370,11 @@ GroupingStudy study_grouping(const StudyInput& input) {
   study.cublas = cublas.version();
   study.gpu = gpu.describe();
   study.ceilings = gpu.ceilings();
+  const std::vector<GpuCall> launches(64, gpu.empty_call());
+  const std::vector<Timing> empty =
+      interleave({gpu.contender("graph", launches, true), gpu.contender("eager", launches, false)}, in.timing);
+  study.launch_graph_us = empty[0].median_us;
+  study.launch_eager_us = empty[1].median_us;
   const double all = static_cast<double>(in.experts.size() * in.tokens.size() * std::size(kSkews));
   for (const std::int64_t experts : in.experts) {
     Bench bench(in, gpu, cublas, experts);

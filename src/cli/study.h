@@ -46,7 +46,7 @@ struct TileUse {
 };
 
 struct StudyWay {
-  std::string name;  // "grouped", "grouped, weights in L2", "per expert", "cuBLAS"
+  std::string name;  // "grouped", "grouped, weights in L2", "per expert", "per expert, 8 streams", "cuBLAS"
   std::int64_t launches = 0;
   std::string tile = {};  // "256x128"; empty: not known
   TileUse use = {};
@@ -77,6 +77,7 @@ struct GroupingStudy {
   std::string device = {}, cublas = {};
   nlohmann::ordered_json gpu = nullptr;
   Ceilings ceilings = {};
+  double launch_graph_us = 0, launch_eager_us = 0;  // of a kernel that does nothing
   std::vector<StudyCase> cases = {};
 };
 
