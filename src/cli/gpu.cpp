@@ -185,13 +185,14 @@ GpuCall GpuBench::empty_call() const {
 }
 
 double GpuBench::host_us(const std::vector<GpuCall>& calls) const {
+  constexpr int kWarmup = 12, kRounds = 15;
   std::vector<double> us;
-  for (int i = 0; i < 9; ++i) {
-    us.push_back(time_us([&] {
-                   for (const GpuCall& call : calls) call(impl_->stream);
-                 }) /
-                 static_cast<double>(calls.size()));
+  for (int i = 0; i < kWarmup + kRounds; ++i) {
+    const double round = time_us([&] {
+      for (const GpuCall& call : calls) call(impl_->stream);
+    });
     impl_->stream.synchronize();
+    if (i >= kWarmup) us.push_back(round / static_cast<double>(calls.size()));
   }
   return quantile(us, 0.5);
 }

@@ -49,7 +49,7 @@ class GpuBench {
   // Plain reads of `bytes`, each elsewhere in memory: what a floor by memory is made of.
   Contender read_contender(double bytes, bool graph);
   GpuCall empty_call() const;  // one launch of one block that does next to nothing
-  // What a call costs the thread that makes it: the median over some rounds of all calls.
+  // What a call costs the thread that makes it, over and over, on a stream that was idle.
   double host_us(const std::vector<GpuCall>& calls) const;
 
   struct WorkspaceUse {

@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <memory>
 #include <numeric>
-#include <random>
 
 #include "cli/cublas.h"
 #include "cli/cuda_probe.h"
@@ -21,7 +19,6 @@ namespace octomoe::cli {
 namespace {
 
 constexpr Skew kSkews[] = {Skew::even, Skew::uniform, Skew::zipf, Skew::quarter};
-constexpr double kZipfExponent = 1.2;
 constexpr std::size_t kStreams = 8;
 constexpr int kLeastCalls = 4;              // between two events
 constexpr std::int64_t kCheckedRows = 256;  // cases of at most that many rows are compared value by value
@@ -299,57 +296,6 @@ class Bench {
 };
 
 }  // namespace
-
-const char* to_string(Skew skew) {
-  static constexpr const char* kNames[] = {"even", "uniform", "zipf:1.2", "quarter"};
-  return kNames[static_cast<int>(skew)];
-}
-
-std::vector<std::int64_t> draw_rows(Skew skew, std::int64_t experts, std::int64_t rows, std::uint64_t seed) {
-  const auto count = static_cast<std::size_t>(experts);
-  std::vector<std::int64_t> result(count, 0);
-  std::mt19937_64 random(seed);
-  std::vector<std::size_t> order(count);
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  for (std::size_t i = count - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
-  if (skew == Skew::even) {
-    for (std::size_t i = 0; i < count; ++i) {
-      result[order[i]] = rows / experts + (static_cast<std::int64_t>(i) < rows % experts ? 1 : 0);
-    }
-    return result;
-  }
-  std::int64_t drawn = rows;
-  std::vector<double> until(count);  // the sum of the weights up to the i-th in `order`
-  double sum = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    double weight = 1.0;
-    if (skew == Skew::zipf) weight = std::pow(static_cast<double>(i + 1), -kZipfExponent);
-    if (skew == Skew::quarter && i == 0 && count > 1) weight = 0.0;
-    until[i] = sum += weight;
-  }
-  if (skew == Skew::quarter) {
-    result[order[0]] = (rows + 3) / 4;
-    drawn -= result[order[0]];
-  }
-  for (std::int64_t i = 0; i < drawn; ++i) {
-    const double at = sum * (static_cast<double>(random() >> 11) * 0x1p-53);
-    const auto found = std::upper_bound(until.begin(), until.end(), at);
-    ++result[order[std::min(static_cast<std::size_t>(found - until.begin()), count - 1)]];
-  }
-  return result;
-}
-
-void TileUse::add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k) {
-  const std::int64_t token_tiles = ceil_div(rows_of_expert, size.tokens), column_tiles = ceil_div(n, size.columns);
-  tiles += token_tiles * column_tiles;
-  token_slots += token_tiles * size.tokens;
-  rows += rows_of_expert;
-  bytes += static_cast<double>(column_tiles * (token_tiles * size.weight_rows + rows_of_expert) * k);
-}
-
-double TileUse::waste() const {
-  return token_slots > 0 ? 1.0 - static_cast<double>(rows) / static_cast<double>(token_slots) : 0.0;
-}
 
 const StudyWay* StudyCase::find(const std::string& name) const {
   const auto at = std::find_if(ways.begin(), ways.end(), [&](const StudyWay& w) { return w.name == name; });

@@ -10,6 +10,7 @@
 #include "cli/gpu.h"
 #include "cli/harness.h"
 #include "cli/problem.h"
+#include "cli/row_groups.h"
 
 namespace octomoe::cli {
 
@@ -21,28 +22,6 @@ struct StudyInput {
   Device device = {};
   std::uint64_t seed = 0;
   std::function<void(double fraction, const std::string& what)> on_step = {};
-};
-
-// How rows fall on experts.
-enum class Skew {
-  even,     // as equal as can be
-  uniform,  // every row anywhere
-  zipf,     // the r-th most popular expert with weight 1 / r^1.2
-  quarter,  // one expert has a quarter of the rows, the others share the rest at random
-};
-const char* to_string(Skew skew);
-std::vector<std::int64_t> draw_rows(Skew skew, std::int64_t experts, std::int64_t rows, std::uint64_t seed);
-
-// A tile's size in tokens and output columns, and what becomes of an expert's rows in such tiles.
-struct TileUse {
-  std::int64_t tiles = 0, token_slots = 0, rows = 0;
-  double bytes = 0;  // that the tiles ask L2 for
-
-  struct Size {
-    std::int64_t tokens, columns, weight_rows;
-  };
-  void add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k);
-  double waste() const;  // the part of the tiles' tokens that are not there
 };
 
 struct StudyWay {
