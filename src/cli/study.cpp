@@ -44,16 +44,24 @@ QuantizedMatrix on_device(QuantizedMatrix m, Device device) {
   return m;
 }
 
+std::int64_t busy(const std::vector<std::int64_t>& rows) {
+  return std::count_if(rows.begin(), rows.end(), [](std::int64_t r) { return r > 0; });
+}
+
 // The weights of one expert count, and everything that the ways share.
 class Bench {
  public:
   Bench(const StudyInput& in, GpuBench& gpu, Cublas& cublas, std::int64_t experts)
       : in_(in), gpu_(gpu), cublas_(cublas), experts_(experts), n_(2 * in.shape.intermediate), k_(in.shape.hidden) {
-    const double bytes = static_cast<double>(experts * n_ * k_);
-    const int copies = gpu.copies(bytes);
-    for (int c = 0; c < copies; ++c) {
-      const QuantizedMatrix m = on_device(
-          random_matrix(in.scheme, {experts, n_, k_}, 1, in.seed + 7 * static_cast<std::uint64_t>(c), 0), in.device);
+    // A case's calls want the same experts: the case with the fewest needs most copies of the weights.
+    std::int64_t least = experts;
+    for (const std::int64_t tokens : in.tokens) {
+      for (const Skew skew : kSkews)
+        least = std::min(least, busy(draw_rows(skew, experts, tokens * in.shape.top_k, in.seed)));
+    }
+    const QuantizedMatrix original = on_device(random_matrix(in.scheme, {experts, n_, k_}, 1, in.seed, 0), in.device);
+    for (int c = 0; c < copies_for(least); ++c) {
+      const QuantizedMatrix m = on_device(original, in.device);
       values_.push_back(m.values);
       scale_.push_back(m.scale);
       grouped_.push_back(matrix(m));
@@ -70,9 +78,9 @@ class Bench {
     StudyCase c{.tokens = tokens, .experts = experts_, .skew = skew};
     c.rows = tokens * in_.shape.top_k;
     rows_ = draw_rows(skew, experts_, c.rows, in_.seed);
-    c.busy_experts = std::count_if(rows_.begin(), rows_.end(), [](std::int64_t r) { return r > 0; });
+    c.busy_experts = busy(rows_);
     c.largest = *std::max_element(rows_.begin(), rows_.end());
-    c.weight_copies = static_cast<int>(grouped_.size());
+    c.weight_copies = std::min(copies_for(c.busy_experts), static_cast<int>(grouped_.size()));
     TileUse padded;
     for (const std::int64_t r : rows_) padded.add(r, {128, n_, n_}, n_, k_);
     c.waste_128 = padded.waste();
@@ -120,6 +128,8 @@ class Bench {
   std::unique_ptr<cuda::DeviceMatrix> matrix(QuantizedMatrix m) const {
     return std::make_unique<cuda::DeviceMatrix>(std::move(m), Tensor(), kernels::Epilogue::store, gpu_.info(), "w");
   }
+
+  int copies_for(std::int64_t experts) const { return gpu_.copies(static_cast<double>(experts * n_ * k_)); }
 
   void quantise(std::int64_t rows) {
     const cuda::ScaleColumns columns = grouped_.front()->scale_columns();
