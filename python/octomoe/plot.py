@@ -224,10 +224,16 @@ def draw_grouping(report: dict[str, Any], path: str | Path) -> None:
     Raises:
         ValueError: there is nothing to draw.
     """
-    cases = [case for case in report.get("cases") or [] if _number(case.get("rows_per_expert"))]
+    cases = [
+        case
+        for case in report.get("cases") or []
+        if _number(case.get("experts"))
+        and _number(case.get("rows_per_expert"))
+        and len(_relative_times(case)) > 1
+    ]
     counts = sorted({case["experts"] for case in cases})
     if not counts:
-        raise ValueError("no case with experts and rows_per_expert")
+        raise ValueError("no case with experts, rows_per_expert and the times of several ways")
     plt = pyplot()
     figure, panels = plt.subplots(
         1, len(counts), figsize=(3.6 * len(counts) + 0.6, 4.2), sharey=True, squeeze=False

@@ -94,7 +94,9 @@ def grouping_report(**fields):
     "report",
     [
         grouping_report(gpu={"name": "some GPU"}, n=1024, k=2048),
-        grouping_report(cases=[{"experts": 8, "rows_per_expert": 1.0}]),
+        grouping_report(
+            cases=[{"experts": 8, "rows_per_expert": 1.0}, grouping_report()["cases"][1]]
+        ),
         grouping_report(gpu=None),
     ],
 )
@@ -110,7 +112,14 @@ def test_plot_of_the_grouping_study(report, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"results": [{"tokens": 1}]}', '{"study": "grouping", "cases": []}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"results": [{"tokens": 1}]}',
+        '{"study": "grouping", "cases": []}',
+        '{"study": "grouping", "cases": [{"experts": 8, "rows_per_expert": 1.0}]}',
+    ],
 )
 def test_plot_refuses(text, tmp_path):
     need("matplotlib")
