@@ -15,6 +15,13 @@ namespace octomoe OCTOMOE_API {
 
 using Stream = void*;  // cudaStream_t of a CUDA device; ignored on the CPU
 
+// Which of the GPU's GEMM kernels run. Results are the same to the bit.
+enum class KernelFamily : std::uint8_t {
+  automatic,  // the faster one for the call's size; OCTOMOE_KERNEL_FAMILY=sm80|sm90, read once, decides where it can
+  sm80,       // mma.sync: every NVIDIA GPU from SM80 on, every integer scheme
+  sm90,       // wgmma, on SM90: Error(unsupported) if it cannot run these weights
+};
+
 struct LayerOptions {
   float swiglu_alpha = 1.702f;              // swigluoai
   std::optional<float> swiglu_limit;        // swigluoai (default 7 there) and swiglu (default: no clamp)
@@ -27,6 +34,12 @@ struct LayerOptions {
   // CUDA: normally GEMM1 gathers quantised tokens by itself and applies SwiGLU in its epilogue. Off: as kernels of
   // their own, same results, to measure what the fusion is worth.
   bool fused_gather = true, fused_activation = true;
+  KernelFamily family = KernelFamily::automatic;  // CUDA
+  // CUDA: calls that repeat are replayed. From the third call on with the same addresses, shapes, options and stream,
+  // whatever the contents, the host launches a graph that the layer has made of it, instead of its kernels. Graphs of
+  // this many calls are kept, the latest (about 0.11 MiB of GPU memory each, once made); 0: none, at most 64. Replayed
+  // kernels have the stream's priority, but not what else a stream may have: an access policy window, a green context.
+  int replays = 16;
 };
 
 struct ForwardOptions {
@@ -84,7 +97,7 @@ struct Groups {
 // A matrix stack made ready for a device (CPU: packed). Reuse it across calls.
 class PreparedMatrix {
  public:
-  PreparedMatrix(Device device, QuantizedMatrix matrix, int threads = 0);
+  PreparedMatrix(Device device, QuantizedMatrix matrix, int threads = 0, KernelFamily family = KernelFamily::automatic);
   ~PreparedMatrix();
   PreparedMatrix(PreparedMatrix&&) noexcept;
   PreparedMatrix& operator=(PreparedMatrix&&) noexcept;

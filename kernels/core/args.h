@@ -103,6 +103,51 @@ struct TransposeScalesArgs {
   int32_t broadcast;  // scale holds one value for all rows
 };
 
+// Few tokens (sm90/few_tokens.cuh): at most kFewRoutes routes, int8_channel, swiglu.
+inline constexpr int kFewTokens = 4, kFewRoutes = 32;
+
+struct FewRoutes {
+  const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
+  int64_t ids_stride;
+  int32_t ids_are_64;
+  int32_t tokens, top_k;
+  const int32_t* expert_map;  // global -> local, or null
+  int32_t id_limit;
+  const float* topk_weights;  // [T, k], row stride in elements
+  int64_t weights_stride;
+  int32_t weight_on_input;  // the router weight multiplies x, not y
+};
+
+// One of the two matrices of every expert.
+struct FewMatrix {
+  const int8_t* w;        // [E, n, k]
+  const float* scale;     // [E, n]; per_tensor: [E]
+  const float* bias;      // [E, n] or null
+  const int32_t* column_sum;  // asymmetric: [E, n]; null: symmetric
+  const float* static_scale;  // or null
+  int32_t n, k, per_tensor;
+};
+
+struct FewGateUpArgs {
+  FewRoutes routes;
+  FewMatrix w13;
+  RowView x;    // [T, H]
+  uint16_t* h;  // [T * k, I] bf16, by route
+  int32_t up_first;
+  float limit;  // +Inf: none
+};
+
+struct FewDownArgs {
+  FewRoutes routes;
+  FewMatrix w2;
+  const uint16_t* h;  // [T * k, I] bf16
+  void* out;          // [T, H]
+  int64_t out_stride;
+  OutType out_type;
+  int32_t accumulate;
+  int32_t columns;  // of out that a CTA computes
+};
+
 // Quantised tokens copied to row order: what a GEMM without a gather reads.
 struct GatherRowsArgs {
   const int8_t* q;           // [T, K]

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/tensor_map.h"
 
 namespace octomoe::kernels {
 
@@ -59,6 +60,32 @@ struct GemmConfig {
 
 inline constexpr int kMaxExperts = 1024;
 
+// The same for the wgmma kernels of SM90 (sm90/grouped_gemm.cuh): 256 weight rows by up to block_n tokens.
+struct WgmmaConfig {
+  Promotion promotion;
+  Epilogue epilogue;
+  int block_n;  // most tokens of a tile, a multiple of 16; a tile is computed as wide as its rows need
+  int stages;
+  int block_stages;  // stages of a K-block of the scales; channel: 1
+  int cluster;       // 2: CTAs work in pairs on two token tiles of one expert and share the weights
+
+  static constexpr int kBlockM = 256, kBlockK = 128;
+  static constexpr int kConsumers = 2;  // warpgroups, 128 weight rows each
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+
+  OCTOMOE_HD constexpr bool gated() const { return epilogue == Epilogue::swiglu; }
+  OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
+  OCTOMOE_HD constexpr int features() const { return gated() ? kBlockM / 2 : kBlockM; }  // output columns of a tile
+  OCTOMOE_HD constexpr int stage_bytes() const { return (kBlockM + block_n) * kBlockK; }
+  // The ring; per stage a word for each token and two scale blocks, or for each of stages + 1 tiles the scales of its
+  // tokens and weight rows; the tile list; where a stage's tile lies; barriers. Rounded up for what alignment takes.
+  OCTOMOE_HD constexpr int pipeline_bytes() const {
+    return stages * stage_bytes() + (has_blocks() ? stages * 2 * block_n * 4 : 4) +
+           (stages + 1) * (promotion != Promotion::block ? block_n + kBlockM : 2) * 4 + ((kMaxExperts + 1) * 8 + 128) +
+           stages * 32 + 64;
+  }
+};
+
 struct GemmArgs {
   const int8_t* a;                // [rows of a, K]
   const int8_t* w;                // [E, N, K], natural layout
@@ -88,6 +115,13 @@ struct GemmArgs {
   int32_t flush_blocks;        // hybrid: K-blocks per chunk
   int32_t up_first;            // gated: the first half of w is up
   float limit;                 // swiglu: clamps gate and up; +Inf: none
+};
+
+// gemm.expert_offsets must have been written at least two launches before: they are read, and the first weights are
+// asked for, before the kernel waits for its predecessor.
+struct WgmmaArgs {
+  TensorMap weights;  // src/cuda/tensor_map.h
+  GemmArgs gemm;
 };
 
 }  // namespace octomoe::kernels

@@ -31,7 +31,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 }
 __device__ __forceinline__ float clamp(float x, float lo, float hi) { return min_nan(max_nan(x, lo), hi); }
 
-__device__ __forceinline__ float exp2p(float t) {  // |t| <= 126 or NaN
+__device__ __forceinline__ float exp2p_finite(float t) {  // |t| <= 126
   // 1.5 * 2^23 added and taken away rounds to the nearest even integer and leaves it in the low bits of the sum.
   const float shifted = __fadd_rn(t, 12582912.0f);
   const float f = __fsub_rn(t, __fsub_rn(shifted, 12582912.0f));
@@ -40,9 +40,9 @@ __device__ __forceinline__ float exp2p(float t) {  // |t| <= 126 or NaN
   p = __fmaf_rn(p, f, 0x1.ebf918p-3f);
   p = __fmaf_rn(p, f, 0x1.62e428p-1f);
   p = __fmaf_rn(p, f, 0x1.000002p+0f);
-  const float r = from_bits(bits(p) + (bits(shifted) << 23));
-  return is_nan(t) ? nan() : r;
+  return from_bits(bits(p) + (bits(shifted) << 23));
 }
+__device__ __forceinline__ float exp2p(float t) { return is_nan(t) ? nan() : exp2p_finite(t); }  // |t| <= 126 or NaN
 __device__ __forceinline__ float exp(float x) { return exp2p(clamp(__fmul_rn(x, 0x1.715476p+0f), -126.0f, 126.0f)); }
 
 __device__ __forceinline__ float rcp(float d) {  // d in [1, 2^127) or NaN
@@ -53,7 +53,11 @@ __device__ __forceinline__ float rcp(float d) {  // d in [1, 2^127) or NaN
   return __fmaf_rn(r1, t, r1);
 }
 __device__ __forceinline__ float sigmoid(float x) { return rcp(__fadd_rn(1.0f, num::exp(-x))); }
-__device__ __forceinline__ float silu(float x) { return __fmul_rn(x, sigmoid(x)); }
+// x * sigmoid(x). A NaN need not survive inside the sigmoid: the product with x keeps it.
+__device__ __forceinline__ float silu(float x) {
+  const float t = fminf(fmaxf(__fmul_rn(-x, 0x1.715476p+0f), -126.0f), 126.0f);
+  return __fmul_rn(x, rcp(__fadd_rn(1.0f, exp2p_finite(t))));
+}
 __device__ __forceinline__ float gelu_tanh(float x) {
   const float d = __fmaf_rn(__fmul_rn(x, x), 0.044715f, 1.0f);
   return __fmul_rn(x, sigmoid(__fmul_rn(__fmul_rn(x, 1.5957691216f), d)));

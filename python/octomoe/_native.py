@@ -118,6 +118,7 @@ _NAMES = (
     "grouped_gemm",
     "make_layer",
     "layer_forward",
+    "layer_forward_allocating",
     "layer_reserve",
     "layer_workspace_bytes",
     "layer_info",

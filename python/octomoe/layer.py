@@ -30,6 +30,8 @@ class MoeLayer:
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
         fused_gather, fused_activation: CUDA: False runs the step as a kernel of its own, with the
             same result, to measure what the fusion is worth.
+        replays: CUDA: how many calls the layer keeps a CUDA graph of, to replay those that come
+            again with the same memory, shapes and stream; 0 to 64.
 
     Raises:
         InvalidArgument, Unsupported: the weights do not fit together, or the device cannot.
@@ -51,6 +53,7 @@ class MoeLayer:
         threads: int = 0,
         fused_gather: bool = True,
         fused_activation: bool = True,
+        replays: int = 16,
     ) -> None:
         if not isinstance(weights, MoeWeights):
             raise InvalidArgument(f"weights: expected MoeWeights, got {type(weights).__name__}")
@@ -64,6 +67,7 @@ class MoeLayer:
             threads=threads,
             fused_gather=bool(fused_gather),
             fused_activation=bool(fused_activation),
+            replays=replays,
         )
         self._handle = lib.make_layer(find_cuda_libraries(str(device)), weights._live(), named)
         self._info = dict(lib.layer_info(self._handle).items())

@@ -97,27 +97,27 @@ _library.define(
 )
 
 
+# Whether this PyTorch lends the library its allocator: from 2.10 on, or with torch-c-dlpack-ext.
+_lends_allocator = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
 def _fused_moe_op(x, number, topk_weights, topk_ids, *, out_dtype=None):
-    layer = _lookup(number, MoeLayer)
-    if not x.is_cuda:
-        return layer.forward(x, topk_ids, topk_weights, out_dtype=out_dtype)
-    if x.dim() != 2 or topk_ids.dim() != 2:  # the library's error says what was expected
-        return layer.forward(x, topk_ids, topk_weights, out_dtype=out_dtype)
-    out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
-    # torch's allocator knows streams and graphs: memory of this call is never another's.
-    size = lib.layer_workspace_bytes(layer._handle, x.shape[0], topk_ids.shape[1])
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    lib.layer_forward(
-        layer._handle,
-        x.detach() if x.requires_grad else x,
-        topk_ids,
-        topk_weights.detach() if topk_weights.requires_grad else topk_weights,
-        out,
-        False,
-        False,
-        workspace,
-        None,
-    )
+    layer = _lookup(number, MoeLayer)._handle
+    if x.requires_grad:
+        x = x.detach()
+    if topk_weights.requires_grad:
+        topk_weights = topk_weights.detach()
+    out = torch.empty_like(x) if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
+    # On a GPU the workspace is of torch's allocator, which knows streams and graphs: memory of this
+    # call is never another's.
+    if x.is_cuda and _lends_allocator:
+        lib.layer_forward_allocating(layer, x, topk_ids, topk_weights, out)
+        return out
+    workspace = None
+    if x.is_cuda and x.dim() == topk_ids.dim() == 2:  # else the library says what it expected
+        size = lib.layer_workspace_bytes(layer, x.shape[0], topk_ids.shape[1])
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    lib.layer_forward(layer, x, topk_ids, topk_weights, out, False, False, workspace, None)
     return out
 
 
@@ -196,8 +196,48 @@ def _fake_grouped_gemm(a, number, n, index, *_, out_dtype=None, **__):
     return a.new_empty((*a.shape[:-1], n), dtype=out_dtype or torch.bfloat16)
 
 
-def _no_backward(ctx, *grads):
-    raise NotImplementedError("OctoMoE's operators have no gradients: they are for inference")
+class _NoGradient(torch.autograd.Function):
+    """Runs an operator on tensors that require gradients; to ask for one is an error."""
+
+    @staticmethod
+    def forward(ctx, run, *tensors):
+        return run()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("OctoMoE's operators have no gradients: they are for inference")
+
+
+# Dispatch keys of an ordinary call: no mode, transform, subclass, tracer between it and the kernel.
+_ORDINARY = (
+    torch._C._dispatch_keys(torch.empty(0))
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+).raw_repr()
+
+
+def _autograd_kernel(operator, kernel):
+    """What autograd runs: the kernel itself where nothing else wants to see the call.
+
+    torch.library.register_autograd would dispatch every call through Python a second time, which
+    costs as much as the rest of the call.
+    """
+
+    def call(keyset, *args, **kwargs):
+        wants_gradient = torch._C._any_requires_grad(*args)  # no keyword is a tensor
+        if not wants_gradient and not keyset.raw_repr() & ~_ORDINARY:
+            return kernel(*args, **kwargs)
+
+        def below():
+            with torch._C._AutoDispatchBelowAutograd():
+                rest = keyset & torch._C._after_autograd_keyset
+                return operator.redispatch(rest, *args, **kwargs)
+
+        if not wants_gradient or not torch.is_grad_enabled():
+            return below()
+        return _NoGradient.apply(below, *args)
+
+    return call
 
 
 for _name, _kernel, _fake in (
@@ -208,7 +248,10 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"octomoe::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"octomoe::{_name}", _no_backward, lib=_library)
+    _operator = getattr(torch.ops.octomoe, _name).default
+    _library.impl(_name, _autograd_kernel(_operator, _kernel), "Autograd", with_keyset=True)
+
+_fused_moe = torch.ops.octomoe.fused_moe.default
 
 
 def fused_moe(
@@ -298,7 +341,7 @@ class FusedMoe(torch.nn.Module):
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         """x [T, H] -> [T, H]."""
-        return torch.ops.octomoe.fused_moe(x, self.number, topk_weights, topk_ids)
+        return _fused_moe(x, self.number, topk_weights, topk_ids)
 
     def extra_repr(self) -> str:
         layer = self.layer

@@ -1,4 +1,6 @@
 // MoeLayer and route.
+#include <tvm/ffi/extra/c_env_api.h>
+
 #include "objects.h"
 
 namespace octomoe::python {
@@ -19,6 +21,7 @@ MoeLayerRef make_layer(const ffi::String& device, const MoeWeightsRef& weights, 
     l.threads = static_cast<int>(o.get<std::int64_t>("threads", 0));
     l.fused_gather = o.get<bool>("fused_gather", true);
     l.fused_activation = o.get<bool>("fused_activation", true);
+    l.replays = static_cast<int>(o.get<std::int64_t>("replays", l.replays));
     l.keep_weights = o.get<bool>("keep_weights", false);
     return MoeLayerRef(MoeLayer(Device::parse(device), *weights, std::move(l)));
   });
@@ -33,6 +36,26 @@ void layer_forward(const MoeLayerRef& layer, const ffi::Tensor& x, const ffi::Te
     const TensorView weights = view_of(topk_weights, "topk_weights"), out_view = view_of(out, "out");
     const ForwardOptions options{accumulate, check_ids, view_of(workspace, "workspace")};
     (*layer).forward(x_view, ids, weights, out_view, options, stream_of(stream, (*layer).device()));
+  });
+}
+
+// layer_forward with a workspace from the allocator of the tensors' framework, as PyTorch's operator wants it: memory
+// of its own for this call on the framework's current stream, in a graph's pool while one is captured.
+void layer_forward_allocating(const MoeLayerRef& layer, const ffi::Tensor& x, const ffi::Tensor& topk_ids,
+                              const ffi::Tensor& topk_weights, const ffi::Tensor& out) {
+  guarded([&] {
+    MoeLayer& l = *layer;
+    const TensorView x_view = view_of(x, "x"), ids = view_of(topk_ids, "topk_ids");
+    const TensorView weights = view_of(topk_weights, "topk_weights"), out_view = view_of(out, "out");
+    const Stream stream = stream_of(std::nullopt, l.device());
+    OptionalTensor workspace;
+    if (x_view.rank() == 2 && ids.rank() == 2) {  // else forward() says what it expected
+      const std::size_t bytes = l.workspace_bytes(x_view.dim(0), static_cast<int>(ids.dim(1)));
+      const auto size = static_cast<std::int64_t>(bytes);
+      workspace = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(&size, 1), DLDataType{kDLUInt, 8, 1},
+                                            DLDevice{kDLCUDA, l.device().index});
+    }
+    l.forward(x_view, ids, weights, out_view, {.workspace = view_of(workspace, "workspace")}, stream);
   });
 }
 
@@ -101,6 +124,7 @@ void run_route(const RouterRef& router, const ffi::Tensor& logits, const Optiona
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_layer, octomoe::python::make_layer)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_forward, octomoe::python::layer_forward)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_forward_allocating, octomoe::python::layer_forward_allocating)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_reserve, octomoe::python::layer_reserve)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_workspace_bytes, octomoe::python::layer_workspace_bytes)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(layer_info, octomoe::python::layer_info)

@@ -30,11 +30,11 @@ constexpr std::int64_t kMaxTokens = 1 << 20;
 constexpr double kBusySpread = 0.3;  // a quiet machine stays below a tenth
 
 struct Options {
-  std::string model, tokens, schemes, device = "cpu", routing = "uniform", peer = "none", study, json, plot;
+  std::string model, tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, study, json, plot;
   std::int64_t experts = 0, experts_local = 0, hidden = 0, intermediate = 0;
   int top_k = 0, threads = 0;
   std::uint64_t seed = 0;
-  bool graph = false, profile = false, no_fused_gather = false, no_fused_activation = false;
+  bool graph = false, profile = false, no_fused_gather = false, no_fused_activation = false, no_replay = false;
   HybridParameters hybrid;
   HarnessOptions timing;
 };
@@ -178,8 +178,11 @@ class Bench {
       if (o_.peer != "none")
         throw UsageError("--peer torch: times PyTorch on the CPU, so it does not go with --device cuda");
       if (schemes == "all") std::erase_if(schemes_, [](const Scheme& s) { return !s.is_integer(); });
-    } else if (o_.graph || o_.profile || o_.no_fused_gather || o_.no_fused_activation || !o_.study.empty()) {
-      throw UsageError("--graph, --profile, --study, --no-fused-gather, --no-fused-activation: for --device cuda");
+    } else if (o_.graph || o_.profile || o_.no_fused_gather || o_.no_fused_activation || o_.no_replay ||
+               !o_.family.empty() || !o_.study.empty()) {
+      throw UsageError(
+          "--graph, --profile, --study, --no-fused-gather, --no-fused-activation, --no-replay, --family: for --device "
+          "cuda");
     }
     set_hybrid(o_.hybrid, schemes_);
     if (o_.profile && (schemes_.size() != 1 || tokens_.size() != 1)) {
@@ -187,7 +190,11 @@ class Bench {
                                    tokens_.size()));
     }
     report_.device = to_string(device_);
+    if (o_.family == "sm80") family_ = KernelFamily::sm80;
+    if (o_.family == "sm90") family_ = KernelFamily::sm90;
+    report_.family = o_.family.empty() ? "automatic" : o_.family;
     report_.graph = o_.graph;
+    report_.replay = !o_.no_replay;
     routing_ = Routing::parse(o_.routing);
     report_.machine = Machine::read();
     report_.threads = o_.threads > 0 ? o_.threads : report_.machine.threads;
@@ -221,6 +228,8 @@ class Bench {
     options.expert_map = s.expert_map();
     options.fused_gather = !o_.no_fused_gather;
     options.fused_activation = !o_.no_fused_activation;
+    options.family = family_;
+    if (o_.no_replay) options.replays = 0;
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
       progress_.update(static_cast<double>(i) / static_cast<double>(schemes_.size()),
                        "weights: " + to_string(schemes_[i]));
@@ -347,11 +356,11 @@ class Bench {
   }
 
   int study() {
-    if (o_.profile || o_.graph || o_.no_fused_gather || o_.no_fused_activation || o_.routing != "uniform" ||
-        o_.experts_local > 0) {
+    if (o_.profile || o_.graph || o_.no_fused_gather || o_.no_fused_activation || o_.no_replay ||
+        o_.routing != "uniform" || o_.experts_local > 0) {
       throw UsageError(
           "--study: has its own routings and graphs, so it does not go with --profile, --graph, --no-fused-gather, "
-          "--no-fused-activation, --routing and --experts-local");
+          "--no-fused-activation, --no-replay, --routing and --experts-local");
     }
     StudyInput in{.shape = report_.shape, .timing = o_.timing, .device = device_, .seed = o_.seed};
     in.on_step = [&](double fraction, const std::string& what) { progress_.update(fraction, what); };
@@ -362,6 +371,7 @@ class Bench {
       throw UsageError(fmt::format("--study: expected one of the integer schemes, got {}", o_.schemes));
     }
     in.scheme = given.front();
+    in.family = family_;
     const GroupingStudy result = study_grouping(in);
     progress_.clear();
     fmt::print("{}", render(result, wants_colour()));
@@ -388,6 +398,7 @@ class Bench {
   std::vector<std::vector<std::unique_ptr<MoeLayer>>> layers_;  // of each scheme, copies of the weights
   std::string profiled_;
   Device device_;
+  KernelFamily family_ = KernelFamily::automatic;
   std::optional<GpuBench> gpu_;
 };
 
@@ -426,6 +437,9 @@ void add_bench(CLI::App& app, Action& action) {
       "CUDA: time each stage of the layer; then make exactly one call between cuProfilerStart and "
       "cuProfilerStop, with NVTX ranges (nsys profile --capture-range=cudaProfilerApi, ncu --profile-from-start "
       "off). One scheme, one token count");
+  sub->add_option("--family", o->family,
+                  "CUDA: the GEMM kernels: automatic (the faster ones), sm80 (mma.sync), sm90 (wgmma)")
+      ->check(CLI::IsMember({"automatic", "sm80", "sm90"}));
   sub->add_option(
          "--study", o->study,
          "CUDA: grouping: one grouped GEMM beside one GEMM for each expert, by the same kernels and by cuBLAS, "
@@ -433,6 +447,7 @@ void add_bench(CLI::App& app, Action& action) {
       ->check(CLI::IsMember({"grouping"}));
   sub->add_flag("--no-fused-gather", o->no_fused_gather, "CUDA: gather quantised tokens in a kernel of its own");
   sub->add_flag("--no-fused-activation", o->no_fused_activation, "CUDA: apply the activation in a kernel of its own");
+  sub->add_flag("--no-replay", o->no_replay, "CUDA: launch every kernel of an eager call, repeated or not");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 1024));
   sub->add_option("--routing", o->routing,

@@ -58,7 +58,9 @@ struct BenchReport {
   Machine machine;
   std::string device = "cpu";
   nlohmann::ordered_json gpu = nullptr;
-  bool graph = false;  // GPU: calls were replayed from a CUDA graph
+  std::string family = "automatic";  // GPU: LayerOptions::family
+  bool graph = false;                // GPU: calls were replayed from a CUDA graph
+  bool replay = true;  // GPU: the layer may replay repeated calls from graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;
   std::string model;  // the preset, or "custom"

@@ -65,14 +65,24 @@ struct TileUse {
   double bytes = 0;  // that the tiles ask L2 for
 
   struct Size {
-    std::int64_t tokens, columns, weight_rows;
+    std::int64_t tokens, columns;  // at most; weight rows are columns
+    std::int64_t step = 0;         // > 0: rows are shared out evenly, and tiles are computed in such steps
+    std::int64_t cluster = 1;      // tiles of an expert that go together and share weights
   };
   void add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k) {
-    const std::int64_t token_tiles = ceil_div(rows_of_expert, size.tokens), column_tiles = ceil_div(n, size.columns);
+    if (rows_of_expert == 0) return;
+    const std::int64_t token_tiles = ceil_div(rows_of_expert, size.tokens * size.cluster) * size.cluster;
+    const std::int64_t column_tiles = ceil_div(n, size.columns);
     tiles += token_tiles * column_tiles;
-    token_slots += token_tiles * size.tokens;
     rows += rows_of_expert;
-    bytes += static_cast<double>(column_tiles * (token_tiles * size.weight_rows + rows_of_expert) * k);
+    if (size.step == 0) {
+      token_slots += token_tiles * size.tokens;
+    } else {
+      const auto rounded = [&](std::int64_t r) { return ceil_div(r, size.step) * size.step; };
+      const std::int64_t share = rounded(ceil_div(rows_of_expert, token_tiles));
+      token_slots += rows_of_expert / share * share + rounded(rows_of_expert % share);
+    }
+    bytes += static_cast<double>(column_tiles * (token_tiles * size.columns / size.cluster + rows_of_expert) * k);
   }
   // The part of the tiles' tokens that are not there.
   double waste() const {

@@ -74,6 +74,8 @@ class Bench {
     sums_ = Tensor::empty(DType::int32, {most, n_}, in.device);
   }
 
+  const char* family() const { return grouped_.front()->choose(1).wgmma ? "sm90" : "sm80"; }
+
   StudyCase run(std::int64_t tokens, Skew skew, const Ceilings& ceilings) {
     StudyCase c{.tokens = tokens, .experts = experts_, .skew = skew};
     c.rows = tokens * in_.shape.top_k;
@@ -82,7 +84,7 @@ class Bench {
     c.largest = *std::max_element(rows_.begin(), rows_.end());
     c.weight_copies = std::min(copies_for(c.busy_experts), static_cast<int>(grouped_.size()));
     TileUse padded;
-    for (const std::int64_t r : rows_) padded.add(r, {128, n_, n_}, n_, k_);
+    for (const std::int64_t r : rows_) padded.add(r, {.tokens = 128, .columns = n_}, n_, k_);
     c.waste_128 = padded.waste();
     c.bytes = static_cast<double>(c.busy_experts * n_ * k_ + c.rows * (k_ + 2 * n_));
     const double ops = 2.0 * static_cast<double>(c.rows * n_ * k_);
@@ -126,7 +128,8 @@ class Bench {
 
  private:
   std::unique_ptr<cuda::DeviceMatrix> matrix(QuantizedMatrix m) const {
-    return std::make_unique<cuda::DeviceMatrix>(std::move(m), Tensor(), kernels::Epilogue::store, gpu_.info(), "w");
+    return std::make_unique<cuda::DeviceMatrix>(std::move(m), Tensor(), kernels::Epilogue::store, in_.family,
+                                                gpu_.info(), "w");
   }
 
   int copies_for(std::int64_t experts) const { return gpu_.copies(static_cast<double>(experts * n_ * k_)); }
@@ -226,7 +229,8 @@ class Bench {
   }
 
   void describe(StudyWay& way, const cuda::DeviceMatrix::Kernel& kernel, const std::vector<std::int64_t>& rows) const {
-    const TileUse::Size size{kernel.config.block_n, kernel.config.features(), kernel.config.block_m};
+    // Not gated: an output column is a weight row. A wgmma tile is as wide as its rows need.
+    const TileUse::Size size{kernel.block_n, kernel.features, kernel.wgmma ? 16 : 0, kernel.cluster};
     TileUse use;
     for (const std::int64_t r : rows) use.add(r, size, n_, k_);
     way.use.tiles += use.tiles;
@@ -235,7 +239,7 @@ class Bench {
     way.use.bytes += use.bytes;
     const double resident = static_cast<double>(gpu_.info().multiprocessors) * kernel.loaded->blocks_per_multiprocessor;
     way.occupancy += std::min(1.0, static_cast<double>(use.tiles) / resident);
-    const std::string tile = fmt::format("{}x{}", kernel.config.block_m, kernel.config.block_n);
+    const std::string tile = fmt::format("{}x{}", kernel.features, kernel.block_n);
     way.tile = way.tile.empty() || way.tile == tile ? tile : "several";
   }
   StudyWay grouped_way(const std::string& name) const {
@@ -334,6 +338,7 @@ GroupingStudy study_grouping(const StudyInput& input) {
   const double all = static_cast<double>(in.experts.size() * in.tokens.size() * std::size(kSkews));
   for (const std::int64_t experts : in.experts) {
     Bench bench(in, gpu, cublas, experts);
+    study.family = bench.family();
     for (const std::int64_t tokens : in.tokens) {
       for (const Skew skew : kSkews) {
         in.on_step(static_cast<double>(study.cases.size()) / all,

@@ -17,6 +17,7 @@ namespace octomoe::cli {
 struct StudyInput {
   ProblemShape shape;  // of a layer; its GEMM1 is studied: N 2I, K H
   Scheme scheme = Scheme::int8_channel();
+  KernelFamily family = KernelFamily::automatic;
   std::vector<std::int64_t> tokens = {1, 16, 128, 1024, 8192}, experts = {8, 64, 256};
   HarnessOptions timing = {};
   Device device = {};
@@ -51,6 +52,7 @@ struct StudyCase {
 
 struct GroupingStudy {
   Scheme scheme = {};
+  std::string family = {};  // of the kernels that ran: "sm80", "sm90"
   std::int64_t n = 0, k = 0;
   int top_k = 0;
   std::string device = {}, cublas = {};

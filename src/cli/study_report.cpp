@@ -37,11 +37,11 @@ Json to_json(const StudyWay& w) {
 
 std::string render(const GroupingStudy& s, bool colour) {
   std::string text = fmt::format(
-      "{}: {} of [rows, {}] x [{}, {}] for each expert, k {}, beside cuBLAS {} (int8 -> int32, no scales)\n"
+      "{}: {} of [rows, {}] x [{}, {}] for each expert, k {}, {} kernels beside cuBLAS {} (int8 -> int32, no scales)\n"
       "{} ({}); ceilings: read {:.0f} GB/s, int8 by mma.sync {:.0f} TOPS; a launch that does nothing: {} in a graph, "
       "{} "
       "eager\n",
-      styled("grouping", Style::bold, colour), to_string(s.scheme), s.k, s.n, s.k, s.top_k, s.cublas,
+      styled("grouping", Style::bold, colour), to_string(s.scheme), s.k, s.n, s.k, s.top_k, s.family, s.cublas,
       s.gpu["name"].get<std::string>(), s.device, s.ceilings.read_bytes_per_s / 1e9, s.ceilings.int8_ops_per_s / 1e12,
       format_us(s.launch_graph_us), format_us(s.launch_eager_us));
   std::int64_t experts = 0;
@@ -116,6 +116,7 @@ Json to_json(const GroupingStudy& s) {
       {"device", s.device},
       {"cublas", s.cublas},
       {"scheme", to_string(s.scheme)},
+      {"family", s.family},
       {"n", s.n},
       {"k", s.k},
       {"top_k", s.top_k},

@@ -143,6 +143,7 @@ enum CuMemoryType : int { kMemoryHost = 1, kMemoryDevice = 2 };
   REQUIRED(cuStreamBeginCapture, cuStreamBeginCapture_v2, (CuStream, int))                                        \
   REQUIRED(cuStreamEndCapture, cuStreamEndCapture, (CuStream, CuGraph*))                                          \
   REQUIRED(cuStreamIsCapturing, cuStreamIsCapturing, (CuStream, int*))                                            \
+  REQUIRED(cuThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode, (int*))                          \
   REQUIRED(cuGraphInstantiate, cuGraphInstantiateWithFlags, (CuGraphExec*, CuGraph, unsigned long long))          \
   REQUIRED(cuGraphGetNodes, cuGraphGetNodes, (CuGraph, CuGraphNode*, std::size_t*))                               \
   REQUIRED(cuGraphLaunch, cuGraphLaunch, (CuGraphExec, CuStream))                                                 \

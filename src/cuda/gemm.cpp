@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include "cuda/stream.h"
+#include "cuda/tensor_map.h"
 #include "plan/catalogue.h"
 #include "quant/matrix.h"
 #include "tensor/check.h"
@@ -16,6 +20,7 @@ namespace {
 using kernels::Epilogue;
 using kernels::GemmConfig;
 using kernels::Promotion;
+using kernels::WgmmaConfig;
 
 Promotion promotion_of(const QuantizedMatrix& m) {
   switch (m.scheme.kind) {
@@ -33,6 +38,12 @@ int row_scheme_of(const Scheme& s) {  // kernels::RowScheme
   if (s.kind == SchemeKind::int8_hybrid) return 4;
   if (s.asymmetric) return 2;
   return s.activation_scale == ActivationScale::static_ ? 1 : 0;
+}
+
+// Of 128 columns in a K-block, as WgmmaConfig counts them; 0: not a whole number.
+int block_stages(const Scheme& s) {
+  if (!s.has_blocks()) return 1;
+  return s.block_k % WgmmaConfig::kBlockK == 0 ? s.block_k / WgmmaConfig::kBlockK : 0;
 }
 
 Tensor upload(const Tensor& t, Device device) {
@@ -63,9 +74,22 @@ bool rows_are_aligned(const TensorView& t) {
   return aligned;
 }
 
-DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue epilogue, const DeviceInfo& device,
-                           const char* name)
-    : m_(std::move(matrix)) {
+// Read once: a launch path reads no environment.
+KernelFamily default_family() {
+  static const KernelFamily family = [] {
+    const char* text = std::getenv("OCTOMOE_KERNEL_FAMILY");
+    const std::string_view name = text == nullptr ? "" : text;
+    if (name.empty() || name == "automatic") return KernelFamily::automatic;
+    if (name == "sm80") return KernelFamily::sm80;
+    if (name == "sm90") return KernelFamily::sm90;
+    bad_argument("OCTOMOE_KERNEL_FAMILY: expected automatic, sm80 or sm90, got \"{}\"", name);
+  }();
+  return family;
+}
+
+DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue epilogue, KernelFamily family,
+                           const DeviceInfo& device, const char* name)
+    : m_(std::move(matrix)), gated_(epilogue == Epilogue::swiglu) {
   const Scheme& s = m_.scheme;
   const Device where = Device::cuda(device.index);
   if (!s.is_integer()) {
@@ -87,12 +111,6 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   blocks_k_ = m_.blocks_k();
   super_groups_ = m_.super_groups();
   if (m_.activation_scale.defined()) static_scale_ = *m_.activation_scale.as<float>();
-  const Promotion promotion = promotion_of(m_);
-  const bool fine = s.has_blocks() && s.block_k != 128;
-  const int family = plan::tile_family(device.max_shared_bytes);
-  for (const GemmConfig& c : plan::gemm_configs(promotion, fine, epilogue, family)) {
-    kernels_.push_back({c, &load(plan::entry(plan::gemm_id(c)), device.index)});
-  }
   quantizer_ = &load(plan::entry(plan::quantize_id(row_scheme_of(s), plan::quantize_kernel(m_.k))), device.index);
   m_.values = upload(m_.values, where);
   if (reinterpret_cast<std::uintptr_t>(m_.values.view().data()) % 16 != 0) {
@@ -103,6 +121,52 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   m_.column_sum = upload(m_.column_sum, where);
   m_.activation_scale = upload(m_.activation_scale, where);
   bias_ = upload(bias, where);
+
+  const bool asked = family == KernelFamily::sm90;
+  if (family == KernelFamily::automatic) family = default_family();
+  const std::string why_not = why_not_wgmma(epilogue, device);
+  if (asked && !why_not.empty()) fail(ErrorCode::unsupported, "{}: the sm90 family expects {}", name, why_not);
+  const Promotion promotion = promotion_of(m_);
+  if (why_not.empty() && family != KernelFamily::sm80) {
+    for (const WgmmaConfig& c : plan::wgmma_configs(promotion, epilogue, block_stages(s))) {
+      kernels_.push_back(
+          {c.block_n, c.features(), c.cluster, true, &load(plan::entry(plan::gemm_id(c)), device.index)});
+    }
+    const ContextGuard context(device);
+    weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, epilogue == Epilogue::swiglu);
+  } else {
+    const bool fine = s.has_blocks() && s.block_k != 128;
+    for (const GemmConfig& c :
+         plan::gemm_configs(promotion, fine, epilogue, plan::tile_family(device.max_shared_bytes))) {
+      kernels_.push_back({c.block_n, c.features(), 1, false, &load(plan::entry(plan::gemm_id(c)), device.index)});
+    }
+  }
+}
+
+std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& device) const {
+  const Scheme& s = m_.scheme;
+  const bool gated = epilogue == Epilogue::swiglu;
+  if (device.compute_capability != 90) {
+    return fmt::format("compute capability 9.0, got {}.{}", device.compute_capability / 10,
+                       device.compute_capability % 10);
+  }
+  if (!driver().cuTensorMapEncodeTiled) return "a driver of CUDA 12.0 or newer";
+  const std::int64_t rows = gated ? m_.n / 2 : m_.n, unit = gated ? 16 : 32;
+  if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
+  if (s.has_blocks()) {
+    if (plan::wgmma_configs(promotion_of(m_), epilogue, block_stages(s)).empty()) {
+      return promotion_of(m_) == Promotion::hybrid_flush
+                 ? "weights whose int32 sums need no intermediate float step"
+                 : fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
+    }
+    // A consumer's rows share a scale block (gated: one of each half).
+    const std::int64_t group = gated ? 64 : 128;
+    if (s.block_n % group != 0) return fmt::format("block_n of a multiple of {}, got {}", group, s.block_n);
+    if (!gated && m_.segments > 1 && m_.n / m_.segments % group != 0) {
+      return fmt::format("halves of w13 of a multiple of {} rows, got {}", group, m_.n / m_.segments);
+    }
+  }
+  return {};
 }
 
 ScaleColumns DeviceMatrix::scale_columns() const {
@@ -160,7 +224,7 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   double least = std::numeric_limits<double>::infinity();
   for (const Kernel& k : kernels_) {
     constexpr int kOverhead = 48;
-    const double cost = std::max(1e-3, expected_tiles(mean, k.config.block_n)) * (k.config.block_n + kOverhead);
+    const double cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + kOverhead);
     if (cost < least) {
       least = cost;
       chosen_ = &k;
@@ -172,7 +236,6 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
 
 void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
   const Kernel& kernel = choose(p.rows);
-  const GemmConfig& c = kernel.config;
   const Scheme& s = m_.scheme;
   const kernels::GemmArgs args{
       .a = p.a.q,
@@ -206,9 +269,15 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .up_first = p.up_first,
       .limit = p.limit,
   };
-  const std::int64_t columns = c.gated() ? m_.n / 2 : m_.n;
-  const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, c.block_n) + m_.experts);
-  launcher(*kernel.loaded, token_tiles * ceil_div(columns, c.features()), args);
+  const std::int64_t columns = gated_ ? m_.n / 2 : m_.n;
+  const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);
+  const std::int64_t blocks = token_tiles * ceil_div(columns, kernel.features) * kernel.cluster;
+  if (kernel.wgmma) {
+    launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args}, true,
+             static_cast<unsigned>(kernel.cluster));
+  } else {
+    launcher(*kernel.loaded, blocks, args);
+  }
 }
 
 }  // namespace octomoe::cuda

@@ -17,10 +17,11 @@ class Launcher {
   Launcher(const DeviceInfo& device, Stream stream) : device_(device), stream_(stream), observer_(stage_observer) {}
   // At most `blocks`, and no more than are resident at once if `persistent`.
   template <class Args>
-  void operator()(const LoadedKernel& kernel, std::int64_t blocks, const Args& args, bool persistent = true) const {
+  void operator()(const LoadedKernel& kernel, std::int64_t blocks, const Args& args, bool persistent = true,
+                  unsigned cluster = 1) const {
     const std::int64_t resident = std::int64_t{device_.multiprocessors} * kernel.blocks_per_multiprocessor;
-    const std::int64_t grid = persistent ? std::min(blocks, resident) : blocks;
-    launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true}, args);
+    const std::int64_t grid = persistent ? std::min(blocks, resident / cluster * cluster) : blocks;
+    launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true, .cluster = cluster}, args);
   }
   // The launches that follow, for whoever watches (cuda/observe.h).
   void stage(const char* name) const {
@@ -53,8 +54,8 @@ class DeviceMatrix {
  public:
   // Values on `device` are used where they lie; everything else is uploaded. Error(unsupported) for what the kernels
   // cannot do.
-  DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, kernels::Epilogue epilogue, const DeviceInfo& device,
-               const char* name);
+  DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, kernels::Epilogue epilogue, KernelFamily family,
+               const DeviceInfo& device, const char* name);
 
   std::int64_t experts() const { return m_.experts; }
   std::int64_t n() const { return m_.n; }
@@ -69,7 +70,7 @@ class DeviceMatrix {
 
   struct Problem {
     QuantizedRows a;
-    const std::int32_t* index;     // offsets [E + 1] or counts [E]
+    const std::int32_t* index;     // offsets [E + 1] or counts [E], written two launches ago or earlier
     std::int64_t masked_rows = 0;  // rows of an expert; 0: offsets
     std::int64_t rows;             // most rows there can be in all
     const std::int32_t* row_source = nullptr;
@@ -84,18 +85,24 @@ class DeviceMatrix {
   void gemm(const Launcher& launcher, const Problem& problem) const;
 
   struct Kernel {
-    kernels::GemmConfig config;
+    int block_n, features;  // of a tile
+    int cluster;
+    bool wgmma;
     const LoadedKernel* loaded;
   };
   const Kernel& choose(std::int64_t rows) const;  // what gemm() launches for that many rows
 
  private:
+  std::string why_not_wgmma(kernels::Epilogue epilogue, const DeviceInfo& device) const;  // empty: it can
+
   QuantizedMatrix m_;  // every tensor on the device
+  bool gated_;
   Tensor bias_;
   float static_scale_ = 0;
   std::int64_t blocks_n_ = 0, blocks_k_ = 0, super_groups_ = 0;
   const LoadedKernel* quantizer_ = nullptr;
-  std::vector<Kernel> kernels_;             // by rising block_n
+  std::vector<Kernel> kernels_;
+  kernels::TensorMap weight_map_{};         // of the wgmma kernels
   mutable const Kernel* chosen_ = nullptr;  // of the last call; callers hold the layer's lock
   mutable std::int64_t chosen_rows_ = -1;
 };

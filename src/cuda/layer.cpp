@@ -1,12 +1,15 @@
 // A layer on a GPU: sort, quantise, GEMM1 with SwiGLU, quantise, GEMM2, combine, all on the caller's stream.
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <utility>
 
+#include "base/log.h"
 #include "core/args.h"
 #include "cuda/engine.h"
 #include "cuda/gemm.h"
+#include "cuda/replay.h"
 #include "cuda/stream.h"
 #include "cuda/workspace.h"
 #include "layer/check.h"
@@ -16,6 +19,10 @@
 
 namespace octomoe::cuda {
 namespace {
+
+// To make a graph and to release it one day costs the host 28 us, what it saves in two or three calls, and 0.11 MiB on
+// the GPU (H100, bench/results/host_cost_h100.json): it is not made for calls that come less often than this.
+constexpr int kCallsBeforeGraph = 3;
 
 // The steps of a layer, for the lifetimes of its buffers.
 enum Step : int { kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
@@ -27,9 +34,9 @@ struct Expert {
         up_first(w.gate_up_order == GateUpOrder::up_gate),
         fused(o.fused_activation && w.activation == Activation::swiglu),
         intermediate(w.intermediate()),
-        w13(std::move(w.w13), w.b13, fused ? kernels::Epilogue::swiglu : kernels::Epilogue::store, device,
+        w13(std::move(w.w13), w.b13, fused ? kernels::Epilogue::swiglu : kernels::Epilogue::store, o.family, device,
             (std::string(prefix) + "w13").c_str()),
-        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, device, (std::string(prefix) + "w2").c_str()) {}
+        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {}
 
   Activation activation;
   bool up_first, fused;
@@ -70,7 +77,8 @@ class CudaLayer final : public LayerBackend {
                    : (weights.activation == Activation::swigluoai ? 7.0f : std::numeric_limits<float>::infinity())),
         id_limit_(o.expert_map.defined() ? o.expert_map.elems() : weights.experts()),
         routed_(std::move(weights), o, info_, ""),
-        workspaces_(device) {
+        workspaces_(device),
+        replays_(o.replays) {
     const Device where = Device::cuda(device);
     const auto kernel = [&](const char* id) { return &load(plan::entry(id), device); };
     sort_ = kernel("sort");
@@ -86,23 +94,99 @@ class CudaLayer final : public LayerBackend {
     if (!fused_gather_) gather_ = kernel("gather_rows");
   }
 
+  ~CudaLayer() override {
+    // At the end of the process the driver may be gone already: no check, no throw.
+    if (driver().cuCtxPushCurrent(info_.primary) != 0) return;
+    replays_.clear();
+    CuContext popped = nullptr;
+    driver().cuCtxPopCurrent(&popped);
+  }
+  CudaLayer(const CudaLayer&) = delete;
+  CudaLayer& operator=(const CudaLayer&) = delete;
+
   void reserve(std::int64_t max_tokens, int top_k) override {
     const ContextGuard context(info_);
     workspaces_.reserve(plan(max_tokens, top_k).memory.bytes());
   }
   std::size_t workspace_bytes(std::int64_t tokens, int top_k) const override {
-    return plan(tokens, top_k).memory.bytes();
+    // PyTorch's operator asks before each call: the last answer is remembered.
+    const std::lock_guard lock(size_mutex_);
+    if (size_.tokens != tokens || size_.top_k != top_k) {
+      size_ = {tokens, top_k, plan(tokens, top_k).memory.bytes()};
+    }
+    return size_.bytes;
   }
 
   void forward(const ForwardArgs& a) override {
-    const std::int64_t tokens = a.x.dim(0);
-    if (tokens == 0) return;
+    if (a.x.dim(0) == 0) return;
     const ContextGuard context(info_);
+    if (!replays_.enabled() || is_capturing(a.stream) || stage_observer != nullptr) {
+      return launch_all(a, a.stream, workspaces_.choose(a.workspace, plan_of(a).memory.bytes(), a.stream));
+    }
+    Replays::Call& call = replays_.find(key_of(a));
+    if (call.workspace_bytes == 0) call.workspace_bytes = plan_of(a).memory.bytes();
+    void* workspace = workspaces_.choose(a.workspace, call.workspace_bytes, a.stream);
+    if (workspace != call.workspace) {  // reserve() moved it
+      call.graph = {};
+      call.count = 0;
+      call.workspace = workspace;
+    }
+    if (!call.graph && (++call.count < kCallsBeforeGraph || !record(call, a))) {
+      return launch_all(a, a.stream, workspace);
+    }
+    call.graph.launch(a.stream);
+  }
+
+ private:
+  static CallKey key_of(const ForwardArgs& a) {
+    return {.x = a.x.data(),
+            .ids = a.topk_ids.data(),
+            .weights = a.topk_weights.data(),
+            .out = a.out.data(),
+            .workspace = a.workspace.data(),
+            .stream = a.stream,
+            .tokens = a.x.dim(0),
+            .x_stride = a.x.strides()[0],
+            .ids_stride = a.topk_ids.strides()[0],
+            .weights_stride = a.topk_weights.strides()[0],
+            .out_stride = a.out.strides()[0],
+            .top_k = static_cast<int>(a.topk_ids.dim(1)),
+            .x_type = a.x.dtype(),
+            .ids_type = a.topk_ids.dtype(),
+            .out_type = a.out.dtype(),
+            .accumulate = a.accumulate};
+  }
+
+  // Makes call.graph by capturing the launches on a stream of its own. False, once and for all, if the driver has no
+  // memory for it.
+  bool record(Replays::Call& call, const ForwardArgs& a) {
+    try {
+      const OutsideCaptures outside;
+      const OwnedStream stream;
+      call.graph = Graph::capture(stream, [&] { launch_all(a, stream, call.workspace); });
+      return true;
+    } catch (const Error& e) {
+      if (e.code() != ErrorCode::out_of_memory) throw;
+      log(LogLevel::warning, fmt::format("a layer on {} launches its kernels one by one from now on: no memory for a "
+                                         "graph of them: {}",
+                                         to_string(Device::cuda(info_.index)), e.what()));
+      replays_.disable();
+      return false;
+    }
+  }
+
+  const Plan& plan_of(const ForwardArgs& a) {
+    const std::int64_t tokens = a.x.dim(0);
     const int top_k = static_cast<int>(a.topk_ids.dim(1));
     if (plan_.tokens != tokens || plan_.top_k != top_k) plan_ = plan(tokens, top_k);
-    const Plan& p = plan_;
-    auto* base = static_cast<std::uint8_t*>(workspaces_.choose(a.workspace, p.memory.bytes(), a.stream));
-    const Launcher launcher(info_, a.stream);
+    return plan_;
+  }
+
+  void launch_all(const ForwardArgs& a, Stream stream, void* workspace) {
+    const Plan& p = plan_of(a);
+    const std::int64_t tokens = p.tokens;
+    auto* base = static_cast<std::uint8_t*>(workspace);
+    const Launcher launcher(info_, stream);
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
@@ -167,7 +251,7 @@ class CudaLayer final : public LayerBackend {
         .out_aligned = rows_are_aligned(a.out),
         .accumulate = a.accumulate,
         .tokens = static_cast<std::int32_t>(tokens),
-        .top_k = top_k,
+        .top_k = p.top_k,
         .hidden = static_cast<std::int32_t>(hidden_),
     };
     launcher.stage("combine");
@@ -175,7 +259,6 @@ class CudaLayer final : public LayerBackend {
     launcher.stage(nullptr);
   }
 
- private:
   RowBuffers add_rows(Plan& p, const DeviceMatrix& m, std::int64_t rows, int first, int last) const {
     const ScaleColumns c = m.scale_columns();
     RowBuffers b;
@@ -334,7 +417,15 @@ class CudaLayer final : public LayerBackend {
   const LoadedKernel *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
                      *gather_ = nullptr;
   Workspaces workspaces_;
-  Plan plan_;  // of the last call
+  Replays replays_;
+  Plan plan_;  // of the last launches
+  struct Size {
+    std::int64_t tokens = -1;
+    int top_k = 0;
+    std::size_t bytes = 0;
+  };
+  mutable std::mutex size_mutex_;
+  mutable Size size_;  // workspace_bytes()'s last answer
 };
 
 }  // namespace

@@ -90,9 +90,34 @@ class Event {
   detail::Handle<CuEvent, &Driver::cuEventDestroy> handle_;
 };
 
-// What `work` launches on `stream`, as a graph that can be replayed. `stream` must not be the default one.
+// While it lives, this thread may allocate and free although a stream of the process is being captured: what it makes
+// has nothing to do with that capture, which such a call would invalidate.
+class OutsideCaptures {
+ public:
+  OutsideCaptures() : changed_(driver().cuThreadExchangeStreamCaptureMode(&mode_) == 0) {}
+  ~OutsideCaptures() {
+    if (changed_) driver().cuThreadExchangeStreamCaptureMode(&mode_);
+  }
+  OutsideCaptures(const OutsideCaptures&) = delete;
+  OutsideCaptures& operator=(const OutsideCaptures&) = delete;
+
+ private:
+  int mode_ = kCaptureRelaxed;
+  bool changed_;
+};
+
+// What `work` launches on `stream`, as a graph that can be replayed. `stream` must not be the default one. Dependent
+// launches stay dependent (from CUDA 12.3 on). A graph may be destroyed while it runs: the driver frees it afterwards.
 class Graph {
  public:
+  Graph() = default;
+  ~Graph() {
+    if (exec_.get() == nullptr) return;
+    const OutsideCaptures outside;
+    exec_.reset();
+  }
+  Graph(Graph&&) noexcept = default;
+  Graph& operator=(Graph&&) noexcept = default;
   template <class Work>
   static Graph capture(Stream stream, const Work& work) {
     Graph g;
@@ -114,6 +139,7 @@ class Graph {
   }
   void launch(Stream stream) const { OCTOMOE_CUDA(cuGraphLaunch, exec_.get(), cu_stream(stream)); }
   std::size_t nodes() const { return nodes_; }
+  explicit operator bool() const { return exec_.get() != nullptr; }
 
  private:
   detail::Handle<CuGraphExec, &Driver::cuGraphExecDestroy> exec_;

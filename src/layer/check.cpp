@@ -68,6 +68,7 @@ void check_layer(Device device, const MoeWeights& w, const LayerOptions& o) {
     bad_argument("swiglu_limit: expected none with activation {}, got {}", to_string(w.activation), *o.swiglu_limit);
   }
   if (o.threads < 0 || o.threads > 1024) bad_argument("threads: expected 0..1024, got {}", o.threads);
+  if (o.replays < 0 || o.replays > 64) bad_argument("replays: expected 0..64, got {}", o.replays);
   if (o.expert_map.defined()) {
     check_device(o.expert_map, "expert_map", Device::cpu());
     check_dtype(o.expert_map, "expert_map", {DType::int32});

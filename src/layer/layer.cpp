@@ -78,13 +78,13 @@ struct PreparedMatrix::Impl {
   mutable std::mutex mutex;
 };
 
-PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads) {
+PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads, KernelFamily family) {
   if (threads < 0 || threads > 1024) bad_argument("threads: expected 0..1024, got {}", threads);
   check_matrix(matrix, "b", device);
   impl_ = std::make_unique<Impl>();
   impl_->shape = {device, matrix.scheme, matrix.experts, matrix.n, matrix.k, matrix.activation_scale.defined()};
   impl_->backend = device.type == DeviceType::cpu ? cpu::make_matrix(std::move(matrix), threads)
-                                                  : cuda::make_matrix(device, std::move(matrix));
+                                                  : cuda::make_matrix(device, std::move(matrix), family);
 }
 PreparedMatrix::~PreparedMatrix() = default;
 PreparedMatrix::PreparedMatrix(PreparedMatrix&&) noexcept = default;

@@ -16,6 +16,7 @@ using kernels::Epilogue;
 using kernels::GemmConfig;
 using kernels::Order;
 using kernels::Promotion;
+using kernels::WgmmaConfig;
 
 constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
 constexpr const char* kEpilogues[] = {"store", "swiglu"};
@@ -110,6 +111,35 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
   return e;
 }
 
+// The SM90 family's kernels (sm90/grouped_gemm.cuh); every one computes tiles of any width up to its block_n.
+constexpr WgmmaConfig kWgmma[] = {
+    {Promotion::channel, Epilogue::store, 128, 4, 1, 1}, {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 1},
+    {Promotion::channel, Epilogue::store, 160, 4, 1, 1}, {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1},
+    {Promotion::channel, Epilogue::store, 128, 4, 1, 2}, {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2},
+    {Promotion::block, Epilogue::store, 128, 4, 1, 1},   {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1},
+    {Promotion::block, Epilogue::store, 128, 4, 2, 1},   {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1},  {Promotion::hybrid, Epilogue::swiglu, 128, 4, 1, 1},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 2, 1},  {Promotion::hybrid, Epilogue::swiglu, 128, 4, 2, 1},
+};
+
+KernelEntry gemm_entry(const WgmmaConfig& c) {
+  KernelEntry e;
+  e.id = gemm_id(c);
+  e.header = "sm90/grouped_gemm.cuh";
+  e.call = fmt::format(
+      "octomoe::sm90::grouped_gemm<octomoe::kernels::WgmmaConfig{{octomoe::kernels::Promotion::{}, "
+      "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}}}>",
+      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.stages,
+      c.block_stages, c.cluster);
+  e.args_type = "octomoe::kernels::WgmmaArgs";
+  e.threads = WgmmaConfig::kThreads;
+  e.shared_bytes = c.pipeline_bytes();
+  e.archs = {90};
+  e.expect = "IGMMA";
+  e.cluster = c.cluster > 1;
+  return e;
+}
+
 KernelEntry simple_entry(std::string id, std::string header, const std::string& call, const std::string& args,
                          int threads, int shared_bytes = 0) {
   KernelEntry e;
@@ -166,6 +196,7 @@ std::vector<KernelEntry> make_catalogue() {
       }
     }
   }
+  for (const WgmmaConfig& c : kWgmma) all.push_back(gemm_entry(c));
   return all;
 }
 
@@ -186,6 +217,24 @@ std::string gemm_id(const GemmConfig& c) {
   return fmt::format("sm80_gemm:{}{}:{}:m{}n{}k{}s{}w{}x{}o{}", kPromotions[static_cast<int>(c.promotion)],
                      c.fine_groups ? "_fine" : "", kEpilogues[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
                      c.block_k, c.stages, c.warps_m, c.warps_n, c.min_blocks);
+}
+
+std::string gemm_id(const WgmmaConfig& c) {
+  return fmt::format("sm90_gemm:{}{}:{}:n{}s{}c{}", kPromotions[static_cast<int>(c.promotion)],
+                     c.has_blocks() ? std::to_string(c.block_stages * WgmmaConfig::kBlockK) : "",
+                     kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.stages, c.cluster);
+}
+
+std::span<const WgmmaConfig> wgmma_configs(Promotion promotion, Epilogue epilogue, int block_stages) {
+  static const auto* all = [] {
+    auto* map = new std::map<std::array<int, 3>, std::vector<WgmmaConfig>>;
+    for (const WgmmaConfig& c : kWgmma) {
+      (*map)[{static_cast<int>(c.promotion), static_cast<int>(c.epilogue), c.block_stages}].push_back(c);
+    }
+    return map;
+  }();
+  const auto found = all->find({static_cast<int>(promotion), static_cast<int>(epilogue), block_stages});
+  return found == all->end() ? std::span<const WgmmaConfig>{} : found->second;
 }
 
 int tile_family(int max_shared_bytes) {

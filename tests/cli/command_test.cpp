@@ -84,8 +84,10 @@ TEST_F(Command, UsageErrorsAreTwo) {
   expect_error(run_cli({"bench", "--schemes", "bf16", "--q-max", "8"}), 2, "--q-max: expected int8_hybrid");
   expect_error(run_cli({"bench", "--quant-block-size", "16"}), 2, "--quant-block-size");
   expect_error(run_cli({"bench", "--super-group-size", "0"}), 2, "--super-group-size");
-  for (const char* flag : {"--graph", "--profile", "--no-fused-gather", "--no-fused-activation"})
+  for (const char* flag : {"--graph", "--profile", "--no-fused-gather", "--no-fused-activation", "--no-replay"})
     expect_error(run_cli({"bench", flag}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--family", "sm80"}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--device", "cuda", "--family", "sm75"}), 2, "--family");
   expect_error(run_cli({"bench", "--study", "grouping"}), 2, "for --device cuda");
   expect_error(run_cli({"bench", "--device", "cuda", "--study", "tiles"}), 2, "--study");
   expect_error(run_cli({"bench", "--device", "cuda", "--profile", "--tokens", "1,2"}), 2, "got 1 and 2");

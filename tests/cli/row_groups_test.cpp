@@ -43,16 +43,29 @@ TEST(DrawRows, EachSkewIsWhatItSays) {
 
 TEST(TileUse, CountsPartlyFilledTiles) {
   TileUse use;
-  use.add(0, {32, 128, 256}, 1024, 2048);
+  const TileUse::Size size{.tokens = 32, .columns = 128};
+  use.add(0, size, 1024, 2048);
   EXPECT_EQ(use.tiles, 0);
   EXPECT_EQ(use.waste(), 0.0);
-  use.add(33, {32, 128, 256}, 1024, 2048);
+  use.add(33, size, 1024, 2048);
   EXPECT_EQ(use.tiles, 2 * 8);
   EXPECT_DOUBLE_EQ(use.waste(), 1.0 - 33.0 / 64.0);
-  EXPECT_DOUBLE_EQ(use.bytes, 8.0 * (2 * 256 + 33) * 2048);
-  use.add(31, {32, 128, 256}, 1000, 2048);  // a partly filled column tile counts whole
+  EXPECT_DOUBLE_EQ(use.bytes, 8.0 * (2 * 128 + 33) * 2048);
+  use.add(31, size, 1000, 2048);  // a partly filled column tile counts whole
   EXPECT_EQ(use.tiles, 3 * 8);
   EXPECT_DOUBLE_EQ(use.waste(), 1.0 - 64.0 / 96.0);
+}
+
+TEST(TileUse, TilesAsWideAsTheirRowsAndPairs) {
+  TileUse even;
+  even.add(130, {.tokens = 128, .columns = 256, .step = 16}, 256, 2048);  // 80 and 50 rows: 80 and 64 slots
+  EXPECT_EQ(even.tiles, 2);
+  EXPECT_DOUBLE_EQ(even.waste(), 1.0 - 130.0 / 144.0);
+  TileUse pair;
+  pair.add(5, {.tokens = 128, .columns = 256, .step = 16, .cluster = 2}, 256, 2048);  // the second tile is empty
+  EXPECT_EQ(pair.tiles, 2);
+  EXPECT_DOUBLE_EQ(pair.waste(), 1.0 - 5.0 / 16.0);
+  EXPECT_DOUBLE_EQ(pair.bytes, (256.0 + 5) * 2048);
 }
 
 }  // namespace

@@ -153,6 +153,7 @@ STUB(cuStreamWaitEvent);
 STUB(cuStreamBeginCapture_v2);
 STUB(cuStreamEndCapture);
 STUB(cuStreamIsCapturing);
+STUB(cuThreadExchangeStreamCaptureMode);
 STUB(cuGraphInstantiateWithFlags);
 STUB(cuGraphGetNodes);
 STUB(cuGraphLaunch);

@@ -63,6 +63,37 @@ def test_two_streams_and_a_graph():
     assert torch.equal(y, module(x, topk_weights, ids))
 
 
+@pytest.mark.parametrize("lends", [True, False])
+def test_repeated_calls(lends, monkeypatch):
+    """Replays: other contents in the same memory, other memory, a capture in between."""
+    if not lends:  # as PyTorch before 2.10
+        monkeypatch.setattr(octomoe_torch, "_lends_allocator", False)
+    weights, x, topk_weights, ids = problem()
+    layers = [octomoe.MoeLayer(weights, device="cuda", replays=n) for n in (16, 0)]
+    replayed, plain = map(octomoe_torch.FusedMoe, layers)
+    kept = []
+    for i in range(40):
+        x.mul_(0.9)
+        ids.copy_((ids + 1) % 8)
+        y = replayed(x, topk_weights, ids)
+        assert torch.equal(y, plain(x, topk_weights, ids))
+        if i % 3 == 0:
+            kept.append(y)  # the next call writes elsewhere
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = replayed(x, topk_weights, ids)
+    for _ in range(3):
+        x.mul_(-0.5)
+        graph.replay()
+        expected = plain(x, topk_weights, ids)
+        assert torch.equal(captured, expected)
+        assert torch.equal(replayed(x, topk_weights, ids), expected)
+    with pytest.raises(octomoe.InvalidArgument, match=r"topk_ids: expected shape"):
+        replayed(x, topk_weights, ids[0])
+    with pytest.raises(octomoe.InvalidArgument, match=r"replays: expected 0..64, got 99"):
+        octomoe.MoeLayer(weights, device="cuda", replays=99)
+
+
 def test_route_and_gemm():
     logits = torch.randn(9, 16, device="cuda")
     for one, two in zip(

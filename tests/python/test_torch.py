@@ -147,6 +147,59 @@ def test_no_gradients():
         y.sum().backward()
 
 
+def test_gradients_that_nobody_wants():
+    weights, x, topk_weights, ids = problem()
+    expected = octomoe_torch.fused_moe(x, weights, topk_weights, ids)
+    with torch.no_grad():
+        y = octomoe_torch.fused_moe(x.requires_grad_(), weights, topk_weights, ids)
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
+    with torch.inference_mode():
+        y = octomoe_torch.fused_moe(x.detach().clone(), weights, topk_weights, ids)
+    assert torch.equal(y, expected)
+
+
+def test_modes_see_the_operator():
+    """The short way through autograd is for calls that nothing else watches."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    weights, x, topk_weights, ids = problem()
+    number = octomoe_torch.handle(weights)
+    op = torch.ops.octomoe.fused_moe
+    expected = op(x, number, topk_weights, ids)
+    for grad in (False, True):
+        seen.clear()
+        with Watch(), torch.set_grad_enabled(grad):
+            assert torch.equal(op(x, number, topk_weights, ids), expected)
+        assert op.default in seen
+    graph = make_fx(lambda x: op(x, number, topk_weights, ids) + 1)(x)
+    assert op.default in [node.target for node in graph.graph.nodes]
+    assert torch.equal(graph(x), expected + 1)
+
+
+def test_rows_of_any_stride():
+    weights, x, topk_weights, ids = problem()
+    wide = torch.zeros(6, 100)
+    wide[:, :64] = x
+    expected = octomoe_torch.fused_moe(x, weights, topk_weights, ids)
+    y = octomoe_torch.fused_moe(wide[:, :64], weights, topk_weights, ids)
+    assert y.is_contiguous()
+    assert torch.equal(y, expected)
+    y = octomoe_torch.fused_moe(x[:1].expand(6, 64), weights, topk_weights[:1].expand(6, 2), ids)
+    assert y.is_contiguous()
+    assert y.stride() == (64, 1)
+    with pytest.raises(octomoe.InvalidArgument, match="x: expected rows that are contiguous"):
+        octomoe_torch.fused_moe(x.t().contiguous().t(), weights, topk_weights, ids)
+
+
 def test_fake_tensors_and_errors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

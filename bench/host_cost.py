@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""What one eager layer call on a GPU costs the calling thread, replayed and kernel by kernel.
+
+    python bench/host_cost.py --cli build/octomoe --json host_cost.json
+
+C++: `octomoe bench` (host_us: 16 calls with other routes, then a synchronisation, over and over),
+with the time on the GPU beside it, since replaying must not slow the kernels down. PyTorch: the
+custom operator, its module and MoeLayer, four calls between synchronisations, so that the GPU's
+queue is never full; medians. The layer in Python is small: its size does not matter to the host.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CALLS, ROUNDS, WARMUP = 4, 300, 20
+WAYS = {"replayed": 16, "launched": 0}  # LayerOptions::replays
+
+
+def cli_results(cli, tokens, flags):
+    """`octomoe bench`'s times by number of tokens, medians of three, and its whole report."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.json"
+        command = [cli, "bench", "--device", "cuda", "--scheme", "int8_channel", *flags]
+        command += ["--tokens", ",".join(map(str, tokens * 3)), "--json", str(path)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        report = json.loads(path.read_text())
+
+    def median(t, field):
+        return round(statistics.median(r[field] for r in report["results"] if r["tokens"] == t), 2)
+
+    return {t: {f: median(t, f) for f in ("host_us", "median_us")} for t in tokens}, report
+
+
+def problem(tokens):
+    """Weights of a small layer, and x, topk_ids, topk_weights on the GPU."""
+    import numpy as np
+    import octomoe
+    import torch
+
+    experts, hidden, intermediate, top_k = 8, 256, 128, 2
+    random = np.random.default_rng(0)
+    weights = octomoe.quantize(
+        random.standard_normal((experts, 2 * intermediate, hidden), np.float32) * 0.05,
+        random.standard_normal((experts, hidden, intermediate), np.float32) * 0.05,
+        scheme="int8_channel",
+    )
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    ids = torch.randint(experts, (tokens, top_k), device="cuda", dtype=torch.int32)
+    return weights, x, ids, torch.rand(tokens, top_k, device="cuda")
+
+
+def python_costs(tokens, replays):
+    """Microseconds a call of the ways into the library that PyTorch has."""
+    import octomoe
+    import octomoe.torch as octomoe_torch
+    import torch
+
+    weights, x, ids, topk_weights = problem(tokens)
+    layer = octomoe.MoeLayer(weights, device="cuda", replays=replays)
+    module = octomoe_torch.FusedMoe(layer)
+    number = octomoe_torch.handle(layer)
+    operator = torch.ops.octomoe.fused_moe
+    out = torch.empty_like(x)
+
+    def measure(call):
+        us = []
+        for _ in range(WARMUP + ROUNDS):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            us.append((time.perf_counter() - begin) / CALLS * 1e6)
+        return round(statistics.median(us[WARMUP:]), 2)
+
+    costs = {
+        "torch_operator_us": measure(lambda: operator(x, number, topk_weights, ids)),
+        "torch_module_us": measure(lambda: module(x, topk_weights, ids)),
+        "moe_layer_us": measure(lambda: layer(x, ids, topk_weights, out=out)),
+        "torch_add_us": measure(lambda: torch.add(x, x, out=out)),  # for comparison
+    }
+    with torch.inference_mode():
+        costs["torch_operator_inference_mode_us"] = measure(
+            lambda: operator(x, number, topk_weights, ids)
+        )
+    return costs
+
+
+def graph_costs():
+    """What making a graph costs: MoeLayer's calls one by one, each kind of call five times.
+
+    Sixteen kinds fill each layer's graphs; the rest make the layer release older ones.
+    """
+    import octomoe
+    import torch
+
+    weights, x, ids, topk_weights = problem(4)
+    layers = [octomoe.MoeLayer(weights, device="cuda") for _ in range(32)]
+    outs = [torch.empty_like(x) for _ in range(32)]
+    us = [[] for _ in range(5)]
+
+    def calls(outs):
+        for layer in layers:
+            for out in outs:
+                for i in range(5):
+                    begin = time.perf_counter()
+                    layer(x, ids, topk_weights, out=out)
+                    us[i].append((time.perf_counter() - begin) * 1e6)
+                    torch.cuda.synchronize()
+
+    for layer in layers:
+        layer(x, ids, topk_weights)  # makes the workspace
+    before = torch.cuda.mem_get_info()[0]
+    calls(outs[:16])
+    taken = before - torch.cuda.mem_get_info()[0]
+    us = [[] for _ in range(5)]
+    calls(outs[16:])
+    names = ("first_us", "second_us", "third_makes_the_graph_us", "fourth_us", "fifth_us")
+    times = {name: round(statistics.median(t), 2) for name, t in zip(names, us, strict=True)}
+    return {**times, "gpu_mib_per_graph": round(taken / len(layers) / 16 / 2**20, 3)}
+
+
+def main():
+    """Measure everything and print or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cli", required=True, help="the octomoe executable")
+    parser.add_argument("--tokens", default="1,64")
+    parser.add_argument("--commit", help="instead of the one that the executable finds")
+    parser.add_argument("--before", help="another such JSON, of an older commit, to put beside")
+    parser.add_argument("--json", help="output; default: stdout")
+    options = parser.parse_args()
+    import torch
+
+    tokens = [int(t) for t in options.tokens.split(",")]
+    results = []
+    in_graph, _ = cli_results(options.cli, tokens, ["--graph"])
+    for way, replays in WAYS.items():
+        cli, report = cli_results(options.cli, tokens, [] if replays else ["--no-replay"])
+        results += [
+            {
+                "tokens": t,
+                "way": way,
+                "cpp_us": cli[t]["host_us"],
+                **python_costs(t, replays),
+                "gpu_us": cli[t]["median_us"],
+                "gpu_in_callers_graph_us": in_graph[t]["median_us"],
+            }
+            for t in tokens
+        ]
+    document = {
+        "date": report["date"],
+        "commit": options.commit or report["commit"],
+        "gpu": report["gpu"],
+        "cpu": report["machine"]["cpu"],
+        "cpp_layer": report["problem"]["model"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "results": results,
+        "graphs": graph_costs(),
+    }
+    if options.before:
+        document["before"] = json.loads(Path(options.before).read_text())
+    text = json.dumps(document, indent=2) + "\n"
+    if options.json:
+        Path(options.json).write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

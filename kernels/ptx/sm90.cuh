@@ -1,0 +1,93 @@
+// One instruction a wrapper: what SM90 brought beside wgmma (ptx/wgmma.cuh) and dependent launch (ptx/grid.cuh).
+#pragma once
+
+#include "core/tensor_map.h"
+#include "ptx/sm80.cuh"
+
+namespace octomoe::ptx {
+
+// Arrives, and tells the barrier how many bytes of bulk copies to wait for.
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Initialised barriers become visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Bytes that threads wrote to shared memory become visible to wgmma and the copy engine.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_tensor_map(const kernels::TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Cache hints as the hardware takes them (what createpolicy.fractional returns for a fraction of 1).
+// `bytes` (a multiple of 16) of global memory -> shared, both aligned to 16; they complete at `barrier`.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
+                                          uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(hint)
+      : "memory");
+}
+
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
+                          kEvictLast = 0x14f0000000000000;
+
+// A box of a 5-D tensor -> shared; its bytes complete at `barrier`. Bytes outside the tensor arrive as zeros.
+__device__ __forceinline__ void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1,
+                                            int32_t c2, int32_t c3, int32_t c4, uint32_t barrier, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, "
+      "%4, %5, %6}], [%7], %8;" ::"r"(shared),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "l"(hint)
+      : "memory");
+}
+
+// The same into the same place of all CTAs of the cluster in `mask`, each with its own barrier.
+__device__ __forceinline__ void copy_box_5d_multicast(uint32_t shared, const kernels::TensorMap* map, int32_t c0,
+                                                      int32_t c1, int32_t c2, int32_t c3, int32_t c4, uint32_t barrier,
+                                                      uint64_t hint, uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(shared),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "h"(mask), "l"(hint)
+      : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+// Arrives at the barrier that lies at `barrier` in another CTA of the cluster. Without .release.cluster, which would
+// order all of the thread's memory accesses before it, GPU-wide.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, "
+      "[remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+// All threads of all CTAs of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// A barrier of `threads` threads of the CTA; id 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace octomoe::ptx

@@ -1,0 +1,653 @@
+// INT8 grouped GEMM by wgmma, for SM90.
+//
+//   out[row, f] = epilogue( sum_k w[expert(row), f, k] * a[source(row), k] )
+//
+// Weights are wgmma's M operand in their natural layout [E, N, K], tokens its N operand. A persistent CTA has a
+// producer warpgroup and two consumer warpgroups; a tile is 256 weight rows (128 a consumer) by up to block_n tokens,
+// and is computed as wide as its tokens need, in steps of 16: an expert's rows are shared out evenly over its tiles.
+//
+//   weights: one thread, TMA boxes of 128 rows x 128 bytes ---------\
+//   tokens:  128 threads, cp.async 16 B, gathered by row_source -----> ring [stages][256 + block_n rows][128 bytes]
+//            two consumers: wgmma m64nNk32, two m64 blocks each, int32 sums in registers -> epilogue -> global
+//
+// Shared rows of a consumer's 128 hold weight rows in an order that the 5-D tensor map makes out of the natural layout:
+// shared row (b, w, h, g) = 64b + 16w + 8h + g holds output column 32w + 4g + 2b + h; gated, b = 0 holds the first half
+// of w13 and b = 1 the second, both for column 16w + 2g + h. So one thread's sums are neighbouring output columns, and
+// gate and up of one column are in one thread.
+//
+// Sums per K-block (block, hybrid): a consumer promotes one m64 block's partial sums while the other's wgmma run. The
+// products of the two scales are made by the producer, one per token
+// and scale block, and travel with the stage.
+#pragma once
+
+#include "core/gemm_config.h"
+#include "core/numerics.cuh"
+#include "core/tile_list.cuh"
+#include "ptx/grid.cuh"
+#include "ptx/sm90.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace octomoe::sm90 {
+
+using kernels::Epilogue;
+using kernels::GemmArgs;
+using kernels::OutType;
+using kernels::Promotion;
+using kernels::Tile;
+using kernels::TileList;
+using kernels::WgmmaArgs;
+using kernels::WgmmaConfig;
+
+template <WgmmaConfig C>
+struct GroupedGemm {
+  static constexpr int kBlockN = C.block_n, kStages = C.stages;
+  static constexpr bool kBlocks = C.has_blocks(), kFloatTotals = C.promotion == Promotion::block;
+  static constexpr int kRows = WgmmaConfig::kBlockM / WgmmaConfig::kConsumers;  // weight rows of a consumer
+  static constexpr int kOutColumns = C.gated() ? 2 : 4;                         // neighbouring columns of a thread
+  static constexpr int kGroup = C.gated() ? kRows / 2 : kRows;                  // output columns of a consumer
+  static constexpr int kBoxBytes = kRows * WgmmaConfig::kBlockK;
+  static constexpr int kWeightBytes = WgmmaConfig::kConsumers * kBoxBytes;
+  static constexpr int kSums = kBlockN / 2;  // of a thread and m64 block
+  static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
+  static constexpr int kRaster = 8;                  // weight tiles that run side by side
+  // 65536 registers over 384 threads, in steps of 8.
+  static constexpr int kConsumerRegisters = kBlocks ? 216 : 224, kProducerRegisters = kBlocks ? 72 : 56;
+
+  static_assert(kBlockN % 16 == 0 && kBlockN <= 192 && (!kBlocks || kBlockN <= 128));
+  static_assert(C.promotion != Promotion::hybrid_flush);
+
+  // ---- shared memory ----
+  // What the epilogue needs of a tile. The producer may be as many tiles ahead as there are stages.
+  static constexpr int kTables = kStages + 1;
+  static constexpr bool kScaled = C.promotion != Promotion::block;
+  struct alignas(8) Table {
+    float a_scale[kScaled ? kBlockN : 1];
+    float w_scale[kScaled ? WgmmaConfig::kBlockM : 1];  // by consumer, half of a gated tile, column
+  };
+  struct Shared {
+    uint8_t ring[kStages][C.stage_bytes()];
+    alignas(8) int32_t products[kBlocks ? kStages * 2 * kBlockN : 1];
+    Table table[kTables];
+    TileList list;
+    Tile tile[kStages];  // of the stage, valid in a tile's first
+    uint64_t full[kStages], empty[kStages];
+  };
+  static_assert(sizeof(Shared) <= C.pipeline_bytes());
+
+  struct Slot {
+    int32_t index = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance() {
+      if (++index == kStages) {
+        index = 0;
+        phase ^= 1;
+      }
+    }
+  };
+
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
+  static __device__ __forceinline__ int rank() { return C.cluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0; }
+  static __device__ __forceinline__ int32_t first_tile() { return static_cast<int32_t>(blockIdx.x) / C.cluster; }
+  static __device__ __forceinline__ int32_t tile_step() { return static_cast<int32_t>(gridDim.x) / C.cluster; }
+  static __device__ __forceinline__ int width(const GemmArgs& args) { return C.gated() ? args.n / 2 : args.n; }
+  static __device__ __forceinline__ int padded(int rows) { return (rows + 15) & ~15; }
+
+  // Tiles of an expert: its rows shared out evenly, in steps of 16; weight tiles in groups of kRaster, so that CTAs that
+  // run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
+  static __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index,
+                                                   int32_t m_tiles) {
+    const int32_t wanted = index / m_tiles;
+    int32_t lo = 0, hi = args.experts;
+    while (hi - lo > 1) {
+      const int32_t mid = (lo + hi) >> 1;
+      if (list.first_tile[mid] <= wanted) {
+        lo = mid;
+      } else {
+        hi = mid;
+      }
+    }
+    const int32_t first = list.first_tile[lo], count = list.first_tile[lo + 1] - first;
+    const int32_t local = index - first * m_tiles, per_group = kRaster * count;
+    const int32_t group = local / per_group, inside = local - group * per_group;
+    const int32_t wide = min(kRaster, m_tiles - group * kRaster), n_tile = inside / wide;
+    const int32_t begin = list.row_begin[lo];
+    const int32_t rows = args.masked_rows > 0 ? args.expert_offsets[lo] : list.row_begin[lo + 1] - begin;
+    const int32_t parts = count * C.cluster, part = n_tile * C.cluster + rank();
+    const int32_t share = padded((rows + parts - 1) / parts);
+    Tile t;
+    t.expert = lo;
+    t.m_tile = group * kRaster + inside - n_tile * wide;
+    t.row_begin = begin + part * share;
+    t.rows = min(share, rows - part * share);
+    if (C.cluster > 1 && t.rows <= 0) {  // nothing left for the second CTA: it works along and stores nothing
+      t.row_begin = begin;
+      t.rows = 0;
+    }
+    return t;
+  }
+
+  // The scale block of an output column: the halves of a w13 restart at a block, also where they are not gated here.
+  static __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int column, int half) {
+    const int rows = args.n / args.segments, per_segment = (rows + args.block_n - 1) / args.block_n;
+    const int row = min(column, width(args) - 1);
+    const int segment = C.gated() ? half : row / rows;
+    return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
+  }
+
+  // ---- producer ----
+  struct Producer {
+    const WgmmaArgs& all;
+    const GemmArgs& args;
+    Shared& shared;
+    int32_t m_tiles, total, k_tiles;
+
+    // Where a tile's weights are.
+    struct Boxes {
+      int32_t unit, count;
+      uint64_t hint;
+    };
+    __device__ __forceinline__ Boxes boxes_of(const Tile& t) const {
+      const int column = t.m_tile * C.features();
+      // Gated, a column has a row in each half; otherwise a column is a row. An expert with few rows reads its weights
+      // once.
+      return {t.expert * (args.n / kUnit) + column / kUnit, column + kGroup < width(args) ? 2 : 1,
+              t.rows <= kBlockN / 2 ? ptx::kEvictFirst : ptx::kEvictNormal};
+    }
+    __device__ __forceinline__ void copy_weights(const Boxes& boxes, int32_t k_tile, int32_t slot) const {
+      const uint32_t full = ptx::shared_address(&shared.full[slot]), to = ptx::shared_address(shared.ring[slot]);
+      ptx::barrier_arrive_expect(full, static_cast<uint32_t>(boxes.count * kBoxBytes));
+      if constexpr (C.cluster > 1) {
+        // Each CTA asks for one box, which both get.
+        const int i = rank();
+        if (i < boxes.count) {
+          ptx::copy_box_5d_multicast(to + i * kBoxBytes, &all.weights, k_tile * 128, 0, 0,
+                                     boxes.unit + i * (kGroup / kUnit), 0, full, boxes.hint, 3);
+        }
+      } else {
+        ptx::copy_box_5d(to, &all.weights, k_tile * 128, 0, 0, boxes.unit, 0, full, boxes.hint);
+        if (boxes.count > 1) {
+          ptx::copy_box_5d(to + kBoxBytes, &all.weights, k_tile * 128, 0, 0, boxes.unit + kGroup / kUnit, 0, full,
+                           boxes.hint);
+        }
+      }
+    }
+
+    // The scales of a tile, beside its first stage. source: of tokens token and token + 128.
+    __device__ __forceinline__ void copy_scales(const Tile& t, Table& table, int thread, int token,
+                                                const int32_t (&source)[2]) const {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token + 128 * i < kBlockN) {
+          ptx::cp_async_4(ptx::shared_address(&table.a_scale[token + 128 * i]), args.a_scale + source[i], true);
+        }
+        const int half = C.gated() ? thread / kGroup : 0;
+        const int column = min(t.m_tile * C.features() + i * kGroup + thread % kGroup, width(args) - 1);
+        int64_t at;
+        if constexpr (C.promotion == Promotion::hybrid) {
+          at = block_row(args, t.expert, column, half);
+        } else {
+          at = args.w_scale_per_tensor ? t.expert
+                                       : static_cast<int64_t>(t.expert) * args.n + column + half * width(args);
+        }
+        ptx::cp_async_4(ptx::shared_address(&table.w_scale[i * kRows + thread]), args.w_scale + at, true);
+      }
+    }
+
+    // Each of the 8 lanes that copy a row knows the sources of two of the 12 rows that they copy in turn: of tokens
+    // token and token + 128 of the tile.
+    __device__ __forceinline__ void load_sources(const Tile& t, int token, int32_t (&source)[2]) const {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t r = t.row_begin + min(token + 128 * i, max(t.rows, 1) - 1);
+        source[i] = args.row_source != nullptr ? args.row_source[r] : r;
+      }
+    }
+
+    // The scales that one token meets in one K-block, and where the next ones are.
+    struct BlockScales {
+      struct Values {
+        int32_t a, w[2];
+        float factor;
+        bool active;
+      };
+      const int32_t* a = nullptr;
+      const uint8_t* w[2] = {};
+      Values values{};
+
+      __device__ __forceinline__ void open(const GemmArgs& args, const Tile& t, int token, int32_t source) {
+        values.active = token < padded(t.rows);
+        if (!values.active) return;
+        a = (kFloatTotals ? reinterpret_cast<const int32_t*>(args.a_scale) : args.a_q) + source;
+        values.factor = 1.0f;
+        if (kFloatTotals && args.row_factor != nullptr) {
+          values.factor = args.row_factor[t.row_begin + min(token, max(t.rows, 1) - 1)];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int32_t b = block_row(args, t.expert, t.m_tile * C.features() + (C.gated() ? 0 : i * kRows), i);
+          const auto* base = kFloatTotals ? reinterpret_cast<const uint8_t*>(args.w_scale) : args.w_q;
+          w[i] = base + static_cast<int64_t>(b) * args.blocks_k * (kFloatTotals ? 4 : 1);
+        }
+      }
+      __device__ __forceinline__ void load(const GemmArgs& args, int32_t block) {
+        if (!values.active) return;
+        values.a = a[block * args.a_rows];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          values.w[i] = kFloatTotals ? reinterpret_cast<const int32_t*>(w[i])[block] : w[i][block];
+        }
+      }
+    };
+    // Products of the token's scale and those of the two scale blocks.
+    static __device__ __forceinline__ void store_products(const typename BlockScales::Values& v, int32_t* products) {
+      if (!v.active) return;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        products[i * kBlockN] =
+            kFloatTotals ? __float_as_int(__fmul_rn(__int_as_float(v.w[i]), __fmul_rn(__int_as_float(v.a), v.factor)))
+                         : v.w[i] * v.a;
+      }
+    }
+
+    __device__ __forceinline__ void run() {
+      const int thread = static_cast<int>(threadIdx.x), chunk = thread & 7, row = thread >> 3;
+      const int token = row + 16 * chunk;
+      int32_t index = first_tile(), ahead = 0;
+      if (index >= total) return;  // in all CTAs of a cluster
+      Tile t = find_tile(shared.list, args, index, m_tiles), next = t;
+      Boxes boxes = boxes_of(t);
+      // The weights of the first tile do not depend on the kernel before.
+      if (thread == 0) {
+        for (; ahead < min(kStages, k_tiles); ++ahead) copy_weights(boxes, ahead, ahead);
+      }
+      ptx::grid_dependency_wait();
+      ptx::grid_dependency_launch();
+
+      const uint32_t ring = ptx::shared_address(shared.ring) + static_cast<uint32_t>(kWeightBytes + row * 128 + ((chunk ^ (row & 7)) << 4));
+      Slot slot;
+      slot.phase = 1;  // the ring is empty
+      int table = 0;
+      int32_t source[2], next_source[2] = {};
+      load_sources(t, token, source);
+      BlockScales scales;
+      if constexpr (kBlocks) {
+        scales.open(args, t, token, source[0]);
+        scales.load(args, 0);
+      }
+      for (;;) {
+        index += tile_step();
+        // Of the rows that this thread copies 16 bytes of, in units of 16 bytes.
+        const int32_t passes = (t.rows + 15) / 16;
+        uint32_t offset[kBlockN / 16];
+#pragma unroll
+        for (int p = 0; p < kBlockN / 16; ++p) {
+          const int32_t from = __shfl_sync(0xffffffffu, source[p / 8], (lane() & 24) + p % 8);
+          offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk);
+        }
+        for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          ptx::barrier_wait(ptx::shared_address(&shared.empty[slot.index]), slot.phase);
+          if (thread == 0) {
+            if (k_tile == 0) shared.tile[slot.index] = t;
+            if (ahead > 0) {
+              --ahead;  // its bytes are under way
+            } else {
+              copy_weights(boxes, k_tile, slot.index);
+            }
+          }
+          // The scales of the next K-block are asked for before this stage's copies, which would delay them.
+          typename BlockScales::Values now{};
+          const bool opens_block = kBlocks && k_tile % C.block_stages == 0;
+          if constexpr (kBlocks) {
+            if (opens_block) {
+              now = scales.values;
+              if (k_tile + C.block_stages < k_tiles) {
+                scales.load(args, k_tile / C.block_stages + 1);
+              } else if (k_tile > 0 && index < total) {
+                scales.open(args, next, token, next_source[0]);
+                scales.load(args, 0);
+              }
+            }
+          }
+          const uint32_t to = ring + static_cast<uint32_t>(slot.index * C.stage_bytes());
+          const bool inside = k_tile * 128 + chunk * 16 < args.k;
+          const int8_t* a = args.a + k_tile * 128;
+#pragma unroll
+          for (int p = 0; p < kBlockN / 16; ++p) {
+            if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
+          }
+          if (k_tile == 0) {
+            if constexpr (kScaled) copy_scales(t, shared.table[table], thread, token, source);
+            table = table + 1 == kTables ? 0 : table + 1;
+          }
+          if constexpr (kBlocks) {
+            if (opens_block) store_products(now, shared.products + slot.index * 2 * kBlockN + token);
+          }
+          // Each thread arrives when its copies land; a warp once more for what it wrote itself.
+          const uint32_t full = ptx::shared_address(&shared.full[slot.index]);
+          ptx::cp_async_arrive(full);
+          __syncwarp();
+          if (lane() == 0) ptx::barrier_arrive(full);
+          slot.advance();
+          // The next tile's rows are looked up while this one's copies are under way.
+          if (k_tile == 0 && index < total) {
+            next = find_tile(shared.list, args, index, m_tiles);
+            load_sources(next, token, next_source);
+          }
+        }
+        if (index >= total) break;
+        if constexpr (kBlocks) {
+          if (k_tiles <= C.block_stages) {  // too short to have known the next tile in time
+            scales.open(args, next, token, next_source[0]);
+            scales.load(args, 0);
+          }
+        }
+        t = next;
+        boxes = boxes_of(t);
+        source[0] = next_source[0];
+        source[1] = next_source[1];
+      }
+      ptx::cp_async_wait<0>();
+    }
+  };
+
+  // ---- consumer ----
+  struct Consumer {
+    const GemmArgs& args;
+    Shared& shared;
+    int32_t k_tiles;
+    int warpgroup;
+    Slot slot;
+
+    __device__ __forceinline__ void wait_full(const Slot& s) const {
+      ptx::barrier_wait(ptx::shared_address(&shared.full[s.index]), s.phase);
+      ptx::fence_proxy_async();  // tokens were written by cp.async
+    }
+    __device__ __forceinline__ void release(int32_t index) const {
+      const uint32_t empty = ptx::shared_address(&shared.empty[index]);
+      if constexpr (C.cluster > 1) {
+        if (lane() < C.cluster) ptx::barrier_arrive_at(empty, static_cast<uint32_t>(lane()));
+      } else {
+        if (lane() == 0) ptx::barrier_arrive(empty);
+      }
+    }
+    // Half of w13 that m64 block `block` is: the first block is always the gate.
+    __device__ __forceinline__ int half_of(int block) const { return C.gated() ? block ^ args.up_first : 0; }
+    __device__ __forceinline__ uint64_t weights(const Slot& s, int block) const {
+      const int place = C.gated() ? half_of(block) : block;
+      return ptx::matrix_descriptor(ptx::shared_address(shared.ring[s.index]) + warpgroup * kBoxBytes + place * 8192);
+    }
+    __device__ __forceinline__ uint64_t tokens(const Slot& s) const {
+      return ptx::matrix_descriptor(ptx::shared_address(shared.ring[s.index]) + kWeightBytes);
+    }
+
+    // Sums over the whole of K.
+    template <int kTokens>
+    __device__ __forceinline__ void multiply(int32_t (&sums)[2][kSums]) {
+      int32_t previous = 0;
+      for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+        wait_full(slot);
+        ptx::wgmma_fence();
+        const uint64_t a0 = weights(slot, 0), a1 = weights(slot, 1), b = tokens(slot);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          ptx::Wgmma<kTokens>::mma(sums[0], a0 + 2 * step, b + 2 * step, k_tile | step);
+          ptx::Wgmma<kTokens>::mma(sums[1], a1 + 2 * step, b + 2 * step, k_tile | step);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        if (k_tile > 0) release(previous);
+        previous = slot.index;
+        slot.advance();
+      }
+      ptx::wgmma_wait<0>();
+      release(previous);
+      ptx::wgmma_results(sums[0]);
+      ptx::wgmma_results(sums[1]);
+    }
+
+    // Partial sums per K-block, promoted into totals.
+    template <int kTokens>
+    __device__ __forceinline__ void multiply_blocks(int32_t (&totals)[2][kSums]) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) totals[b][i] = kFloatTotals ? static_cast<int32_t>(0x80000000u) : 0;
+      }
+      constexpr bool kBoth = kBlockN <= 96;  // there are registers for both blocks' partial sums
+      // One m64 block's products run while the other's partial sums are promoted. All are waited for inside an
+      // iteration: ptxas serialises wgmma whose sums cross a loop's end and are read on the other side (C7514).
+      int32_t partial[kBoth ? 2 : 1][kTokens / 2];
+      for (int32_t k_tile = 0; k_tile < k_tiles; k_tile += C.block_stages) {
+        const Slot begin = slot;
+        multiply_block<kTokens>(partial[0], 0, begin, true);
+        if constexpr (kBoth) multiply_block<kTokens>(partial[1], 1, begin, false);
+        ptx::wgmma_wait<kBoth ? 1 : 0>();
+        promote_block<kTokens>(totals[0], partial[0], 0, begin);
+        if constexpr (!kBoth) multiply_block<kTokens>(partial[0], 1, begin, false);
+        ptx::wgmma_wait<0>();
+        promote_block<kTokens>(totals[1], partial[kBoth ? 1 : 0], 1, begin);
+#pragma unroll
+        for (int i = 0; i < C.block_stages; ++i) {
+          release(slot.index);
+          slot.advance();
+        }
+      }
+    }
+
+    // The partial sums of one K-block, from stage s on.
+    template <int kTokens>
+    __device__ __forceinline__ void multiply_block(int32_t (&partial)[kTokens / 2], int block, Slot s, bool wait) const {
+#pragma unroll
+      for (int i = 0; i < C.block_stages; ++i) {
+        if (wait) wait_full(s);
+        ptx::wgmma_fence();
+        const uint64_t w = weights(s, block), t = tokens(s);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          ptx::Wgmma<kTokens>::mma(partial, w + 2 * step, t + 2 * step, i | step);
+        }
+        s.advance();
+      }
+      ptx::wgmma_commit();
+    }
+
+    template <int kTokens>
+    __device__ __forceinline__ void promote_block(int32_t (&totals)[kSums], int32_t (&partial)[kTokens / 2], int block,
+                                                  Slot s) const {
+      ptx::wgmma_results(partial);
+      promote<kTokens>(totals, partial, shared.products + (s.index * 2 + (C.gated() ? half_of(block) : warpgroup)) * kBlockN);
+    }
+
+    template <int kTokens>
+    __device__ __forceinline__ void promote(int32_t (&totals)[kSums], const int32_t (&partial)[kTokens / 2],
+                                            const int32_t* products) const {
+      const uint32_t at = ptx::shared_address(products) + (lane() & 3) * 8;
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const int2 p = ptx::load_shared_2(at + j * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int32_t scale = i % 2 ? p.y : p.x;
+          int32_t& total = totals[4 * j + i];
+          if constexpr (kFloatTotals) {
+            total = __float_as_int(
+                __fmaf_rn(__int2float_rn(partial[4 * j + i]), __int_as_float(scale), __int_as_float(total)));
+          } else {
+            total += scale * partial[4 * j + i];
+          }
+        }
+      }
+    }
+
+    // One width of tile after another, until one is wide enough.
+    template <int kTokens>
+    __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][kSums], int32_t rows) {
+      if constexpr (kTokens < kBlockN) {
+        if (rows > kTokens) {
+          multiply_tile<kTokens + 16>(sums, rows);
+          return;
+        }
+      }
+      if constexpr (kBlocks) {
+        multiply_blocks<kTokens>(sums);
+      } else {
+        multiply<kTokens>(sums);
+      }
+    }
+
+    // kPlain: bf16 out, and none of bias, zero points, row factors and limit.
+    template <bool kPlain>
+    __device__ __forceinline__ void finish(const Tile& t, const int32_t (&sums)[2][kSums], const Table& table) const {
+      const int warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
+      const int inside = warp * (kGroup / 4) + (lane() >> 2) * kOutColumns;
+      const int column = t.m_tile * C.features() + warpgroup * kGroup + inside;
+      if (column >= width(args)) return;
+      const bool asymmetric = !kPlain && C.promotion == Promotion::channel && args.a_zero != nullptr;
+      const OutType type = C.gated() || kPlain ? OutType::bf16 : args.out_type;
+      // [b][h]: ungated, columns 2b + h; gated, column h of gate and up.
+      float w_scale[2][2], bias[2][2];
+      int32_t column_sum[2][2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int offset = C.gated() ? h : 2 * b + h, half = half_of(b);
+          const int64_t at = static_cast<int64_t>(t.expert) * args.n + column + offset + half * width(args);
+          w_scale[b][h] = kScaled ? table.w_scale[warpgroup * kRows + half * kGroup + inside + offset] : 0.0f;
+          column_sum[b][h] = asymmetric ? args.column_sum[at] : 0;
+          bias[b][h] = !kPlain && args.bias != nullptr ? args.bias[at] : 0.0f;
+        }
+      }
+      const int first = 2 * (lane() & 3);
+      const int64_t stride = args.out_stride * (type == OutType::f32 ? 4 : 2);
+      uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * stride +
+                    static_cast<int64_t>(column) * (type == OutType::f32 ? 4 : 2);
+#pragma unroll
+      for (int j = 0; j < kBlockN / 8; ++j) {
+        if (8 * j >= t.rows) break;
+        float a_scale[2] = {};
+        if constexpr (kScaled) {
+          const float2 pair = *reinterpret_cast<const float2*>(&table.a_scale[8 * j + first]);
+          a_scale[0] = pair.x;
+          a_scale[1] = pair.y;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool valid = 8 * j + first + e < t.rows;
+          int32_t zero = 0;
+          if constexpr (!kPlain) {
+            const int32_t row = t.row_begin + min(8 * j + first + e, t.rows - 1);
+            if (kScaled && args.row_factor != nullptr) a_scale[e] = __fmul_rn(a_scale[e], args.row_factor[row]);
+            if (asymmetric) zero = args.a_zero[args.row_source != nullptr ? args.row_source[row] : row];
+          }
+          const auto v = [&](int b, int h) {
+            const int32_t sum = sums[b][4 * j + 2 * h + e];
+            float x = __int_as_float(sum);
+            if constexpr (kScaled) {
+              const int32_t acc = asymmetric ? sum - zero * column_sum[b][h] : sum;
+              x = __fmul_rn(__int2float_rn(acc), __fmul_rn(w_scale[b][h], a_scale[e]));
+            }
+            return !kPlain && args.bias != nullptr ? __fadd_rn(x, bias[b][h]) : x;
+          };
+          float out[kOutColumns];
+          if constexpr (C.gated()) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              float g = v(0, h), u = v(1, h);
+              if constexpr (!kPlain) {
+                g = num::min_nan(g, args.limit);
+                u = num::clamp(u, -args.limit, args.limit);
+              }
+              out[h] = __fmul_rn(num::silu(g), u);
+            }
+          } else {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) out[c] = v(c / 2, c % 2);
+          }
+          if (valid) store(to + e * stride, type, out);
+        }
+        to += 8 * stride;
+      }
+    }
+
+    static __device__ __forceinline__ void store(uint8_t* to, OutType type, const float (&v)[kOutColumns]) {
+      if (type == OutType::f32) {
+#pragma unroll
+        for (int c = 0; c < kOutColumns; c += 2) {
+          *reinterpret_cast<float2*>(to + 4 * c) = make_float2(num::canonical(v[c]), num::canonical(v[c + 1]));
+        }
+        return;
+      }
+      uint32_t packed[kOutColumns / 2];
+#pragma unroll
+      for (int c = 0; c < kOutColumns; c += 2) {
+        packed[c / 2] = type == OutType::bf16 ? num::pack_bf16(v[c], v[c + 1]) : num::pack_fp16(v[c], v[c + 1]);
+      }
+      if constexpr (kOutColumns == 4) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(packed[0], packed[1]);
+      } else {
+        *reinterpret_cast<uint32_t*>(to) = packed[0];
+      }
+    }
+
+    __device__ __forceinline__ void run(int32_t total) {
+      ptx::grid_dependency_wait();
+      const bool plain = args.bias == nullptr && args.row_factor == nullptr && args.a_zero == nullptr &&
+                         (C.gated() ? args.limit == num::from_bits(num::kInfBits) : args.out_type == OutType::bf16);
+      int table = 0;
+      for (int32_t index = first_tile(); index < total; index += tile_step()) {
+        ptx::barrier_wait(ptx::shared_address(&shared.full[slot.index]), slot.phase);
+        const Tile t = shared.tile[slot.index];
+        int32_t sums[2][kSums];
+        multiply_tile<16>(sums, t.rows);
+        if (plain) {
+          finish<true>(t, sums, shared.table[table]);
+        } else {
+          finish<false>(t, sums, shared.table[table]);
+        }
+        table = table + 1 == kTables ? 0 : table + 1;
+      }
+    }
+  };
+
+  static __device__ __forceinline__ void run(const WgmmaArgs& all) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const GemmArgs& args = all.gemm;
+    if (threadIdx.x == 0) {
+      ptx::prefetch_tensor_map(&all.weights);
+      for (int i = 0; i < kStages; ++i) {
+        // The weights' bytes, the producer's threads (their copies) and warps (their writes).
+        ptx::barrier_init(ptx::shared_address(&shared.full[i]), 1 + 128 + 4);
+        ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 4 * WgmmaConfig::kConsumers * C.cluster);
+      }
+      ptx::barrier_init_fence();
+    }
+    kernels::build_tile_list<kBlockN * C.cluster, WgmmaConfig::kThreads>(shared.list, args);
+    // Before anything is sent to the other CTA, its barriers must stand.
+    if constexpr (C.cluster > 1) ptx::cluster_sync();
+    const int32_t m_tiles = (width(args) + C.features() - 1) / C.features();
+    const int32_t total = shared.list.first_tile[args.experts] * m_tiles;
+    // Whole K-blocks: columns past K arrive as zeros.
+    constexpr int kStep = 128 * C.block_stages;
+    const int32_t k_tiles = (args.k + kStep - 1) / kStep * C.block_stages;
+    if (threadIdx.x < 128) {
+      ptx::lower_registers<kProducerRegisters>();
+      Producer{all, args, shared, m_tiles, total, k_tiles}.run();
+    } else {
+      ptx::raise_registers<kConsumerRegisters>();
+      // The same in a warp's lanes, which the compiler cannot know: addresses of shared memory may be uniform.
+      const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+      Consumer{args, shared, k_tiles, warpgroup, {}}.run(total);
+    }
+    // The other CTA may still send weights or arrive here.
+    if constexpr (C.cluster > 1) ptx::cluster_sync();
+  }
+};
+
+template <WgmmaConfig C>
+__device__ __forceinline__ void grouped_gemm(const WgmmaArgs& args) {
+  GroupedGemm<C>::run(args);
+}
+
+}  // namespace octomoe::sm90

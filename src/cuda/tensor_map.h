@@ -1,0 +1,14 @@
+// The tensor map through which the SM90 family reads a stack of weights where it lies.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor_map.h"
+
+namespace octomoe::cuda {
+
+// w: int8 [experts, n, k], 16-byte aligned, k a multiple of 16. A box of the map is 128 rows by 128 columns in the
+// order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
+kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
+
+}  // namespace octomoe::cuda

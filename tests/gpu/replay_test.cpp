@@ -1,0 +1,274 @@
+// Calls that a layer replays from graphs of its own: the same bits as kernel by kernel, whatever happens in between.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "cuda/memory.h"
+#include "cuda/stream.h"
+#include "support/errors.h"
+#include "support/run.h"
+
+namespace octomoe::testing {
+namespace {
+
+const Device kGpu = Device::cuda(0);
+constexpr int kRepeats = 20;  // more than enough calls for a layer to make a graph
+
+// Counts the driver's launches while it lives.
+class Launches {
+ public:
+  Launches() : driver_(const_cast<cuda::Driver&>(cuda::driver())) {
+    kernel_ = driver_.cuLaunchKernelEx;
+    graph_ = driver_.cuGraphLaunch;
+    kernels = graphs = 0;
+    driver_.cuLaunchKernelEx = [](const cuda::CuLaunchConfig* c, cuda::CuFunction f, void** p, void** extra) {
+      ++kernels;
+      return kernel_(c, f, p, extra);
+    };
+    driver_.cuGraphLaunch = [](cuda::CuGraphExec g, cuda::CuStream s) {
+      ++graphs;
+      return graph_(g, s);
+    };
+  }
+  ~Launches() {
+    driver_.cuLaunchKernelEx = kernel_;
+    driver_.cuGraphLaunch = graph_;
+  }
+  Launches(const Launches&) = delete;
+  Launches& operator=(const Launches&) = delete;
+  static inline std::atomic<int> kernels, graphs;
+
+ private:
+  cuda::Driver& driver_;
+  static inline decltype(cuda::Driver::cuLaunchKernelEx) kernel_;
+  static inline decltype(cuda::Driver::cuGraphLaunch) graph_;
+};
+
+// A call's tensors on the GPU, and what the CPU makes of them.
+struct Call {
+  Call(const LayerCase& c, const MoeWeights& w) : problem(c), weights_of(w) {
+    fill(c.seed);
+    out = Tensor::zeros(DType::bfloat16, {c.tokens, c.hidden}, kGpu);
+  }
+  // Other contents in the same memory.
+  void fill(std::uint32_t seed) {
+    LayerCase c = problem;
+    c.seed = seed;
+    const LayerInput in = make_input(c);
+    const auto put = [](Tensor& to, const Tensor& from) {
+      if (to.defined())
+        cuda::copy(from, to);
+      else
+        to = on(kGpu, from);
+    };
+    put(x, in.x);
+    put(ids, in.ids);
+    put(weights, in.weights);
+    expected = run_layer(Device::cpu(), weights_of, {}, in);
+  }
+  void run(MoeLayer& layer, Stream stream = nullptr, const ForwardOptions& options = {}) {
+    layer.forward(x, ids, weights, out, options, stream);
+  }
+  bool right() const { return same_bits(Tensor::copy_of(out), expected); }
+
+  LayerCase problem;
+  const MoeWeights& weights_of;
+  Tensor x, ids, weights, out, expected;
+};
+
+class Replay : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!is_here(kGpu)) GTEST_SKIP() << "no GPU here";
+    context_ = std::make_unique<cuda::ContextGuard>(cuda::device_info(0));
+    weights_ = make_weights(problem(1), 8);
+  }
+  static LayerCase problem(std::int64_t tokens, std::uint32_t seed = 1) {
+    LayerCase c;
+    c.hidden = 256;
+    c.intermediate = 96;
+    c.tokens = tokens;
+    c.top_k = 2;
+    c.seed = seed;
+    return c;
+  }
+  MoeWeights weights_;
+  std::unique_ptr<cuda::ContextGuard> context_;
+};
+using SanitizedReplay = Replay;
+
+TEST_F(SanitizedReplay, OtherContentsInTheSameMemory) {
+  MoeLayer layer(kGpu, weights_);
+  Call call(problem(9), weights_);
+  const cuda::OwnedStream stream;
+  const Launches launches;
+  for (std::uint32_t i = 0; i < kRepeats; ++i) {
+    call.fill(100 + i);
+    call.run(layer, stream);
+    stream.synchronize();
+    ASSERT_TRUE(call.right()) << i;
+  }
+  EXPECT_GT(Launches::graphs, kRepeats / 2);
+  EXPECT_EQ(Launches::kernels, 6 * (kRepeats - Launches::graphs + 1));  // each eager call, and the capture
+}
+
+TEST_F(Replay, CanBeSwitchedOff) {
+  LayerOptions o;
+  o.replays = 0;
+  MoeLayer layer(kGpu, weights_, o);
+  Call call(problem(9), weights_);
+  const Launches launches;
+  for (int i = 0; i < kRepeats; ++i) call.run(layer);
+  EXPECT_TRUE(call.right());
+  EXPECT_EQ(Launches::graphs, 0);
+  o.replays = 65;
+  expect_error("replays: expected 0..64, got 65", [&] { MoeLayer(kGpu, weights_, o); });
+}
+
+TEST_F(Replay, CallsThatDifferInOneThing) {
+  MoeLayer layer(kGpu, weights_);
+  Call one(problem(9, 2), weights_), other(problem(9, 3), weights_), fewer(problem(5, 4), weights_);
+  Call strided(problem(9, 5), weights_);
+  const Tensor wide = Tensor::zeros(DType::bfloat16, {9, 512}, kGpu);
+  const TensorView rows(wide.view().data(), DType::bfloat16, {9, 256}, {512, 1}, kGpu);
+  const Tensor f32 = Tensor::zeros(DType::float32, {9, 256}, kGpu), sum = Tensor::zeros(DType::float32, {9, 256}, kGpu);
+  const Tensor memory = Tensor::empty(DType::uint8, {static_cast<std::int64_t>(layer.workspace_bytes(9, 2))}, kGpu);
+  const Launches launches;
+  for (int i = 0; i < kRepeats; ++i) {
+    one.run(layer);
+    other.run(layer);
+    fewer.run(layer);
+    other.run(layer, nullptr, {.workspace = memory});
+    layer.forward(strided.x, strided.ids, strided.weights, rows);
+    layer.forward(one.x, one.ids, one.weights, f32);
+    layer.forward(one.x, one.ids, one.weights, sum, {.accumulate = true});
+  }
+  EXPECT_GT(Launches::graphs, 7 * kRepeats / 2);
+  EXPECT_TRUE(one.right() && other.right() && fewer.right());
+  EXPECT_TRUE(same_bits(Tensor::copy_of(Tensor::copy_of(rows, kGpu)), strided.expected));
+  const Tensor once = Tensor::copy_of(f32), all = Tensor::copy_of(sum);
+  float want = 0;
+  for (int i = 0; i < kRepeats; ++i) want += once.as<float>()[7];
+  EXPECT_EQ(all.as<float>()[7], want);
+}
+
+TEST_F(Replay, MoreCallsThanAreKept) {
+  LayerOptions o;
+  o.replays = 3;
+  MoeLayer layer(kGpu, weights_, o);
+  std::vector<Call> calls;
+  for (std::uint32_t i = 0; i < 6; ++i) calls.emplace_back(problem(3 + i, 10 + i), weights_);
+  const Launches launches;
+  for (int i = 0; i < kRepeats; ++i) {  // round and round: each is forgotten before it comes again
+    for (Call& c : calls) c.run(layer);
+  }
+  EXPECT_EQ(Launches::graphs, 0);
+  for (const Call& c : calls) EXPECT_TRUE(c.right());
+  for (int round = 0; round < 3; ++round) {  // one at a time: graphs are made, and released while they may still run
+    for (Call& c : calls) {
+      cuda::fill_zero(c.out.view().data(), c.out.bytes(), 0);
+      for (int i = 0; i < kRepeats; ++i) c.run(layer);
+    }
+  }
+  EXPECT_GT(Launches::graphs, 0);
+  for (const Call& c : calls) EXPECT_TRUE(c.right());
+}
+
+TEST_F(Replay, StreamsThreadsAndOneLayer) {
+  MoeLayer layer(kGpu, weights_);
+  constexpr int kThreads = 4;
+  std::vector<Call> calls;
+  for (std::uint32_t i = 0; i < kThreads; ++i) calls.emplace_back(problem(40, 20 + i), weights_);
+  const cuda::OwnedStream streams[kThreads];
+  const Launches launches;
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {  // a thread without a current context
+      for (int i = 0; i < 5 * kRepeats; ++i) calls[t].run(layer, streams[t]);
+    });
+  }
+  for (std::thread& t : threads) t.join();
+  for (std::size_t t = 0; t < kThreads; ++t) {
+    streams[t].synchronize();
+    EXPECT_TRUE(calls[t].right()) << t;
+  }
+  EXPECT_GT(Launches::graphs, kThreads * kRepeats);
+}
+
+TEST_F(Replay, TheCallersCaptureInBetween) {
+  MoeLayer layer(kGpu, weights_);
+  Call call(problem(9), weights_);
+  const cuda::OwnedStream stream;
+  for (int i = 0; i < kRepeats; ++i) call.run(layer, stream);
+  const Launches launches;
+  const auto graph = cuda::Graph::capture(stream, [&] { call.run(layer, stream); });
+  EXPECT_EQ(graph.nodes(), 6u);
+  EXPECT_EQ(Launches::graphs, 0);
+  call.fill(31);
+  graph.launch(stream);
+  stream.synchronize();
+  EXPECT_TRUE(call.right());
+  call.fill(32);
+  call.run(layer, stream);
+  stream.synchronize();
+  EXPECT_TRUE(call.right());
+  EXPECT_EQ(Launches::graphs, 2);
+}
+
+// As PyTorch captures: no thread may allocate meanwhile. Graphs that are made and released then do not disturb it.
+TEST_F(Replay, WhileAnotherStreamIsCaptured) {
+  LayerOptions o;
+  o.replays = 1;
+  MoeLayer layer(kGpu, weights_, o);
+  layer.reserve(9, 2);
+  Call call(problem(9), weights_), other(problem(5), weights_);
+  const cuda::OwnedStream stream, captured;
+  cuda::CuGraph graph = nullptr;
+  {
+    const Launches launches;
+    OCTOMOE_CUDA(cuStreamBeginCapture, captured.get(), cuda::kCaptureGlobal);
+    for (int i = 0; i < kRepeats; ++i) call.run(layer, stream);
+    std::thread([&] {
+      for (int i = 0; i < kRepeats; ++i) other.run(layer, stream);  // in the place of the first graph
+    }).join();
+    for (int i = 0; i < kRepeats; ++i) call.run(layer, stream);
+    EXPECT_GT(Launches::graphs, 2 * kRepeats);
+  }
+  OCTOMOE_CUDA(cuStreamEndCapture, captured.get(), &graph);
+  cuda::driver().cuGraphDestroy(graph);
+  stream.synchronize();
+  EXPECT_TRUE(call.right() && other.right());
+}
+
+TEST_F(Replay, ReserveMovesTheWorkspace) {
+  MoeLayer layer(kGpu, weights_);
+  Call call(problem(9), weights_);
+  for (const std::int64_t tokens : {9, 90, 9000}) {
+    layer.reserve(tokens, 2);
+    cuda::fill_zero(call.out.view().data(), call.out.bytes(), 0);
+    for (int i = 0; i < kRepeats; ++i) call.run(layer);
+    EXPECT_TRUE(call.right()) << tokens;
+  }
+}
+
+// Nobody has waited for the graphs when their layer goes.
+TEST_F(Replay, LayersEndWhileTheirGraphsRun) {
+  Call call(problem(300), weights_);
+  const cuda::OwnedStream stream;
+  for (int round = 0; round < 4; ++round) {
+    auto layer = std::make_unique<MoeLayer>(kGpu, weights_);
+    for (int i = 0; i < kRepeats; ++i) call.run(*layer, stream);
+    if (round % 2 == 0)
+      layer.reset();
+    else
+      std::thread([&] { layer.reset(); }).join();  // in a thread without a current context
+    stream.synchronize();
+    ASSERT_TRUE(call.right()) << round;
+    cuda::fill_zero(call.out.view().data(), call.out.bytes(), 0);
+  }
+}
+
+}  // namespace
+}  // namespace octomoe::testing
