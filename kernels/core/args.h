@@ -105,6 +105,9 @@ struct TransposeScalesArgs {
 
 // Few tokens (sm90/few_tokens.cuh): at most kFewRoutes routes, int8_channel, swiglu.
 inline constexpr int kFewTokens = 4, kFewRoutes = 32;
+inline constexpr int kFewThreads = 288;  // two groups of four warps, and the producer's warp
+inline constexpr int kFewStageBytes = 16384, kFewStages = 6;
+inline constexpr int kFewHeaderBytes = 1024;  // shared memory before the ring
 
 struct FewRoutes {
   const void* topk_ids;  // [T, k] int32 or int64, row stride in elements

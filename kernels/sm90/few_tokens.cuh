@@ -26,8 +26,12 @@ using kernels::kFewRoutes;
 using kernels::kFewTokens;
 using kernels::OutType;
 
-inline constexpr int kFewThreads = 288, kFewWorkers = 256;  // two groups of four warps, and the producer's warp
-inline constexpr int kFewStageBytes = 16384, kFewStages = 6;
+using kernels::kFewHeaderBytes;
+using kernels::kFewStageBytes;
+using kernels::kFewStages;
+using kernels::kFewThreads;
+
+inline constexpr int kFewWorkers = kFewThreads - 32;
 
 struct FewShared {
   uint64_t full[kFewStages], empty[kFewStages];
@@ -38,7 +42,9 @@ struct FewShared {
   uint32_t top[kFewRoutes], low[kFewRoutes], high[kFewRoutes];
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
+  uint32_t used;  // routes that have an expert, as bits
 };
+static_assert(sizeof(FewShared) <= kFewHeaderBytes);
 
 struct FewTokens {
   FewShared& shared;
@@ -83,16 +89,21 @@ struct FewTokens {
       shared.expert[at] = e;
       shared.routes[at] = same;
     }
-    if (lane() == 0) shared.experts = __popc(leaders);
+    const uint32_t used = __ballot_sync(0xffffffffu, e >= 0);
+    if (lane() == 0) {
+      shared.experts = __popc(leaders);
+      shared.used = used;
+    }
   }
 
-  // Quantises `count` rows of k columns into shared memory; all worker threads, and two of their barriers.
-  // load(row, column, v): eight values.
+  // Quantises those of `count` rows of k columns that `wanted` has a bit for, into shared memory; all worker threads, and
+  // two of their barriers. load(row, column, v): eight values.
   template <class Load>
-  __device__ __forceinline__ void quantize(const FewMatrix& m, int count, const Load& load) const {
+  __device__ __forceinline__ void quantize(const FewMatrix& m, int count, uint32_t wanted, const Load& load) const {
     const int per_row = m.k / 8;
     for (int i = static_cast<int>(threadIdx.x); i < count * per_row; i += kFewWorkers) {
       const int row = i / per_row, column = (i - row * per_row) * 8;
+      if ((wanted >> row & 1) == 0) continue;
       float v[8];
       load(row, column, v);
       uint32_t top = 0;
@@ -112,6 +123,7 @@ struct FewTokens {
     ptx::named_barrier(1, kFewWorkers);
     for (int i = static_cast<int>(threadIdx.x); i < count * per_row; i += kFewWorkers) {
       const int row = i / per_row, column = (i - row * per_row) * 8;
+      if ((wanted >> row & 1) == 0) continue;
       float inverse, scale, limit = -num::kInt8Max;
       int32_t zero = 0;
       const uint32_t top = shared.top[row];
@@ -196,10 +208,9 @@ struct FewTokens {
   };
 };
 
-static __device__ __forceinline__ FewTokens open_few(uint8_t* memory) {
-  const int header = (static_cast<int>(sizeof(FewShared)) + 127) / 128 * 128;
-  return {*reinterpret_cast<FewShared*>(memory), memory + header,
-          reinterpret_cast<int8_t*>(memory + header + kFewStages * kFewStageBytes)};
+__device__ __forceinline__ FewTokens open_few(uint8_t* memory) {
+  return {*reinterpret_cast<FewShared*>(memory), memory + kFewHeaderBytes,
+          reinterpret_cast<int8_t*>(memory + kFewHeaderBytes + kFewStages * kFewStageBytes)};
 }
 
 __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
@@ -236,7 +247,7 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
     }
     return;
   }
-  few.quantize(m, args.routes.tokens,
+  few.quantize(m, args.routes.tokens, ~0u,
                [&](int row, int column, float(&v)[8]) { kernels::load_elems(args.x, row, column, v); });
 
   const int group = warp / 4;
@@ -333,7 +344,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   const int32_t lane = FewTokens::lane(), warp = FewTokens::warp();
   const int32_t first = static_cast<int32_t>(blockIdx.x) * args.columns, columns = min(args.columns, m.n - first);
   // y [routes, columns] behind the quantised rows.
-  float* y = reinterpret_cast<float*>(few.rows + (static_cast<int64_t>(routes) * m.k + 15) / 16 * 16);
+  float* y = reinterpret_cast<float*>(few.rows + static_cast<int64_t>(routes) * m.k);
   few.init();
   // The routes were there before gate_up began, so the weights need not wait for it.
   if (warp == 8) few.group_routes(args.routes);
@@ -359,7 +370,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   } else {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
-    few.quantize(m, routes, [&](int row, int column, float(&v)[8]) {
+    few.quantize(m, routes, shared.used, [&](int row, int column, float(&v)[8]) {
       const uint4 p = *reinterpret_cast<const uint4*>(args.h + static_cast<int64_t>(row) * m.k + column);
       const uint32_t w[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
@@ -402,15 +413,13 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   }
   __syncthreads();
   // Combine in slot order (docs/schemes.md section 4).
-  uint32_t used = 0;
-  for (int32_t i = 0; i < shared.experts; ++i) used |= shared.routes[i];
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < args.routes.tokens * columns; i += kFewThreads) {
     const int32_t token = i / columns, column = i - token * columns;
     float o = 0.0f;
     bool begun = false;
     for (int32_t slot = 0; slot < args.routes.top_k; ++slot) {
       const int32_t r = token * args.routes.top_k + slot;
-      if ((used >> r & 1) == 0) continue;
+      if ((shared.used >> r & 1) == 0) continue;
       const float weight =
           args.routes.weight_on_input ? 1.0f : args.routes.topk_weights[token * args.routes.weights_stride + slot];
       const float v = y[r * columns + column];

@@ -169,6 +169,17 @@ std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& dev
   return {};
 }
 
+kernels::FewMatrix DeviceMatrix::few() const {
+  return {.w = m_.values.as<std::int8_t>(),
+          .scale = m_.scale.as<float>(),
+          .bias = bias_.as<float>(),
+          .column_sum = m_.scheme.asymmetric ? m_.column_sum.as<std::int32_t>() : nullptr,
+          .static_scale = m_.activation_scale.as<float>(),
+          .n = static_cast<std::int32_t>(m_.n),
+          .k = static_cast<std::int32_t>(m_.k),
+          .per_tensor = m_.scheme.per_tensor};
+}
+
 ScaleColumns DeviceMatrix::scale_columns() const {
   switch (m_.scheme.kind) {
     case SchemeKind::int8_block:
@@ -216,15 +227,21 @@ double expected_tiles(double mean, int block) {
 
 }  // namespace
 
-// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as 48 tokens
-// more (docs/kernels.md). Remembered: the next call usually has as many rows.
+// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens more
+// (docs/kernels.md). Remembered: the next call usually has as many rows.
 const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;
   const double mean = static_cast<double>(rows) / static_cast<double>(m_.experts);
   double least = std::numeric_limits<double>::infinity();
   for (const Kernel& k : kernels_) {
-    constexpr int kOverhead = 48;
-    const double cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + kOverhead);
+    double cost = 0;
+    if (k.wgmma) {
+      // As wide as its rows need; CTAs of a cluster share the weights.
+      const double tiles = expected_tiles(mean, k.block_n * k.cluster) * k.cluster;
+      cost = mean + std::max(1e-3, tiles) * (k.cluster > 1 ? 36 : 48);
+    } else {
+      cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + 48);
+    }
     if (cost < least) {
       least = cost;
       chosen_ = &k;
