@@ -82,7 +82,8 @@ struct TileUse {
       const std::int64_t share = rounded(ceil_div(rows_of_expert, token_tiles));
       token_slots += rows_of_expert / share * share + rounded(rows_of_expert % share);
     }
-    bytes += static_cast<double>(column_tiles * (token_tiles * size.columns / size.cluster + rows_of_expert) * k);
+    const std::int64_t weight_rows = token_tiles / size.cluster * size.columns;
+    bytes += static_cast<double>(column_tiles * (weight_rows + rows_of_expert) * k);
   }
   // The part of the tiles' tokens that are not there.
   double waste() const {

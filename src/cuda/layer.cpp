@@ -219,6 +219,8 @@ class CudaLayer final : public LayerBackend {
         .weight_on_input = weight_on_input_,
     };
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
+    const Launcher stages(info_, stream);
+    stages.stage("gate_up");
     launch(*few_gate_up_,
            {.grid = {static_cast<unsigned>(info_.multiprocessors)},
             .shared_bytes = static_cast<int>(shared.gate_up),
@@ -230,6 +232,7 @@ class CudaLayer final : public LayerBackend {
                                   .h = h,
                                   .up_first = routed_.up_first,
                                   .limit = limit_});
+    stages.stage("down");
     launch(*few_down_,
            {.grid = {static_cast<unsigned>(ceil_div(hidden_, few_columns()))},
             .shared_bytes = static_cast<int>(shared.down),
@@ -243,17 +246,18 @@ class CudaLayer final : public LayerBackend {
                                 .out_type = out_type(a.out.dtype()),
                                 .accumulate = a.accumulate,
                                 .columns = few_columns()});
+    stages.stage(nullptr);
   }
 
   void launch_all(const ForwardArgs& a, Stream stream, void* workspace) {
     const Plan& p = plan_of(a);
+    const Launcher launcher(info_, stream);
+    if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     if (const FewShared shared = few_shared(p.tokens, p.top_k); shared.down > 0) {
       return launch_few(a, p, shared, stream, static_cast<std::uint8_t*>(workspace));
     }
     const std::int64_t tokens = p.tokens;
     auto* base = static_cast<std::uint8_t*>(workspace);
-    const Launcher launcher(info_, stream);
-    if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
     };
