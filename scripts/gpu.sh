@@ -2,7 +2,7 @@
 # The GPU's checks, one command each: scripts/gpu.sh check|sanitize|bench [build folder]
 #   check     every C++ test that wants a GPU, and the Python ones
 #   sanitize  compute-sanitizer memcheck, racecheck, synccheck and initcheck over a reduced suite
-#   bench     layers and GEMMs beside their peers and floors; JSON into $OUT (default: out/)
+#   bench     layers beside their floors, one layer taken apart, the grouping study; JSON into $OUT (default: out/)
 # Needs a build (make build) with its kernel pack (cmake --build build --target pack), nothing else of the tree's tools.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,6 +27,7 @@ case $what in
     step cuda "$build/octomoe_tests_cuda"
     step layer "$build/octomoe_tests_layer" "--gtest_filter=*cuda*"
     step gpu "$build/octomoe_tests_gpu"
+    step cli env OCTOMOE_CLI="$build/octomoe" "$build/octomoe_tests_cli" "--gtest_filter=GpuCommand.*"
     ;;
   sanitize)
     for tool in memcheck racecheck synccheck initcheck; do
@@ -35,8 +36,15 @@ case $what in
     done
     ;;
   bench)
-    step bench "$build/octomoe" bench --device cuda --graph --tokens 1,16,128,1024,8192 --json "$out/layer_cuda.json"
-    cat "$out/bench.log"
+    step layer "$build/octomoe" bench --device cuda --graph --tokens 1,16,128,1024,8192 --min-time 0.1 \
+      --json "$out/layer.json"
+    step default "$build/octomoe" bench --device cuda --graph --min-time 0.1 --json "$out/default.json"
+    step profile "$build/octomoe" bench --device cuda --profile --min-time 0.1 --json "$out/profile.json"
+    step grouping "$build/octomoe" bench --device cuda --study grouping --json "$out/grouping.json"
+    for name in layer default profile grouping; do
+      printf '\n== %s\n' "$name"
+      cat "$out/$name.log"
+    done
     ;;
   *) echo "usage: scripts/gpu.sh check|sanitize|bench [build folder]" >&2; exit 2 ;;
 esac

@@ -1,7 +1,8 @@
 """Pictures of results: `python -m octomoe.plot bench.json out.png`.
 
 Draws what `octomoe bench --json` wrote: the time of a layer over the number of tokens, one line per
-scheme and peer, above the floor that memory and arithmetic set. Missing fields are left out.
+scheme and peer, above the floor that memory and arithmetic set; for `--study grouping`, what one
+GEMM per expert takes beside one grouped GEMM. Missing fields are left out.
 """
 
 from __future__ import annotations
@@ -196,6 +197,105 @@ def draw_bench(report: dict[str, Any], path: str | Path) -> None:
     plt.close(figure)
 
 
+# The ways of the grouping study: (name, field of the time, label, colour, line style).
+_WAYS = (
+    ("per expert", "graph", "our kernel per expert, graph", "#D55E00", "-"),
+    ("cuBLAS", "graph", "cuBLAS per expert, graph", "#444444", "-"),
+    ("cuBLAS", "eager", "cuBLAS per expert, eager", "#444444", "--"),
+    ("per expert, 8 streams", "graph", "our kernel on 8 streams, graph", "#009E73", "-"),
+    ("per expert, 8 streams", "eager", "our kernel on 8 streams, eager", "#009E73", "--"),
+)
+
+
+def _relative_times(case: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """(way, "graph" or "eager") -> its time over the grouped kernel's in a graph."""
+    times = {
+        (way.get("name"), how): _number((way.get(how) or {}).get("median_us"))
+        for way in case.get("ways") or []
+        for how in ("graph", "eager")
+    }
+    grouped = times.get(("grouped", "graph"))
+    return {key: us / grouped for key, us in times.items() if us and grouped}
+
+
+def draw_grouping(report: dict[str, Any], path: str | Path) -> None:
+    """Draw a grouping study (the parsed JSON) into a .png, .svg or .pdf file.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    cases = [
+        case
+        for case in report.get("cases") or []
+        if _number(case.get("experts"))
+        and _number(case.get("rows_per_expert"))
+        and len(_relative_times(case)) > 1
+    ]
+    counts = sorted({case["experts"] for case in cases})
+    if not counts:
+        raise ValueError("no case with experts, rows_per_expert and the times of several ways")
+    plt = pyplot()
+    figure, panels = plt.subplots(
+        1, len(counts), figsize=(3.6 * len(counts) + 0.6, 4.2), sharey=True, squeeze=False
+    )
+    handles: dict[str, Any] = {}
+    for axes, experts in zip(panels[0], counts, strict=True):
+        axes.axhline(1, color=INK, linewidth=1.2, zorder=1)
+        for name, how, label, colour, style in _WAYS:
+            points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            for case in cases:
+                ratio = _relative_times(case).get((name, how))
+                if case["experts"] == experts and ratio:
+                    uniform = case.get("skew") == "uniform"
+                    points[uniform].append((case["rows_per_expert"], ratio))
+            line = sorted(points[True])
+            (handles[f"{name} {how}"],) = axes.plot(
+                [x for x, _ in line],
+                [y for _, y in line],
+                color=colour,
+                linestyle=style,
+                linewidth=1.8,
+                marker="o",
+                markersize=4,
+                label=label,
+                zorder=3 if how == "graph" else 2.5,
+            )
+            axes.scatter(
+                [x for x, _ in points[False]],
+                [y for _, y in points[False]],
+                s=12,
+                color=colour,
+                alpha=0.35,
+                linewidths=0,
+                zorder=2,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5", "1", "2", "5", "10", "20"))
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.grid(axis="y", linewidth=0.8)
+        axes.set_title(f"{experts} experts", fontsize=10)
+        axes.set_xlabel("rows of an expert")
+    panels[0][0].set_ylabel("time / time of the grouped kernel in a graph")
+    gpu = (report.get("gpu") or {}).get("name") or ""
+    figure.suptitle(
+        f"One GEMM per expert beside one grouped GEMM: {report.get('scheme', '')}, "
+        f"N {report.get('n', '?')}, K {report.get('k', '?')}, {gpu}\n"
+        "lines: rows fall at random; faint dots: even, Zipf 1.2, one expert with a quarter",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+        color=MUTED,
+    )
+    figure.legend(
+        handles=list(handles.values()), loc="upper left", bbox_to_anchor=(0.04, 0.0), ncols=3
+    )
+    figure.tight_layout()
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -206,7 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
         report = json.loads(Path(source).read_text(encoding="utf-8"))
         if not isinstance(report, dict):
             raise ValueError("expected a JSON object")
-        draw_bench(report, target)
+        draw = draw_grouping if report.get("study") == "grouping" else draw_bench
+        draw(report, target)
     except (OSError, ValueError) as error:
         raise SystemExit(f"octomoe.plot: {source}: {error}") from None
 

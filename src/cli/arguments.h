@@ -104,6 +104,43 @@ inline std::vector<Scheme> parse_schemes(const std::string& option, const std::s
   return schemes;
 }
 
+// --quant-block-size, --super-group-size, --q-max: parameters of every int8_hybrid among the schemes; 0: not given.
+struct HybridParameters {
+  int block_k = 0, super_group = 0, q_max = 0;
+};
+inline void set_hybrid(const HybridParameters& given, std::vector<Scheme>& schemes) {
+  const Scheme base = Scheme::int8_hybrid();
+  const struct {
+    const char* option;
+    int value;
+    int Scheme::*field;
+  } parameters[] = {{"--quant-block-size", given.block_k, &Scheme::block_k},
+                    {"--super-group-size", given.super_group, &Scheme::super_group},
+                    {"--q-max", given.q_max, &Scheme::q_max}};
+  for (const auto& p : parameters) {
+    if (p.value == 0) continue;
+    bool any = false;
+    for (Scheme& s : schemes) {
+      if (s.kind != SchemeKind::int8_hybrid) continue;
+      any = true;
+      if (s.*p.field != base.*p.field && s.*p.field != p.value) {
+        throw UsageError(fmt::format("{}: expected what --schemes says ({}), got {}", p.option, to_string(s), p.value));
+      }
+      s.*p.field = p.value;
+      try {
+        check(s);
+      } catch (const Error& e) {
+        throw UsageError(fmt::format("{}: {}", p.option, e.what()));
+      }
+    }
+    if (!any) throw UsageError(fmt::format("{}: expected int8_hybrid among --schemes, got none", p.option));
+  }
+  for (std::size_t i = 0; i < schemes.size(); ++i) {
+    if (std::find(schemes.begin() + static_cast<std::ptrdiff_t>(i) + 1, schemes.end(), schemes[i]) != schemes.end())
+      throw UsageError(fmt::format("--schemes: '{}' is given twice", to_string(schemes[i])));
+  }
+}
+
 // "5GB", "512MiB", "1000000": bytes. KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
 inline std::int64_t parse_size(const std::string& option, const std::string& text) {
   double value = 0;

@@ -52,6 +52,30 @@ std::string render_header(const BenchReport& r, bool colour) {
       r.ceilings.int8_ops_per_s / 1e12);
 }
 
+namespace {
+
+// Events between the launches keep them from overlapping, so the stages take longer than the layer.
+std::string render_stages(const BenchBlock& b, bool colour) {
+  double sum = 0;
+  for (const StageTime& s : b.stages) sum += s.timing.median_us;
+  Table table({{"stage", true}, {"time"}, {"spread"}, {"share"}});
+  for (const StageTime& s : b.stages) {
+    table.add({s.name, Table::Cell(format_us(s.timing.median_us), Style::bold),
+               fmt::format("+-{:.1f} %", 100 * s.timing.spread()),
+               fmt::format("{:.1f} %", 100 * s.timing.median_us / sum)});
+  }
+  table.add({"sum", format_us(sum), "", ""});
+  return table.render(colour);
+}
+
+Json timing_json(const Timing& t) {
+  return {{"median_us", t.median_us}, {"p10_us", t.p10_us}, {"p90_us", t.p90_us}, {"min_us", t.min_us}};
+}
+
+}  // namespace
+
+double BenchBlock::read_bytes_per_s() const { return read ? 1e6 * read_bytes / read->median_us : 0; }
+
 std::string render(const BenchBlock& b, bool colour) {
   const BenchRow* const peer = b.peer();
   const BenchRow* const bf16 = b.find("bf16");
@@ -65,8 +89,10 @@ std::string render(const BenchBlock& b, bool colour) {
                                         {"TOPS"}};
   if (bf16) columns.push_back({"vs bf16"});
   if (peer) columns.push_back({"vs peer"});
-  const bool on_gpu = b.clock_mhz.has_value();
-  if (on_gpu) columns.push_back({"host"});
+  const bool on_gpu = b.read.has_value();
+  const bool eager = !b.rows.empty() && b.rows.front().eager.has_value();
+  if (eager) columns.push_back({"eager"});
+  if (on_gpu) columns.insert(columns.end(), {{"host"}, {"SM clock"}});
   columns.push_back({"workspace"});
   Table table(columns);
   for (const BenchRow& r : b.rows) {
@@ -85,12 +111,27 @@ std::string render(const BenchBlock& b, bool colour) {
     };
     ratio(bf16);
     ratio(peer);
-    if (on_gpu) cells.emplace_back(r.host_us ? format_us(*r.host_us) : "-");
-    cells.emplace_back(r.workspace_bytes ? format_bytes(*r.workspace_bytes) : "-");
+    if (eager) cells.emplace_back(r.eager ? format_us(r.eager->median_us) : "-");
+    if (on_gpu) {
+      cells.emplace_back(r.host_us ? format_us(*r.host_us) : "-");
+      cells.emplace_back(fmt::format("{:.0f} MHz", quantile(r.clocks_mhz, 0.5)));
+    }
+    std::string workspace = r.workspace_bytes ? format_bytes(*r.workspace_bytes) : "-";
+    if (r.live_bytes) {
+      workspace += fmt::format(" = {:.2f} x {} live", *r.workspace_bytes / *r.live_bytes, format_bytes(*r.live_bytes));
+    }
+    cells.emplace_back(workspace);
     table.add(cells);
   }
-  return fmt::format("{} routes to {} experts, {} rounds\n{}", b.routes, b.touched_experts,
-                     b.rows.empty() ? 0 : b.rows.front().timing.rounds, table.render(colour));
+  std::string gpu;
+  if (on_gpu) {
+    gpu = fmt::format("; a plain read of {}: {} ({:.0f} GB/s)", format_bytes(b.read_bytes),
+                      format_us(b.read->median_us), b.read_bytes_per_s() / 1e9);
+  }
+  std::string text = fmt::format("{} routes to {} experts, {} rounds{}\n{}", b.routes, b.touched_experts,
+                                 b.rows.empty() ? 0 : b.rows.front().timing.rounds, gpu, table.render(colour));
+  if (!b.stages.empty()) text += "\n" + render_stages(b, colour);
+  return text;
 }
 
 Json to_json(const BenchReport& r) {
@@ -98,6 +139,9 @@ Json to_json(const BenchReport& r) {
   Json results = Json::array();
   for (const BenchBlock& b : r.blocks) {
     for (const BenchRow& row : b.rows) {
+      const auto clock = [&](double q) {
+        return row.clocks_mhz.empty() ? Json(nullptr) : Json(quantile(row.clocks_mhz, q));
+      };
       const auto ratio = [&](const BenchRow* other) {
         return other ? Json(other->timing.median_us / row.timing.median_us) : Json(nullptr);
       };
@@ -122,8 +166,22 @@ Json to_json(const BenchReport& r) {
                          {"speedup_over_peer", ratio(b.peer())},
                          {"weight_bytes", row.weight_bytes},
                          {"workspace_bytes", or_null(row.workspace_bytes)},
+                         {"workspace_live_bytes", or_null(row.live_bytes)},
+                         {"weight_copies", row.weight_copies},
+                         {"eager", row.eager ? timing_json(*row.eager) : Json(nullptr)},
                          {"host_us", or_null(row.host_us)},
-                         {"clock_mhz", or_null(b.clock_mhz)}});
+                         {"read_bytes_per_s", b.read ? Json(b.read_bytes_per_s()) : Json(nullptr)},
+                         {"clock_mhz", clock(0.5)},
+                         {"clock_low_mhz", clock(0.0)},
+                         {"clock_high_mhz", clock(1.0)}});
+      if (b.stages.empty()) continue;
+      Json stages = Json::array();
+      for (const StageTime& s : b.stages) {
+        Json stage = timing_json(s.timing);
+        stage["name"] = s.name;
+        stages.push_back(stage);
+      }
+      results.back()["stages"] = stages;
     }
   }
   const ProblemShape& s = r.shape;
@@ -133,6 +191,7 @@ Json to_json(const BenchReport& r) {
       {"commit", commit()},
       {"machine", to_json(r.machine, r.threads)},
       {"gpu", r.gpu},
+      {"family", r.family},
       {"graph", r.graph},
       {"replay", r.replay},
       {"ceilings", {{"read_bytes_per_s", r.ceilings.read_bytes_per_s}, {"int8_ops_per_s", r.ceilings.int8_ops_per_s}}},

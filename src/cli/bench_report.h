@@ -25,26 +25,41 @@ struct BenchRow {
   Floor floor = {};
   double weight_bytes = 0;
   std::optional<double> workspace_bytes = {};
-  std::optional<double> host_us = {};  // GPU: what an eager call costs the host
+  // GPU
+  std::optional<double> live_bytes = {};  // the most of the workspace that is alive at once: no plan can need less
+  std::optional<Timing> eager = {};       // with a graph: the same calls, made one by one
+  std::optional<double> host_us = {};     // what an eager call costs the host
+  std::vector<double> clocks_mhz = {};    // right behind the calls of each round
+  int weight_copies = 1;                  // that calls take turns with, so that weights are not found in L2
 
   double gb_per_s() const { return bytes / timing.median_us / 1e3; }
   double tops() const { return ops / timing.median_us / 1e6; }
 };
 
+struct StageTime {  // of one layer, with an event at each end
+  std::string name;
+  Timing timing;
+};
+
 struct BenchBlock {  // one token count
   std::int64_t tokens = 0, routes = 0, touched_experts = 0;
   std::vector<BenchRow> rows = {};
-  std::optional<double> clock_mhz = {};  // GPU: after the last round
+  // GPU
+  std::optional<Timing> read = {};  // a plain read of read_bytes in the same rounds
+  double read_bytes = 0;
+  std::vector<StageTime> stages = {};  // --profile
 
   const BenchRow* peer() const;  // the fastest one
   const BenchRow* find(const std::string& name) const;
+  double read_bytes_per_s() const;
 };
 
 struct BenchReport {
   Machine machine;
   std::string device = "cpu";
   nlohmann::ordered_json gpu = nullptr;
-  bool graph = false;  // GPU: calls were replayed from a CUDA graph
+  std::string family = "automatic";  // GPU: LayerOptions::family
+  bool graph = false;                // GPU: calls were replayed from a CUDA graph
   bool replay = true;  // GPU: the layer may replay repeated calls from graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;

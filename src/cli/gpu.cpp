@@ -1,14 +1,21 @@
 #include "cli/gpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
+#include <utility>
 
 #include "core/args.h"
 #include "cuda/module.h"
+#include "cuda/observe.h"
 #include "cuda/stream.h"
 #include "plan/catalogue.h"
+#include "quant/matrix.h"
 
 namespace octomoe::cli {
+namespace {
+constexpr std::int64_t kPoolBytes = std::int64_t{1} << 30;
+}
 
 struct GpuBench::Impl {
   explicit Impl(Device d)
@@ -20,13 +27,41 @@ struct GpuBench::Impl {
         multiply(cuda::load(plan::entry("bench:multiply"), d.index)),
         clock(cuda::load(plan::entry("bench:clock"), d.index)) {}
 
-  double launch_us(const cuda::LoadedKernel& kernel, unsigned blocks, const kernels::CeilingArgs& args) {
+  template <class Work>
+  double time_us(const Work& work) {
     cuda::Event begin, end;
     begin.record(stream);
-    cuda::launch(kernel, {.grid = {blocks}, .stream = stream}, args);
+    work();
     end.record(stream);
     end.synchronize();
     return cuda::Event::elapsed_us(begin, end);
+  }
+  // Cycles and nanoseconds of a loop that runs behind what is on the stream now: the load's clock, not that of a GPU
+  // which has waited for the host.
+  void launch_clock(int iterations) const {
+    kernels::CeilingArgs a = args();
+    a.iterations = iterations;
+    cuda::launch(clock, {.grid = {1}, .stream = stream}, a);
+  }
+  double read_clock_mhz() const {
+    const Tensor host = Tensor::copy_of(sink);
+    const auto* v = host.as<std::int64_t>() + 2;
+    return v[1] > 0 ? 1e3 * static_cast<double>(v[0]) / static_cast<double>(v[1]) : 0;
+  }
+  // Memory that is there to be read. What was captured before it grew must not run again.
+  void grow_pool(std::int64_t bytes) {
+    if (static_cast<std::int64_t>(pool.bytes()) >= bytes) return;
+    pool = {};
+    pool = Tensor::zeros(DType::uint8, {bytes}, device);
+  }
+  void launch_read(std::int64_t begin, std::int64_t bytes) const {
+    constexpr std::int64_t kPerThread = 8 * 16;  // read_ceiling's loads in flight
+    kernels::CeilingArgs a = args();
+    a.data = pool.as<std::uint8_t>() + begin;
+    a.bytes = bytes;
+    const std::int64_t wanted = ceil_div(bytes, kPerThread * read.threads);
+    const std::int64_t resident = std::int64_t{info.multiprocessors} * read.blocks_per_multiprocessor;
+    cuda::launch(read, {.grid = {static_cast<unsigned>(std::min(wanted, resident))}, .stream = stream}, a);
   }
   kernels::CeilingArgs args() const {
     return {nullptr, 0, 0, sink.as<std::uint32_t>(), reinterpret_cast<std::uint64_t*>(sink.as<std::int64_t>() + 2)};
@@ -36,7 +71,7 @@ struct GpuBench::Impl {
   const cuda::DeviceInfo& info;
   cuda::ContextGuard context;
   cuda::OwnedStream stream;
-  Tensor sink;
+  Tensor sink, pool;
   const cuda::LoadedKernel &read, &multiply, &clock;
 };
 
@@ -44,32 +79,20 @@ GpuBench::GpuBench(Device device) : impl_(std::make_unique<Impl>(device)) {}
 GpuBench::~GpuBench() = default;
 
 Ceilings GpuBench::ceilings() {
-  constexpr std::int64_t kBytes = std::int64_t{1} << 30;
   constexpr int kIterations = 4000, kRounds = 7;
-  const Tensor data = Tensor::zeros(DType::uint8, {kBytes}, impl_->device);
-  kernels::CeilingArgs args = impl_->args();
-  args.data = data.view().data();
-  args.bytes = kBytes;
-  args.iterations = kIterations;
+  impl_->grow_pool(kPoolBytes);
   const auto sms = static_cast<unsigned>(impl_->info.multiprocessors);
-  const unsigned read_blocks = sms * static_cast<unsigned>(impl_->read.blocks_per_multiprocessor);
+  kernels::CeilingArgs args = impl_->args();
+  args.iterations = kIterations;
   std::vector<double> read, multiply;
   for (int i = 0; i < kRounds; ++i) {
-    read.push_back(impl_->launch_us(impl_->read, read_blocks, args));
-    multiply.push_back(impl_->launch_us(impl_->multiply, sms, args));
+    read.push_back(impl_->time_us([&] { impl_->launch_read(0, kPoolBytes); }));
+    multiply.push_back(
+        impl_->time_us([&] { cuda::launch(impl_->multiply, {.grid = {sms}, .stream = impl_->stream}, args); }));
   }
   const double warps = impl_->multiply.threads / 32.0;
   const double ops = 2.0 * 16 * 8 * 32 * 16 * kIterations * warps * sms;
-  return {1e6 * kBytes / quantile(read, 0.5), 1e6 * ops / quantile(multiply, 0.5)};
-}
-
-double GpuBench::clock_mhz() {
-  kernels::CeilingArgs args = impl_->args();
-  args.iterations = 20000;
-  impl_->launch_us(impl_->clock, 1, args);
-  const Tensor host = Tensor::copy_of(impl_->sink);
-  const auto* v = host.as<std::int64_t>() + 2;
-  return v[1] > 0 ? 1e3 * static_cast<double>(v[0]) / static_cast<double>(v[1]) : 0;
+  return {1e6 * kPoolBytes / quantile(read, 0.5), 1e6 * ops / quantile(multiply, 0.5)};
 }
 
 nlohmann::ordered_json GpuBench::describe() const {
@@ -82,61 +105,110 @@ nlohmann::ordered_json GpuBench::describe() const {
           {"driver_cuda", std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10)}};
 }
 
-namespace {
+Device GpuBench::device() const { return impl_->device; }
+const cuda::DeviceInfo& GpuBench::info() const { return impl_->info; }
+Stream GpuBench::stream() const { return impl_->stream; }
+void GpuBench::synchronize() const { impl_->stream.synchronize(); }
 
-// A call's tensors on the device.
-struct Call {
-  Tensor ids, weights;
-};
-
-void call_all(const GpuBench::Work& w, const std::vector<Call>& calls, Stream stream) {
-  for (const Call& c : calls) w.layer->forward(w.x, c.ids, c.weights, w.out, {}, stream);
+int GpuBench::copies(double bytes) const {
+  const double wanted = std::ceil(4.0 * impl_->info.l2_bytes / std::max(bytes, 1.0));
+  return static_cast<int>(std::clamp(wanted, 1.0, static_cast<double>(kGpuCalls)));
 }
 
-std::vector<Call> upload(const GpuBench::Work& w) {
-  std::vector<Call> calls;
-  for (const Routes& r : w.routes) {
-    calls.push_back({Tensor::copy_of(r.ids, w.x.device()), Tensor::copy_of(r.weights, w.x.device())});
-  }
-  return calls;
-}
-
-}  // namespace
-
-Contender GpuBench::contender(const std::string& name, Work work, bool graph) {
+Contender GpuBench::contender(const std::string& name, std::vector<GpuCall> calls, bool graph,
+                              const Clocks& clocks) const {
+  const int count = static_cast<int>(calls.size());
   struct State {
-    Work work;
-    std::vector<Call> calls;
+    std::vector<GpuCall> calls;
     cuda::Event begin, end;
     std::optional<cuda::Graph> graph;
+    void make(Stream stream) const {
+      for (const GpuCall& call : calls) call(stream);
+    }
   };
-  auto s = std::make_shared<State>(State{work, upload(work), cuda::Event(), cuda::Event(), {}});
+  auto s = std::make_shared<State>(State{std::move(calls), cuda::Event(), cuda::Event(), {}});
   const Stream stream = impl_->stream;
-  call_all(s->work, s->calls, stream);
-  if (graph) s->graph = cuda::Graph::capture(stream, [&] { call_all(s->work, s->calls, stream); });
-  return {name, [s, stream] {
+  s->make(stream);
+  if (graph) s->graph = cuda::Graph::capture(stream, [&] { s->make(stream); });
+  return {name,
+          [s, stream, clocks, impl = impl_.get()] {
             s->begin.record(stream);
             if (s->graph) {
               s->graph->launch(stream);
             } else {
-              call_all(s->work, s->calls, stream);
+              s->make(stream);
             }
             s->end.record(stream);
+            if (clocks) {
+              impl->launch_clock(20000);
+              clocks->push_back(impl->read_clock_mhz());
+            }
             s->end.synchronize();
             return cuda::Event::elapsed_us(s->begin, s->end) / static_cast<double>(s->calls.size());
+          },
+          count};
+}
+
+Contender GpuBench::cold_contender(const std::string& name, GpuCall call) {
+  struct State {
+    GpuCall call;
+    cuda::Event begin, end;
+  };
+  auto s = std::make_shared<State>(State{std::move(call), cuda::Event(), cuda::Event()});
+  const std::int64_t bytes = std::int64_t{4} * impl_->info.l2_bytes;
+  impl_->grow_pool(bytes);
+  return {name, [s, bytes, impl = impl_.get()] {
+            impl->launch_read(0, bytes);
+            s->begin.record(impl->stream);
+            s->call(impl->stream);
+            s->end.record(impl->stream);
+            s->end.synchronize();
+            return cuda::Event::elapsed_us(s->begin, s->end);
           }};
 }
 
-double GpuBench::host_us(const Work& work) {
-  const std::vector<Call> calls = upload(work);
+Contender GpuBench::read_contender(double bytes, bool graph) {
+  const std::int64_t each = std::max<std::int64_t>(std::llround(bytes) / 16 * 16, 16);
+  impl_->grow_pool(std::max(each, kPoolBytes));
+  const std::int64_t free = (static_cast<std::int64_t>(impl_->pool.bytes()) - each) / 16 * 16;
+  std::vector<GpuCall> calls;
+  for (std::int64_t i = 0; i < kGpuCalls; ++i) {
+    calls.emplace_back([impl = impl_.get(), begin = free == 0 ? 0 : i * each % free, each](Stream) {
+      impl->launch_read(begin, each);
+    });
+  }
+  return contender("read", std::move(calls), graph);
+}
+
+GpuCall GpuBench::empty_call() const {
+  return [impl = impl_.get()](Stream) { impl->launch_clock(0); };
+}
+
+double GpuBench::host_us(const std::vector<GpuCall>& calls) const {
   constexpr int kWarmup = 12, kRounds = 15;  // by then the layer replays what repeats (LayerOptions::replays)
   std::vector<double> us;
   for (int i = 0; i < kWarmup + kRounds; ++i) {
-    const double round = time_us([&] { call_all(work, calls, impl_->stream); });
+    const double round = time_us([&] {
+      for (const GpuCall& call : calls) call(impl_->stream);
+    });
     impl_->stream.synchronize();
     if (i >= kWarmup) us.push_back(round / static_cast<double>(calls.size()));
   }
   return quantile(us, 0.5);
+}
+
+GpuBench::WorkspaceUse GpuBench::workspace(const GpuCall& layer_call) const {
+  struct Sizes final : cuda::StageObserver {
+    WorkspaceUse use;
+    void on_plan(std::size_t bytes, std::size_t live) override {
+      use = {static_cast<double>(bytes), static_cast<double>(live)};
+    }
+    void on_stage(const char*, Stream) override {}
+  } sizes;
+  const cuda::Observe observe(sizes);
+  layer_call(impl_->stream);
+  synchronize();
+  return sizes.use;
 }
 
 }  // namespace octomoe::cli

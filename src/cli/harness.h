@@ -44,7 +44,8 @@ double time_us(const Fn& fn) {
 
 struct Contender {
   std::string name;
-  std::function<double()> once;  // runs once and returns microseconds
+  std::function<double()> once;  // runs once and returns microseconds of a call
+  int calls = 1;                 // that `once` makes
 };
 
 struct HarnessOptions {
@@ -77,7 +78,7 @@ inline std::vector<Timing> interleave(const std::vector<Contender>& contenders, 
       const std::size_t c = round % 2 ? contenders.size() - 1 - i : i;
       const double us = contenders[c].once();
       samples[c].push_back(us);
-      total_us[c] += us;
+      total_us[c] += us * contenders[c].calls;
     }
     if (on_round) on_round(round + 1, std::min(1.0, progress(round + 1)));
   }

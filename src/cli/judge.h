@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct JudgeInput {
   Tensor calibration_logits = {};
   std::int64_t judged_tokens = 0;  // the first tokens, compared with the references
   int threads = 0;
+  Device device = {};  // of the layers; the references are computed on the CPU
   HarnessOptions timing = {};
   std::function<void(double fraction, const std::string& what)> on_step = {};
 };
@@ -35,7 +37,7 @@ struct LayerJudgement {
 
 struct Judgement {
   std::vector<LayerJudgement> schemes;
-  double bf16_us = 0;
+  std::optional<double> bf16_us = {};  // none on a GPU
 };
 
 Judgement judge(const JudgeInput& input);

@@ -105,60 +105,6 @@ std::array<std::uint8_t, 256> int4_table(double sigma) {
   return table;
 }
 
-QuantizedMatrix random_matrix(const Scheme& scheme, Shape shape, int segments, std::uint64_t seed, int threads) {
-  // A channel's largest of some thousand Gaussian weights is about 4.5 sigma (int4 groups of 128: 2.8).
-  constexpr double kInt8Sigma = 127 / 4.5, kInt4Sigma = 7 / 2.8;
-  const MatrixLayout layout = layout_of(scheme, shape[0], shape[1], shape[2], segments);
-  QuantizedMatrix m;
-  m.scheme = scheme;
-  m.experts = shape[0];
-  m.n = shape[1];
-  m.k = shape[2];
-  m.segments = segments;
-  m.values = Tensor::empty(layout.value_dtype, layout.values);
-  const double weight_sigma = 1.0 / std::sqrt(static_cast<double>(m.k));  // keeps products of order one
-  double unit = 1.0;                                                      // one step of the stored integer
-  if (scheme.kind == SchemeKind::bf16 || scheme.kind == SchemeKind::fp16) {
-    const bool bf16 = scheme.kind == SchemeKind::bf16;
-    fill_halves(m.values, normal_table<std::uint16_t, 4096>([&](double x) {
-                  const float w = static_cast<float>(x * weight_sigma);
-                  return bf16 ? num::float_to_bf16(w) : num::float_to_fp16(w);
-                }),
-                seed, threads);
-  } else if (scheme.kind == SchemeKind::w4a8_fp8) {
-    unit = weight_sigma / kInt4Sigma;
-    fill_bytes(m.values, int4_table(kInt4Sigma), seed, threads);
-  } else {
-    unit = weight_sigma / kInt8Sigma;
-    fill_bytes(m.values, normal_table<std::uint8_t, 256>([&](double x) { return int8_byte(x, kInt8Sigma, 127); }), seed,
-               threads);
-  }
-  Random random(seed, ~std::uint64_t{0});
-  if (scheme.kind == SchemeKind::int8_hybrid) {
-    // Block maxima of Gaussian weights lie within a quarter of the largest: Q from 3/4 q_max to q_max.
-    m.q = Tensor::empty(DType::uint8, {m.experts, layout.blocks_n, layout.blocks_k});
-    const int low = std::max(1, scheme.q_max * 3 / 4), span = scheme.q_max - low + 1;
-    for (std::int64_t i = 0; i < m.q.elems(); ++i) {
-      m.q.as<std::uint8_t>()[i] =
-          static_cast<std::uint8_t>(low + static_cast<int>(random() % static_cast<unsigned>(span)));
-    }
-    unit /= 0.875 * scheme.q_max;
-  }
-  if (layout.scale.rank() > 0) {
-    m.scale = Tensor::empty(DType::float32, layout.scale);
-    for (std::int64_t i = 0; i < m.scale.elems(); ++i) {
-      m.scale.as<float>()[i] = static_cast<float>(unit * (0.9 + 0.2 * random.uniform()));
-    }
-  }
-  if (scheme.activation_scale == ActivationScale::static_) {
-    const bool fp8 = scheme.kind == SchemeKind::w4a8_fp8;
-    m.activation_scale = Tensor::empty(DType::float32, {fp8 ? m.experts : 1});
-    std::fill_n(m.activation_scale.as<float>(), m.activation_scale.elems(), fp8 ? 4.5f / 448 : 4.5f / 127);
-  }
-  finish_matrix(m, segments == 2 ? "w13" : "w2", threads);
-  return m;
-}
-
 double layout_bytes(const Scheme& scheme, std::int64_t e, std::int64_t n, std::int64_t k, int segments) {
   const MatrixLayout l = layout_of(scheme, e, n, k, segments);
   const double q = scheme.kind == SchemeKind::int8_hybrid ? static_cast<double>(e * l.blocks_n * l.blocks_k) : 0.0;
@@ -242,6 +188,60 @@ Tensor ProblemShape::expert_map() const {
   return map;
 }
 
+QuantizedMatrix random_matrix(const Scheme& scheme, Shape shape, int segments, std::uint64_t seed, int threads) {
+  // A channel's largest of some thousand Gaussian weights is about 4.5 sigma (int4 groups of 128: 2.8).
+  constexpr double kInt8Sigma = 127 / 4.5, kInt4Sigma = 7 / 2.8;
+  const MatrixLayout layout = layout_of(scheme, shape[0], shape[1], shape[2], segments);
+  QuantizedMatrix m;
+  m.scheme = scheme;
+  m.experts = shape[0];
+  m.n = shape[1];
+  m.k = shape[2];
+  m.segments = segments;
+  m.values = Tensor::empty(layout.value_dtype, layout.values);
+  const double weight_sigma = 1.0 / std::sqrt(static_cast<double>(m.k));  // keeps products of order one
+  double unit = 1.0;                                                      // one step of the stored integer
+  if (scheme.kind == SchemeKind::bf16 || scheme.kind == SchemeKind::fp16) {
+    const bool bf16 = scheme.kind == SchemeKind::bf16;
+    fill_halves(m.values, normal_table<std::uint16_t, 4096>([&](double x) {
+                  const float w = static_cast<float>(x * weight_sigma);
+                  return bf16 ? num::float_to_bf16(w) : num::float_to_fp16(w);
+                }),
+                seed, threads);
+  } else if (scheme.kind == SchemeKind::w4a8_fp8) {
+    unit = weight_sigma / kInt4Sigma;
+    fill_bytes(m.values, int4_table(kInt4Sigma), seed, threads);
+  } else {
+    unit = weight_sigma / kInt8Sigma;
+    fill_bytes(m.values, normal_table<std::uint8_t, 256>([&](double x) { return int8_byte(x, kInt8Sigma, 127); }), seed,
+               threads);
+  }
+  Random random(seed, ~std::uint64_t{0});
+  if (scheme.kind == SchemeKind::int8_hybrid) {
+    // Block maxima of Gaussian weights lie within a quarter of the largest: Q from 3/4 q_max to q_max.
+    m.q = Tensor::empty(DType::uint8, {m.experts, layout.blocks_n, layout.blocks_k});
+    const int low = std::max(1, scheme.q_max * 3 / 4), span = scheme.q_max - low + 1;
+    for (std::int64_t i = 0; i < m.q.elems(); ++i) {
+      m.q.as<std::uint8_t>()[i] =
+          static_cast<std::uint8_t>(low + static_cast<int>(random() % static_cast<unsigned>(span)));
+    }
+    unit /= 0.875 * scheme.q_max;
+  }
+  if (layout.scale.rank() > 0) {
+    m.scale = Tensor::empty(DType::float32, layout.scale);
+    for (std::int64_t i = 0; i < m.scale.elems(); ++i) {
+      m.scale.as<float>()[i] = static_cast<float>(unit * (0.9 + 0.2 * random.uniform()));
+    }
+  }
+  if (scheme.activation_scale == ActivationScale::static_) {
+    const bool fp8 = scheme.kind == SchemeKind::w4a8_fp8;
+    m.activation_scale = Tensor::empty(DType::float32, {fp8 ? m.experts : 1});
+    std::fill_n(m.activation_scale.as<float>(), m.activation_scale.elems(), fp8 ? 4.5f / 448 : 4.5f / 127);
+  }
+  finish_matrix(m, segments == 2 ? "w13" : "w2", threads);
+  return m;
+}
+
 MoeWeights random_weights(const Scheme& scheme, const ProblemShape& shape, std::uint64_t seed, int threads) {
   MoeWeights w;
   w.scheme = scheme;
@@ -282,6 +282,13 @@ Routing Routing::parse(const std::string& text) {
   throw UsageError(fmt::format("--routing: expected uniform, zipf:S, single or from-file:FILE, got '{}'", text));
 }
 
+void Routes::mark(std::vector<bool>& touched) const {
+  for (std::int64_t i = 0; i < ids.elems(); ++i) {
+    const std::int64_t id = ids.as<std::int32_t>()[i];
+    if (id >= 0 && id < static_cast<std::int64_t>(touched.size())) touched[static_cast<std::size_t>(id)] = true;
+  }
+}
+
 Routes make_routes(const Routing& routing, const ProblemShape& shape, std::int64_t tokens, std::uint64_t seed) {
   const int k = shape.top_k;
   Routes r{Tensor::empty(DType::int32, {tokens, k}), Tensor::empty(DType::float32, {tokens, k})};
@@ -307,12 +314,9 @@ Routes make_routes(const Routing& routing, const ProblemShape& shape, std::int64
       for (int j = 0; j < k; ++j) weights[t * k + j] = static_cast<float>(weights[t * k + j] / sum);
     }
   }
+  for (std::int64_t i = 0; i < tokens * k; ++i) r.local += ids[i] >= 0 && ids[i] < shape.experts_local;
   std::vector<bool> touched(static_cast<std::size_t>(shape.experts_local));
-  for (std::int64_t i = 0; i < tokens * k; ++i) {
-    if (ids[i] < 0 || ids[i] >= shape.experts_local) continue;
-    ++r.local;
-    touched[static_cast<std::size_t>(ids[i])] = true;
-  }
+  r.mark(touched);
   r.touched_experts = std::count(touched.begin(), touched.end(), true);
   return r;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "octomoe/tensor.h"
 #include "octomoe/weights.h"
@@ -23,6 +24,9 @@ struct ProblemShape {
 // Gaussian values with the spread that quantising Gaussian weights gives, scales that keep outputs of order one.
 MoeWeights random_weights(const Scheme& scheme, const ProblemShape& shape, std::uint64_t seed, int threads);
 
+// One stack [E, N, K] of them.
+QuantizedMatrix random_matrix(const Scheme& scheme, Shape shape, int segments, std::uint64_t seed, int threads);
+
 // bf16 [rows, columns], standard normal.
 Tensor random_activations(std::int64_t rows, std::int64_t columns, std::uint64_t seed);
 
@@ -40,6 +44,8 @@ struct Routes {
   Tensor ids, weights;               // int32 (global ids, distinct within a token) and float32 (of sum 1) [T, k]
   std::int64_t local = 0;            // routes to local experts
   std::int64_t touched_experts = 0;  // local experts with at least one route
+
+  void mark(std::vector<bool>& touched) const;  // sets those of the local experts that have a route
 };
 Routes make_routes(const Routing& routing, const ProblemShape& shape, std::int64_t tokens, std::uint64_t seed);
 

@@ -11,6 +11,7 @@
 #include "checkpoint/calibration.h"
 #include "cli/arguments.h"
 #include "cli/cli.h"
+#include "cli/gpu.h"
 #include "cli/judge.h"
 #include "cli/machine.h"
 #include "cli/output_file.h"
@@ -26,7 +27,7 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string checkpoint, schemes = "all", activations, layers, json;
+  std::string checkpoint, schemes = "all", activations, layers, device = "cpu", json;
   std::int64_t tokens = 0, reference_tokens = 0;
   int threads = 0, iters = 0;
   double min_time_s = 0.2;
@@ -77,8 +78,20 @@ class Source {
   std::optional<checkpoint::CapturedStates> file_;
 };
 
-std::vector<Scheme> choose_schemes(const Options& o, const ModelConfig& config) {
-  if (config.format == QuantFormat::none) return parse_schemes("--scheme", o.schemes);
+std::vector<Scheme> choose_schemes(const Options& o, const ModelConfig& config, Device device) {
+  if (config.format == QuantFormat::none) {
+    std::vector<Scheme> schemes = parse_schemes("--scheme", o.schemes);
+    if (device.type == DeviceType::cpu) return schemes;
+    if (o.schemes == "all") std::erase_if(schemes, [](const Scheme& s) { return !s.is_integer(); });
+    for (const Scheme& s : schemes) {
+      if (!s.is_integer()) {
+        throw UsageError(
+            fmt::format("--scheme: expected int8_channel, int8_block or int8_hybrid with --device {}, got {}", o.device,
+                        to_string(s)));
+      }
+    }
+    return schemes;
+  }
   const std::string own = to_string(config.scheme);
   if (o.schemes != "all" && !(parse_schemes("--scheme", o.schemes) == std::vector{config.scheme})) {
     throw UsageError(
@@ -153,7 +166,9 @@ struct Report {
   Machine machine = {};
   int threads = 0;
   std::vector<SchemeResult> results = {};
-  double bf16_us = 0;  // mean layer
+  std::optional<double> bf16_us = {};  // mean layer
+  Device device = {};
+  Json gpu = nullptr;
 };
 
 Json to_json(const Report& r, const Options& o) {
@@ -176,13 +191,15 @@ Json to_json(const Report& r, const Options& o) {
                        {"weight_bytes", static_cast<std::int64_t>(s.mean(&LayerJudgement::weight_bytes) *
                                                                   static_cast<double>(s.layers.size()))},
                        {"us_per_token", us / static_cast<double>(r.tokens)},
-                       {"speedup_over_bf16", r.bf16_us / us},
+                       {"speedup_over_bf16", r.bf16_us ? Json(*r.bf16_us / us) : Json(nullptr)},
                        {"layers", layers}});
   }
   return {{"version", OCTOMOE_VERSION},
           {"date", date_utc()},
           {"commit", commit()},
           {"machine", cli::to_json(r.machine, r.threads)},
+          {"device", to_string(r.device)},
+          {"gpu", r.gpu},
           {"checkpoint", fs::path(o.checkpoint).lexically_normal().filename().string()},
           {"model_type", r.config.model_type},
           {"format", to_string(r.config.format)},
@@ -205,8 +222,10 @@ void print(const Report& r, const Options& o) {
              quantised ? fmt::format(" ({})", to_string(r.config.format)) : "", r.layers.size(),
              r.layers.size() == 1 ? "" : "s", r.config.experts, r.config.top_k, r.config.hidden, r.config.intermediate,
              r.config.shared_intermediate > 0 ? fmt::format(", shared {}", r.config.shared_intermediate) : "");
-  fmt::print("{} tokens a layer{}, CPU engine ({}), {} thread{}\n", r.tokens, o.random ? " (standard normal)" : "",
-             r.machine.isa, r.threads, r.threads == 1 ? "" : "s");
+  const std::string engine =
+      r.gpu.is_null() ? fmt::format("CPU engine ({}), {} thread{}", r.machine.isa, r.threads, r.threads == 1 ? "" : "s")
+                      : fmt::format("{} ({})", r.gpu["name"].get<std::string>(), to_string(r.device));
+  fmt::print("{} tokens a layer{}, {}\n", r.tokens, o.random ? " (standard normal)" : "", engine);
   if (r.calibration > 0)
     fmt::print("static scales: calibrated on the {} tokens before those, which no scheme is measured on\n",
                r.calibration);
@@ -216,25 +235,28 @@ void print(const Report& r, const Options& o) {
     fmt::print("the float reference uses the dequantised weights: the errors are those of the activations\n");
   fmt::print("\n");
 
-  Table table({{"scheme", true},
-               {"error, worst"},
-               {"mean layer"},
-               {"vs own reference"},
-               {"weights"},
-               {"per token"},
-               {"vs bf16"}});
+  std::vector<Table::Column> columns = {{"scheme", true},     {"error, worst"}, {"mean layer"},
+                                        {"vs own reference"}, {"weights"},      {"per token"}};
+  if (r.bf16_us) columns.push_back({"vs bf16"});
+  Table table(columns);
   for (const SchemeResult& s : r.results) {
     const double us = s.mean(&LayerJudgement::us), own = s.worst(&LayerJudgement::error_vs_quantised);
     const bool broken = s.scheme.is_integer() && !s.bit_equal();
     Table::Cell verdict = s.bit_equal() ? Table::Cell("bit-equal", Style::good)
                           : broken      ? Table::Cell("NOT bit-equal, " + format_error(own), Style::bad)
                                         : Table::Cell(format_error(own));
-    const double speedup = r.bf16_us / us;
-    table.add({to_string(s.scheme), format_error(s.worst(&LayerJudgement::error_vs_float)),
-               format_error(s.mean(&LayerJudgement::error_vs_float)), verdict,
-               format_bytes(s.mean(&LayerJudgement::weight_bytes) * static_cast<double>(s.layers.size())),
-               format_us(us / static_cast<double>(r.tokens)),
-               Table::Cell(format_ratio(speedup), speedup > 1.005 ? Style::good : Style::plain)});
+    std::vector<Table::Cell> cells = {
+        to_string(s.scheme),
+        format_error(s.worst(&LayerJudgement::error_vs_float)),
+        format_error(s.mean(&LayerJudgement::error_vs_float)),
+        verdict,
+        format_bytes(s.mean(&LayerJudgement::weight_bytes) * static_cast<double>(s.layers.size())),
+        format_us(us / static_cast<double>(r.tokens))};
+    if (r.bf16_us) {
+      const double speedup = *r.bf16_us / us;
+      cells.emplace_back(format_ratio(speedup), speedup > 1.005 ? Style::good : Style::plain);
+    }
+    table.add(cells);
   }
   fmt::print("{}", table.render(colour));
   fmt::print("\nerror: ||out - ref|| / ||ref|| of a layer's output against float64 arithmetic on {} weights\n",
@@ -242,10 +264,17 @@ void print(const Report& r, const Options& o) {
 }
 
 int run_command(const Options& o) {
+  Device device;
+  try {
+    device = Device::parse(o.device);
+  } catch (const Error& e) {
+    throw UsageError(std::string("--device: ") + e.what());
+  }
   const Checkpoint checkpoint = Checkpoint::open(o.checkpoint);
   Report report{.config = checkpoint.config()};
+  report.device = device;
   const ModelConfig& config = report.config;
-  const std::vector<Scheme> schemes = choose_schemes(o, config);
+  const std::vector<Scheme> schemes = choose_schemes(o, config, device);
   const bool fixed = std::any_of(schemes.begin(), schemes.end(),
                                  [](const Scheme& s) { return s.activation_scale == ActivationScale::static_; });
   report.layers = choose_layers(o, checkpoint);
@@ -253,13 +282,14 @@ int run_command(const Options& o) {
   std::optional<OutputFile> json;
   if (!o.json.empty()) json.emplace(o.json);
   check_memory(config, schemes);
+  if (device.type == DeviceType::cuda) report.gpu = GpuBench(device).describe();
   report.machine = Machine::read();
   report.threads = o.threads > 0 ? o.threads : report.machine.threads;
   for (const Scheme& s : schemes) report.results.push_back({s, {}});
 
   {
     Progress progress("running");
-    double bf16_us = 0;
+    std::optional<double> bf16_us;
     for (std::size_t i = 0; i < report.layers.size(); ++i) {
       const int index = report.layers[i];
       JudgeInput input{.config = config, .layer = checkpoint.layer(index), .schemes = schemes};
@@ -280,19 +310,20 @@ int run_command(const Options& o) {
       }
       input.judged_tokens = judged_tokens(o, config, schemes.size(), input.x.dim(0));
       input.threads = o.threads;
+      input.device = device;
       input.timing = {.warmup = 1, .iters = o.iters, .min_time_s = o.min_time_s, .min_rounds = 3};
       input.on_step = [&](double fraction, const std::string& what) {
         progress.update((static_cast<double>(i) + fraction) / static_cast<double>(report.layers.size()),
                         fmt::format("layer {}: {}", index, what));
       };
       const Judgement judgement = judge(input);
-      bf16_us += judgement.bf16_us;
+      if (judgement.bf16_us) bf16_us = bf16_us.value_or(0) + *judgement.bf16_us;
       report.tokens = input.x.dim(0);
       report.judged = input.judged_tokens;
       report.calibration = first;
       for (std::size_t s = 0; s < schemes.size(); ++s) report.results[s].layers.push_back(judgement.schemes[s]);
     }
-    report.bf16_us = bf16_us / static_cast<double>(report.layers.size());
+    if (bf16_us) report.bf16_us = *bf16_us / static_cast<double>(report.layers.size());
   }
   print(report, o);
   if (json) json->commit(to_json(report, o).dump(2) + "\n");
@@ -313,6 +344,8 @@ void add_run(CLI::App& app, Action& action) {
   sub->add_option("--checkpoint", o->checkpoint, "Hugging Face folder, or a .safetensors file beside a config.json")
       ->required();
   sub->add_option("--scheme", o->schemes, "all, or schemes separated by commas (docs/schemes.md)")
+      ->capture_default_str();
+  sub->add_option("--device", o->device, "cpu, cuda or cuda:N: where the layers run (cuda: the integer schemes)")
       ->capture_default_str();
   auto* file =
       sub->add_option("--activations", o->activations,
@@ -338,7 +371,8 @@ void add_run(CLI::App& app, Action& action) {
       "The exit code is 1 if an integer scheme is not bit-equal to its reference.\n\n"
       "Examples:\n"
       "  octomoe run --checkpoint data/tiny-qwen3-moe --scheme all\n"
-      "  octomoe run --checkpoint Qwen3-30B-A3B --scheme int8_channel,int8_hybrid --layers 0 --random --tokens 64");
+      "  octomoe run --checkpoint Qwen3-30B-A3B --scheme int8_channel,int8_hybrid --layers 0 --random --tokens 64\n"
+      "  octomoe run --checkpoint data/tiny-qwen3-moe --device cuda");
   sub->callback([o, &action] { action = [o] { return run_command(*o); }; });
 }
 

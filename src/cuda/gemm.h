@@ -7,6 +7,7 @@
 #include "core/few_args.h"
 #include "core/gemm_config.h"
 #include "cuda/module.h"
+#include "cuda/observe.h"
 #include "octomoe/weights.h"
 
 namespace octomoe::cuda {
@@ -14,7 +15,7 @@ namespace octomoe::cuda {
 // Every launch of a call: same stream; kernels wait for their predecessor by themselves (kernels/ptx/grid.cuh).
 class Launcher {
  public:
-  Launcher(const DeviceInfo& device, Stream stream) : device_(device), stream_(stream) {}
+  Launcher(const DeviceInfo& device, Stream stream) : device_(device), stream_(stream), observer_(stage_observer) {}
   // At most `blocks`, and no more than are resident at once if `persistent`.
   template <class Args>
   void operator()(const LoadedKernel& kernel, std::int64_t blocks, const Args& args, bool persistent = true,
@@ -23,10 +24,17 @@ class Launcher {
     const std::int64_t grid = persistent ? std::min(blocks, resident / cluster * cluster) : blocks;
     launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true, .cluster = cluster}, args);
   }
+  // The launches that follow, for whoever watches (cuda/observe.h).
+  void stage(const char* name) const {
+    if (observer_ != nullptr) [[unlikely]]
+      observer_->on_stage(name, stream_);
+  }
+  StageObserver* observer() const { return observer_; }
 
  private:
   const DeviceInfo& device_;
   Stream stream_;
+  StageObserver* observer_;
 };
 
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).
@@ -81,15 +89,16 @@ class DeviceMatrix {
   };
   void gemm(const Launcher& launcher, const Problem& problem) const;
 
- private:
   struct Kernel {
     int block_n, features;  // of a tile
     int cluster;
     bool wgmma;
     const LoadedKernel* loaded;
   };
+  const Kernel& choose(std::int64_t rows) const;  // what gemm() launches for that many rows
+
+ private:
   std::string why_not_wgmma(kernels::Epilogue epilogue, const DeviceInfo& device) const;  // empty: it can
-  const Kernel& choose(std::int64_t rows) const;
 
   QuantizedMatrix m_;  // every tensor on the device
   bool gated_;

@@ -128,7 +128,7 @@ class CudaLayer final : public LayerBackend {
   void forward(const ForwardArgs& a) override {
     if (a.x.dim(0) == 0) return;
     const ContextGuard context(info_);
-    if (!replays_.enabled() || is_capturing(a.stream)) {
+    if (!replays_.enabled() || is_capturing(a.stream) || stage_observer != nullptr) {
       return launch_all(a, a.stream, workspaces_.choose(a.workspace, plan_of(a).memory.bytes(), a.stream));
     }
     Replays::Call& call = replays_.find(key_of(a));
@@ -221,6 +221,8 @@ class CudaLayer final : public LayerBackend {
         .weight_on_input = weight_on_input_,
     };
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
+    const Launcher stages(info_, stream);
+    stages.stage("gate_up");
     launch(*few_gate_up_,
            {.grid = {static_cast<unsigned>(info_.multiprocessors)},
             .shared_bytes = static_cast<int>(shared.gate_up),
@@ -232,6 +234,7 @@ class CudaLayer final : public LayerBackend {
                                   .h = h,
                                   .up_first = routed_.up_first,
                                   .limit = limit_});
+    stages.stage("down");
     launch(*few_down_,
            {.grid = {static_cast<unsigned>(ceil_div(hidden_, few_columns()))},
             .shared_bytes = static_cast<int>(shared.down),
@@ -245,16 +248,18 @@ class CudaLayer final : public LayerBackend {
                                 .out_type = out_type(a.out.dtype()),
                                 .accumulate = a.accumulate,
                                 .columns = few_columns()});
+    stages.stage(nullptr);
   }
 
   void launch_all(const ForwardArgs& a, Stream stream, void* workspace) {
     const Plan& p = plan_of(a);
+    const Launcher launcher(info_, stream);
+    if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     if (const FewShared shared = few_shared(p.tokens, p.top_k); shared.down > 0) {
       return launch_few(a, p, shared, stream, static_cast<std::uint8_t*>(workspace));
     }
     const std::int64_t tokens = p.tokens;
     auto* base = static_cast<std::uint8_t*>(workspace);
-    const Launcher launcher(info_, stream);
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
     };
@@ -266,12 +271,15 @@ class CudaLayer final : public LayerBackend {
     };
 
     // The shared experts' rows of tokens are a group of their own: its offsets come from the sort too.
+    launcher.stage("sort");
     sort(launcher, a, p, base);
     const kernels::RowView x = row_view(a.x);
     const QuantizedRows xq = rows_of(p.x);
+    launcher.stage("quantise x");
     routed_.w13.quantize(launcher, x, tokens, nullptr, xq);
     if (shared_) {
       if (shared_gate_.defined()) {
+        launcher.stage("shared gate");
         const kernels::SharedGateArgs args{x, shared_gate_.as<float>(), floats(p.shared_weight),
                                            static_cast<std::int32_t>(tokens), static_cast<std::int32_t>(hidden_)};
         launcher(*gate_kernel_, tokens, args);
@@ -279,6 +287,7 @@ class CudaLayer final : public LayerBackend {
       QuantizedRows sx = xq;
       if (p.shared_x.q >= 0) {
         sx = rows_of(p.shared_x);
+        launcher.stage("quantise x");
         shared_->w13.quantize(launcher, x, tokens, nullptr, sx);
       }
       DeviceMatrix::Problem first;
@@ -293,6 +302,7 @@ class CudaLayer final : public LayerBackend {
     if (!fused_gather_) {
       first.a = rows_of(p.gathered);
       first.row_source = nullptr;
+      launcher.stage("gather");
       gather(launcher, p, xq, first.a, ints(p.row_token), ints(p.offsets) + experts_);
     }
     first.index = ints(p.offsets);
@@ -316,7 +326,9 @@ class CudaLayer final : public LayerBackend {
         .top_k = p.top_k,
         .hidden = static_cast<std::int32_t>(hidden_),
     };
+    launcher.stage("combine");
     launcher(*combine_, ceil_div(tokens * hidden_ / 8, 256), args);
+    launcher.stage(nullptr);
   }
 
   RowBuffers add_rows(Plan& p, const DeviceMatrix& m, std::int64_t rows, int first, int last) const {
@@ -434,6 +446,7 @@ class CudaLayer final : public LayerBackend {
     first.out = e.fused ? static_cast<void*>(h) : at(b.v);
     first.out_stride = e.fused ? e.intermediate : e.w13.n();
     first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
+    launcher.stage("gemm1");
     e.w13.gemm(launcher, first);
     if (!e.fused) {
       const kernels::ActivateArgs args{
@@ -448,17 +461,20 @@ class CudaLayer final : public LayerBackend {
           .alpha = alpha_,
           .limit = limit_,
       };
+      launcher.stage("activate");
       launcher(*activate_, ceil_div(rows * e.intermediate / 4, 256), args);
     }
     const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
                            reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
                            reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
+    launcher.stage("quantise h");
     e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq);
     second.a = hq;
     second.row_source = nullptr;
     second.row_factor = nullptr;
     second.out = at(b.y);
     second.out_stride = hidden_;
+    launcher.stage("gemm2");
     e.w2.gemm(launcher, second);
   }
 

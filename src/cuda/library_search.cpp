@@ -73,6 +73,11 @@ std::string nccl_version(void* handle, std::string&) {
   return fmt::format("{}.{}.{}", v / 10000, v % 10000 / 100, v % 100);
 }
 
+// The library does not tell its version: what it has says which it is.
+std::string nvtx_version(void* handle, std::string&) {
+  return dlsym(handle, "nvtxRangePushA") && dlsym(handle, "nvtxRangePop") ? "3" : "";
+}
+
 Wanted wanted(Library library) {
   switch (library) {
     case Library::driver:
@@ -91,11 +96,18 @@ Wanted wanted(Library library) {
               nvrtc_version};
     case Library::cublas:
       return {"cuBLAS",
-              "the bf16 and fp16 schemes' second implementation",
+              "the peer of octomoe bench --study grouping",
               "pip install nvidia-cublas, or set CUDA_HOME",
               {"libcublas.so.13", "libcublas.so.12"},
               false,
               cublas_version};
+    case Library::nvtx:
+      return {"NVTX",
+              "the named ranges of octomoe bench --profile",
+              "pip install nvidia-nvtx, or set CUDA_HOME",
+              {"libnvtx3interop.so.1", "libnvToolsExt.so.1"},
+              false,
+              nvtx_version};
     case Library::nccl:
       break;
   }
@@ -111,7 +123,7 @@ struct State {
   std::mutex mutex;
   std::vector<std::string> python_paths;
   std::deque<LibraryStatus> all;  // a status that was handed out stays where it is: a later search adds one
-  std::array<const LibraryStatus*, 4> found{};  // indexed by Library
+  std::array<const LibraryStatus*, std::size(kLibraries)> found{};  // indexed by Library
 };
 State& state() {
   static State* s = new State;  // never destroyed: kernels may load while static objects die

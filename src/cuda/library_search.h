@@ -11,8 +11,9 @@
 
 namespace octomoe::cuda {
 
-enum class Library { driver, nvrtc, cublas, nccl };
-inline constexpr Library kLibraries[] = {Library::driver, Library::nvrtc, Library::cublas, Library::nccl};
+enum class Library { driver, nvrtc, cublas, nccl, nvtx };
+inline constexpr Library kLibraries[] = {Library::driver, Library::nvrtc, Library::cublas, Library::nccl,
+                                         Library::nvtx};
 
 struct LibraryStatus {
   std::string name;     // "CUDA driver"

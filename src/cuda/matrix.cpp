@@ -158,12 +158,14 @@ void route(const TensorView& logits, const TensorView& topk_weights, const Tenso
       .scaling_factor = o.scaling_factor,
   };
   const int shared = 4 * 8 * static_cast<int>(logits.dim(1) + o.groups);
+  if (stage_observer != nullptr) stage_observer->on_stage("route", stream);
   launch(kernel,
          {.grid = {static_cast<unsigned>(ceil_div(logits.dim(0), 4))},
           .shared_bytes = shared,
           .stream = stream,
           .pdl = true},
          args);
+  if (stage_observer != nullptr) stage_observer->on_stage(nullptr, stream);
 }
 
 }  // namespace octomoe::cuda

@@ -57,6 +57,29 @@ TEST(Schemes, ErrorsNameTheOption) {
   }
 }
 
+TEST(HybridParameters, AreSetOnEveryHybrid) {
+  std::vector<Scheme> schemes = parse_schemes("--schemes", "int8_block,int8_hybrid,int8_hybrid:q_max=32");
+  set_hybrid({.block_k = 64, .super_group = 4}, schemes);
+  EXPECT_EQ(schemes, parse_schemes("--schemes",
+                                   "int8_block,int8_hybrid:block_k=64,super=4,"
+                                   "int8_hybrid:block_k=64,super=4,q_max=32"));
+  set_hybrid({}, schemes);
+  set_hybrid({.super_group = 4}, schemes);  // says what is so already
+  EXPECT_EQ(schemes[1].super_group, 4);
+}
+
+TEST(HybridParameters, ErrorsNameTheOption) {
+  const auto message = [](const std::string& text, const HybridParameters& p) {
+    std::vector<Scheme> schemes = parse_schemes("--schemes", text);
+    return message_of([&] { set_hybrid(p, schemes); });
+  };
+  EXPECT_THAT(message("int8_block,bf16", {.q_max = 8}), HasSubstr("--q-max: expected int8_hybrid among --schemes"));
+  EXPECT_THAT(message("int8_hybrid:q_max=32", {.q_max = 8}), HasSubstr("--q-max: expected what --schemes says"));
+  EXPECT_THAT(message("int8_hybrid", {.block_k = 48}), HasSubstr("--quant-block-size: scheme int8_hybrid: block_k"));
+  EXPECT_THAT(message("int8_hybrid", {.super_group = 70000}), HasSubstr("--super-group-size: "));
+  EXPECT_THAT(message("int8_hybrid,int8_hybrid:q_max=32", {.q_max = 32}), HasSubstr("given twice"));
+}
+
 TEST(Sizes, KnowsUnits) {
   EXPECT_EQ(parse_size("--max-shard-size", "1000"), 1000);
   EXPECT_EQ(parse_size("--max-shard-size", "5GB"), 5'000'000'000);

@@ -81,6 +81,23 @@ TEST_F(Command, UsageErrorsAreTwo) {
   expect_error(run_cli({"bench", "--routing", "zipf:x"}), 2, "zipf");
   expect_error(run_cli({"bench", "--device", "tpu"}), 2, "tpu");
   expect_error(run_cli({"bench", "--peer", "jax"}), 2, "jax");
+  expect_error(run_cli({"bench", "--schemes", "bf16", "--q-max", "8"}), 2, "--q-max: expected int8_hybrid");
+  expect_error(run_cli({"bench", "--quant-block-size", "16"}), 2, "--quant-block-size");
+  expect_error(run_cli({"bench", "--super-group-size", "0"}), 2, "--super-group-size");
+  for (const char* flag : {"--graph", "--profile", "--no-fused-gather", "--no-fused-activation", "--no-replay"})
+    expect_error(run_cli({"bench", flag}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--family", "sm80"}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--device", "cuda", "--family", "sm75"}), 2, "--family");
+  expect_error(run_cli({"bench", "--study", "grouping"}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--device", "cuda", "--study", "tiles"}), 2, "--study");
+  expect_error(run_cli({"bench", "--device", "cuda", "--profile", "--tokens", "1,2"}), 2, "got 1 and 2");
+  expect_error(run_cli({"bench", "--device", "cuda", "--profile", "--tokens", "1", "--schemes", "all"}), 2,
+               "got 3 and 1");
+  expect_error(run_cli({"bench", "--device", "cuda", "--study", "grouping", "--graph"}), 2, "--study: ");
+  expect_error(run_cli({"bench", "--device", "cuda", "--study", "grouping", "--schemes", "fp16"}), 2, "got fp16");
+  expect_error(run_cli({"run", "--checkpoint", kTiny, "--device", "gpu"}), 2, "--device: ");
+  expect_error(run_cli({"run", "--checkpoint", kTiny, "--device", "cuda", "--scheme", "int8_channel,bf16"}), 2,
+               "with --device cuda, got bf16");
   expect_error(run_cli(small_bench({"--min-time", "1"})), 2, "--min-time");
   expect_error(run_cli(small_bench({"--experts-local", "9"})), 2, "--experts-local");
 }
@@ -88,8 +105,12 @@ TEST_F(Command, UsageErrorsAreTwo) {
 TEST_F(Command, FailuresAreOne) {
   expect_error(run_cli({"run", "--checkpoint", "/nonexistent/model"}), 1, "/nonexistent/model");
   expect_error(run_cli({"quantize", "/nonexistent/model", "/tmp/x", "--scheme", "bf16"}), 1, "/nonexistent/model");
-  if (!cuda::driver_available()) expect_error(run_cli({"bench", "--device", "cuda"}), 1, "CUDA driver");
-  expect_error(run_cli({"bench", "--graph"}), 2, "for --device cuda");
+  if (!cuda::driver_available()) {
+    expect_error(run_cli({"bench", "--device", "cuda"}), 1, "CUDA driver");
+    expect_error(run_cli({"bench", "--device", "cuda", "--profile"}), 1, "CUDA driver");
+    expect_error(run_cli({"bench", "--device", "cuda", "--study", "grouping"}), 1, "CUDA driver");
+    expect_error(run_cli({"run", "--checkpoint", kTiny, "--device", "cuda"}), 1, "CUDA driver");
+  }
   expect_error(run_cli({"bench", "--device", "cuda", "--peer", "torch"}), 2, "--peer torch");
   // A hundred terabytes: more than any machine this runs on.
   expect_error(run_cli({"bench", "--experts", "65536", "--hidden", "8192", "--intermediate", "16384", "--top-k", "8"}),
@@ -117,7 +138,7 @@ TEST_F(Command, DoctorSpeaksPlainly) {
   const Json j = Json::parse(run_cli({"doctor", "--json"}).out);
   EXPECT_FALSE(j["engines"]["cuda"]["available"].get<bool>());
   EXPECT_GE(j["machine"]["cores"].get<int>(), 1);
-  ASSERT_EQ(j["cuda"]["libraries"].size(), 4u);
+  ASSERT_EQ(j["cuda"]["libraries"].size(), 5u);
   for (const Json& l : j["cuda"]["libraries"]) {
     EXPECT_FALSE(l["tried"].empty());
     EXPECT_NE(l["found"].get<bool>(), l.contains("fix")) << l;
@@ -278,6 +299,98 @@ TEST_F(Command, BenchWritesEveryNumber) {
     EXPECT_GT(row["speedup_over_bf16"].get<double>(), 0);
     EXPECT_FALSE(row["workspace_bytes"].is_null());
   }
+}
+
+TEST_F(Command, BenchTakesTheHybridsParameters) {
+  TempFolder folder;
+  const Result r = run_cli(small_bench({"--tokens", "4", "--schemes", "int8_hybrid,int8_block", "--quant-block-size",
+                                        "32", "--super-group-size", "2", "--q-max", "8", "--json", folder / "b.json"}));
+  ASSERT_EQ(r.code, 0) << r.err;
+  const Json j = Json::parse(read_file(folder / "b.json"));
+  EXPECT_EQ(j["results"][0]["name"], "int8_hybrid:block_k=32,super=2,q_max=8");
+  EXPECT_EQ(j["results"][1]["name"], "int8_block");
+}
+
+// Where there is a GPU: scripts/gpu.sh check.
+class GpuCommand : public Command {
+ protected:
+  void SetUp() override {
+    if (!cuda::driver_available()) GTEST_SKIP() << "no GPU here";
+    Command::SetUp();
+  }
+};
+
+TEST_F(GpuCommand, BenchWritesEveryNumber) {
+  TempFolder folder;
+  const Result r = run_cli(
+      small_bench({"--device", "cuda", "--graph", "--tokens", "1,64", "--q-max", "32", "--json", folder / "b.json"}));
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_THAT(r.out, AllOf(HasSubstr("CUDA graph"), HasSubstr("a plain read of"), HasSubstr("SM clock")));
+  const Json j = Json::parse(read_file(folder / "b.json"));
+  EXPECT_FALSE(j["gpu"].is_null());
+  ASSERT_EQ(j["results"].size(), 6u);
+  EXPECT_EQ(j["results"][2]["name"], "int8_hybrid:q_max=32");
+  for (const Json& row : j["results"]) {
+    EXPECT_GT(row["median_us"].get<double>(), 0);
+    EXPECT_GT(row["eager"]["median_us"].get<double>(), 0);
+    EXPECT_GT(row["host_us"].get<double>(), 0);
+    EXPECT_GT(row["read_bytes_per_s"].get<double>(), 1e8);
+    EXPECT_GT(row["clock_mhz"].get<double>(), 100);
+    EXPECT_LE(row["clock_low_mhz"].get<double>(), row["clock_high_mhz"].get<double>());
+    EXPECT_EQ(row["weight_copies"], 16);  // 50 KB of weights never fill L2
+    const double workspace = row["workspace_bytes"].get<double>(), live = row["workspace_live_bytes"].get<double>();
+    EXPECT_LE(live, workspace);
+    EXPECT_LE(workspace, 1.2 * live);
+  }
+}
+
+TEST_F(GpuCommand, ProfileShowsEveryStage) {
+  TempFolder folder;
+  const Result r = run_cli(small_bench({"--device", "cuda", "--profile", "--no-fused-activation", "--no-fused-gather",
+                                        "--tokens", "16", "--json", folder / "b.json"}));
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_THAT(r.out, HasSubstr("profiled: one call between cuProfilerStart and cuProfilerStop"));
+  const Json j = Json::parse(read_file(folder / "b.json"));
+  std::vector<std::string> names;
+  for (const Json& s : j["results"][0]["stages"]) {
+    names.push_back(s["name"]);
+    EXPECT_GT(s["median_us"].get<double>(), 0) << names.back();
+  }
+  EXPECT_THAT(names, ElementsAre("route", "sort", "quantise x", "gather", "gemm1", "activate", "quantise h", "gemm2",
+                                 "combine"));
+}
+
+TEST_F(GpuCommand, StudyComparesTheWays) {
+  TempFolder folder;
+  const Result r = run_cli({"bench", "--device", "cuda", "--study", "grouping", "--experts", "16", "--hidden", "256",
+                            "--intermediate", "128", "--tokens", "2,32", "--iters", "2", "--json", folder / "s.json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  const Json j = Json::parse(read_file(folder / "s.json"));
+  EXPECT_EQ(j["study"], "grouping");
+  ASSERT_EQ(j["cases"].size(), 8u);
+  for (const Json& c : j["cases"]) {
+    ASSERT_EQ(c["ways"].size(), 5u);
+    EXPECT_EQ(c["ways"][0]["launches"], 1);
+    EXPECT_EQ(c["ways"][2]["launches"], c["busy_experts"]);
+    for (const Json& w : c["ways"]) EXPECT_GT(w["graph"]["median_us"].get<double>(), 0);
+  }
+}
+
+TEST_F(GpuCommand, RunIsBitEqual) {
+  TempFolder folder;
+  const Result r =
+      run_cli({"run", "--checkpoint", kTiny, "--device", "cuda", "--tokens", "48", "--iters", "2", "--scheme",
+               "int8_channel,int8_channel:static,int8_block,int8_hybrid:q_max=32", "--json", folder / "run.json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  const Json j = Json::parse(read_file(folder / "run.json"));
+  EXPECT_EQ(j["device"], "cuda:0");
+  ASSERT_EQ(j["results"].size(), 4u);
+  for (const Json& s : j["results"]) {
+    EXPECT_TRUE(s["bit_equal"].get<bool>()) << s;
+    EXPECT_GT(s["us_per_token"].get<double>(), 0);
+    EXPECT_TRUE(s["speedup_over_bf16"].is_null());
+  }
+  expect_error(run_cli({"run", "--checkpoint", kTiny, "--device", "cuda:77"}), 1, "cuda:77");
 }
 
 TEST_F(Command, BenchRoutings) {

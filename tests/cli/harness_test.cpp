@@ -66,6 +66,13 @@ TEST(Interleave, WaitsForTheFastestContender) {
   EXPECT_EQ(fast, 10);
 }
 
+TEST(Interleave, TimeCountsEveryCallOfARound) {
+  int rounds = 0;
+  const std::vector<Contender> list = {{"sixteen calls", [&] { return ++rounds, 1e4; }, 16}};
+  interleave(list, {.warmup = 0, .min_time_s = 0.95, .min_rounds = 1});
+  EXPECT_EQ(rounds, 6);  // 0.16 s each
+}
+
 TEST(Interleave, WarmUpIsNotCounted) {
   int n = 0;
   const auto timings = interleave({{"a", [&] { return n++ == 0 ? 1e9 : 5.0; }}}, {.warmup = 1, .iters = 4});

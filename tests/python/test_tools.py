@@ -71,7 +71,56 @@ def test_plot(report, tmp_path):
     assert is_png(target)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": [{"tokens": 1}]}'])
+def grouping_report(**fields):
+    names = ["grouped", "per expert", "per expert, 8 streams", "cuBLAS"]
+    cases = [
+        {
+            "experts": experts,
+            "rows_per_expert": tokens * 8 / experts,
+            "skew": skew,
+            "ways": [
+                {"name": name, "graph": {"median_us": 9.0 * (i + 1)}, "eager": {"median_us": 50.0}}
+                for i, name in enumerate(names)
+            ],
+        }
+        for experts in (8, 64)
+        for tokens in (1, 128)
+        for skew in ("uniform", "zipf:1.2")
+    ]
+    return {"study": "grouping", "scheme": "int8_channel", "cases": cases} | fields
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        grouping_report(gpu={"name": "some GPU"}, n=1024, k=2048),
+        grouping_report(
+            cases=[{"experts": 8, "rows_per_expert": 1.0}, grouping_report()["cases"][1]]
+        ),
+        grouping_report(gpu=None),
+    ],
+)
+def test_plot_of_the_grouping_study(report, tmp_path):
+    need("matplotlib")
+    from octomoe import plot
+
+    source, target = tmp_path / "grouping.json", tmp_path / "grouping.png"
+    source.write_text(json.dumps(report))
+    plot.main([str(source), str(target)])
+    assert is_png(target)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"results": [{"tokens": 1}]}',
+        '{"study": "grouping", "cases": []}',
+        '{"study": "grouping", "cases": [{"experts": 8, "rows_per_expert": 1.0}]}',
+    ],
+)
 def test_plot_refuses(text, tmp_path):
     need("matplotlib")
     from octomoe import plot
