@@ -1,0 +1,295 @@
+#!/usr/bin/env python3
+"""OctoMoE and its peers on one NVIDIA GPU, timed in the same process in interleaved rounds.
+
+    bench/peers/fetch.py --into .peers                     once: the peers' packages from PyPI
+    python bench/gpu_peers.py --layers --json layers.json
+    python bench/gpu_peers.py --gemms --library build-peers/libcutlass_int8.so --json gemms.json
+    python bench/gpu_peers.py --layers --models qwen3-30b --tokens 1,64 --peers octomoe,lmdeploy
+
+Layers: bfloat16 x, given top-k ids and weights, bfloat16 out, CUDA graphs. Every contender's output
+is compared with a float64 reference on the unquantised weights before it is timed; one that is
+wrong is reported and not timed. A peer that is not there is named with the reason.
+
+Needs PyTorch and Triton with a GPU, and the package octomoe (PYTHONPATH=python in the source tree).
+docs/peers.md says what each peer is, how to get it, and what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+import torch
+from peers import PeerMissing
+from peers.harness import Harness, capture, relative_error
+from peers.problems import MODELS, LayerProblem
+
+LAYER_PEERS = ("octomoe", "lmdeploy", "humming")
+SCHEMES = ("int8_channel", "int8_block", "int8_hybrid")
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+WRONG = 0.10  # relative error of an output that is not counted; INT8 layers have 0.01 to 0.03
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def commit() -> str:
+    """The source tree's, "unknown" elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("OCTOMOE_COMMIT", "unknown")
+
+
+def calls_for(tokens: int) -> int:
+    """Calls in a graph: enough different routings that few weights are found in L2."""
+    return 16 if tokens <= 64 else 8 if tokens <= 1024 else 4
+
+
+class Report:
+    """What goes into the JSON file; written after every problem, so that nothing is lost."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        properties = torch.cuda.get_device_properties(0)
+        self.data = {
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "commit": commit(),
+            "gpu": {
+                "name": properties.name,
+                "multiprocessors": properties.multi_processor_count,
+                "memory_bytes": properties.total_memory,
+                "l2_bytes": properties.L2_cache_size,
+            },
+            "software": {"torch": torch.__version__, "cuda": torch.version.cuda},
+            "peers": {},
+            "missing": {},
+            "seconds": {},
+            "ceilings": {},
+            "results": [],
+        }
+
+    def write(self) -> None:
+        if self.path:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.data, indent=1) + "\n")
+            part.replace(self.path)
+
+
+class Peers:
+    """The adapters that can run here."""
+
+    def __init__(self, arguments: argparse.Namespace, report: Report) -> None:
+        self.site = str(arguments.peers_dir)
+        self.adapters = {}
+        for name in arguments.peers:
+            try:
+                adapter = importlib.import_module(f"peers.{name}_peer")
+                if name == "lmdeploy":
+                    adapter.modules(self.site)
+                if name == "humming":
+                    adapter.load(self.site)
+            except (PeerMissing, ImportError) as error:
+                report.data["missing"][name] = str(error)
+                note(f"gpu_peers: without {name}: {error}")
+                continue
+            self.adapters[name] = adapter
+            report.data["peers"][name] = adapter.VERSION
+
+    def layers(self, problem: LayerProblem, arguments: argparse.Namespace) -> dict[str, object]:
+        """Contender's name -> its layer. Weights are quantised here."""
+        made: dict[str, object] = {}
+        for name, adapter in self.adapters.items():
+            if name == "octomoe":
+                for scheme in arguments.schemes:
+                    made[scheme] = adapter.Layer(problem, scheme)
+            else:
+                made[name] = adapter.Layer(problem, self.site)
+        return made
+
+
+def humming_calls(layer, tokens: int, arguments) -> dict[str, object]:
+    """Contender -> a function of one Inputs that makes a call, with the default tiles."""
+    found = {}
+    for kind in arguments.humming:
+        first, second = layer.defaults(kind, tokens)
+        if layer.fits(kind, first, second):
+            found[f"humming_{kind}"] = lambda i, k=kind, a=first, b=second: layer.call(i, k, a, b)
+        else:
+            note(f"gpu_peers: humming_{kind} left out at T={tokens}: its GEMMs' tiles differ")
+    return found
+
+
+def time_layers(arguments, harness: Harness, peers: Peers, report: Report) -> None:
+    data = report.data
+    if "lmdeploy" in peers.adapters:
+        models = [MODELS[name] for name in arguments.models]
+        seconds = peers.adapters["lmdeploy"].precompile(peers.site, models, arguments.tokens)
+        data["seconds"]["lmdeploy_compile"] = round(seconds, 1)
+        note(f"gpu_peers: lmdeploy's kernels compiled in {seconds:.0f} s")
+    for model_name in arguments.models:
+        begin = time.monotonic()
+        problem = LayerProblem(MODELS[model_name])
+        layers = peers.layers(problem, arguments)
+        problem.drop_float_weights()
+        torch.cuda.empty_cache()
+        if "humming" in layers:
+            layers["humming"].compile_defaults(arguments.humming, arguments.tokens)
+        note(f"gpu_peers: {model_name} prepared in {time.monotonic() - begin:.1f} s")
+        for tokens in arguments.tokens:
+            time_size(arguments, harness, problem, layers, tokens, data)
+            report.write()
+        data["seconds"][model_name] = round(time.monotonic() - begin, 1)
+        if "humming" in layers:
+            data["seconds"][f"{model_name}_humming_compile"] = round(
+                layers["humming"].compile_seconds, 1
+            )
+        del problem, layers
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> None:
+    """One model at one number of tokens: check everyone, then time those that are right."""
+    inputs = problem.inputs(tokens, calls_for(tokens))
+    rows = problem.checked_rows(tokens).to(problem.device)
+    reference = problem.reference[: len(rows)]
+    makers = {}
+    for name, layer in layers.items():
+        if name == "lmdeploy":
+            layer.new_size()
+        if name == "humming":
+            makers |= humming_calls(layer, tokens, arguments)
+        else:
+            makers[name] = layer.call
+    graphs, errors, alive, whole = {}, {}, [], None
+    for name, make in makers.items():
+        try:
+            calls = [make(each) for each in inputs]
+            out = calls[0]()
+            torch.cuda.synchronize()
+            error = relative_error(out[rows], reference)
+            whole = out if whole is None else whole
+            against = relative_error(out, whole)
+            errors[name] = error, against
+            if not (error < WRONG and against < 2 * WRONG):
+                note(f"gpu_peers: {name} is wrong at T={tokens}: error {error:.3f}, {against:.3f}")
+                continue
+            graphs[name] = capture(calls), len(calls)
+            alive.append(calls)  # a graph holds addresses, not tensors
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            if "illegal memory access" in str(error):
+                raise
+            note(f"gpu_peers: {name} failed at T={tokens}: {type(error).__name__}: {error}")
+            data["missing"][f"{name}, {problem.model.name}, T={tokens}"] = str(error)[:300]
+    floor = problem.floor(inputs, data["ceilings"])
+    model = {"model": problem.model.name, "tokens": tokens}
+    for name, sample in harness.run(graphs).items():
+        error, against = errors[name]
+        data["results"].append(
+            model
+            | {"name": name, "error": error, "difference_to_first": against}
+            | dataclasses.asdict(sample)
+            | floor
+        )
+    line = ", ".join(
+        f"{r['name']} {r['median_us']:.1f}"
+        for r in data["results"]
+        if (r["model"], r["tokens"]) == (problem.model.name, tokens)
+    )
+    note(f"gpu_peers: {problem.model.name} T={tokens}: {line}")
+    del graphs, alive
+
+
+def layer_table(data: dict) -> str:
+    """Microseconds by model, contender and T, with the floor and the error."""
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in data["results"] if "tokens" in r):
+        mine = [r for r in data["results"] if r.get("model") == model]
+        tokens = sorted({r["tokens"] for r in mine})
+        by_key = {(r["name"], r["tokens"]): r for r in mine}
+        lines.append(f"{model:24}" + "".join(f"{'T=' + str(t):>9}" for t in tokens) + "    error")
+        for name in dict.fromkeys(r["name"] for r in mine):
+            cells = [by_key.get((name, t)) for t in tokens]
+            times = "".join(f"{c['median_us']:9.1f}" if c else f"{'-':>9}" for c in cells)
+            error = max(c["error"] for c in cells if c)
+            lines.append(f"  {name:22}{times}{100 * error:8.2f}%")
+        floors = [next(r["floor_us"] for r in mine if r["tokens"] == t) for t in tokens]
+        lines.append(f"  {'floor':22}" + "".join(f"{f:9.1f}" for f in floors))
+        clocks = [[r["clock_mhz"] for r in mine if r["tokens"] == t] for t in tokens]
+        lines.append(f"  {'SM clock, MHz':22}" + "".join(f"{sum(c) / len(c):9.0f}" for c in clocks))
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    def words(allowed):
+        def parse_words(text: str) -> list[str]:
+            chosen = text.split(",")
+            for word in chosen:
+                if word not in allowed:
+                    expected = ", ".join(allowed)
+                    raise argparse.ArgumentTypeError(f"expected of {expected}, got {word!r}")
+            return chosen
+
+        return parse_words
+
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--layers", action="store_true", help="time whole layers")
+    parser.add_argument("--models", type=words(MODELS), default=list(MODELS))
+    parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
+    parser.add_argument("--peers", type=words(LAYER_PEERS), default=list(LAYER_PEERS))
+    parser.add_argument("--schemes", type=words(SCHEMES), default=list(SCHEMES))
+    parser.add_argument(
+        "--humming", type=words(("grouped", "indexed")), default=["grouped", "indexed"]
+    )
+    parser.add_argument("--peers-dir", type=Path, default=Path(".peers"))
+    parser.add_argument("--seconds", type=float, default=0.6, help="timed for each problem")
+    parser.add_argument("--json", type=Path, help="result file")
+    arguments = parser.parse_args()
+    if not arguments.layers:
+        parser.error("nothing to do: expected --layers")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse()
+    if not torch.cuda.is_available():
+        print("gpu_peers: error: no CUDA device", file=sys.stderr)
+        return 1
+    begin = time.monotonic()
+    report = Report(arguments.json)
+    harness = Harness(seconds=arguments.seconds)
+    peers = Peers(arguments, report)
+    report.data["ceilings"] = harness.ceilings()
+    note(f"gpu_peers: ceilings {report.data['ceilings']}")
+    if arguments.layers:
+        time_layers(arguments, harness, peers, report)
+    report.data["seconds"]["total"] = round(time.monotonic() - begin, 1)
+    report.write()
+    print(layer_table(report.data))
+    print(f"total {report.data['seconds']['total']} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
