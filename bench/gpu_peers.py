@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 import torch
 from peers import PeerMissing
 from peers.harness import Harness, capture, relative_error
-from peers.problems import MODELS, LayerProblem
+from peers.problems import GEMM_CASES, MODELS, GemmProblem, LayerProblem
 
-LAYER_PEERS = ("octomoe", "lmdeploy", "humming")
+PEERS = ("octomoe", "lmdeploy", "humming", "deepgemm", "hybrid", "library")
 SCHEMES = ("int8_channel", "int8_block", "int8_hybrid")
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 WRONG = 0.10  # relative error of an output that is not counted; INT8 layers have 0.01 to 0.03
@@ -81,7 +81,9 @@ class Report:
             "missing": {},
             "seconds": {},
             "ceilings": {},
+            "humming_tiles": {},
             "results": [],
+            "gemms": [],
         }
 
     def write(self) -> None:
@@ -96,42 +98,107 @@ class Peers:
 
     def __init__(self, arguments: argparse.Namespace, report: Report) -> None:
         self.site = str(arguments.peers_dir)
+        self.reference = str(arguments.reference_library), str(arguments.reference_dir)
+        self.library = str(arguments.library)
         self.adapters = {}
         for name in arguments.peers:
+            unused = ("lmdeploy",) if not arguments.layers else ()
+            unused += ("deepgemm", "library") if not arguments.gemms else ()
+            if name in unused:
+                continue
             try:
                 adapter = importlib.import_module(f"peers.{name}_peer")
                 if name == "lmdeploy":
                     adapter.modules(self.site)
-                if name == "humming":
+                elif name in ("humming", "deepgemm"):
                     adapter.load(self.site)
+                elif name == "hybrid":
+                    adapter.load(*self.reference)
+                elif name == "library":
+                    self.variants = adapter.variants(self.library)
             except (PeerMissing, ImportError) as error:
                 report.data["missing"][name] = str(error)
                 note(f"gpu_peers: without {name}: {error}")
                 continue
             self.adapters[name] = adapter
-            report.data["peers"][name] = adapter.VERSION
+            report.data["peers"][name] = getattr(adapter, "VERSION", "")
 
     def layers(self, problem: LayerProblem, arguments: argparse.Namespace) -> dict[str, object]:
         """Contender's name -> its layer. Weights are quantised here."""
         made: dict[str, object] = {}
+        model = problem.model
         for name, adapter in self.adapters.items():
             if name == "octomoe":
                 for scheme in arguments.schemes:
                     made[scheme] = adapter.Layer(problem, scheme)
-            else:
+            elif name == "hybrid":
+                if model.routed == model.experts and model.name in arguments.reference_models:
+                    made["reference_hybrid"] = adapter.Layer(problem, *self.reference)
+            elif name in ("lmdeploy", "humming"):
                 made[name] = adapter.Layer(problem, self.site)
         return made
 
+    def gemms(self, problem: GemmProblem, arguments, harness: Harness) -> dict[str, object]:
+        """Contender's name -> a function of a copy's index that makes a call."""
+        made: dict[str, object] = {}
+        for name, adapter in self.adapters.items():
+            if problem.uniform and name != "library":
+                continue
+            try:
+                if name == "octomoe":
+                    for scheme in arguments.schemes:
+                        made[scheme] = adapter.GroupedGemm(problem, scheme).call
+                elif name == "library":
+                    for variant, index in self.variants.items():
+                        if ("batched" in variant) == problem.uniform:
+                            made |= self.library_gemm(problem, variant, index)
+                elif name == "hybrid":
+                    gemm = adapter.GroupedGemm(problem, *self.reference)
+                    made["reference_hybrid"] = gemm.call
+                elif name == "deepgemm":
+                    gemm = adapter.GroupedGemm(problem, self.site)
+                    made["deepgemm_fp8"] = lambda i, g=gemm: mapped(g.call(i), g.place)
+                elif name == "humming":
+                    gemm = adapter.GroupedGemm(problem, self.site)
+                    for index, config in enumerate(gemm.configs(arguments.humming_best_from > 0)):
+                        label = "humming_default" if index == 0 else f"humming_{index}"
+                        made[label] = lambda i, g=gemm, c=config: g.call(i, c)
+            except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+                note(f"gpu_peers: {name} failed on {problem.case.name}: {error}")
+        return made
 
-def humming_calls(layer, tokens: int, arguments) -> dict[str, object]:
-    """Contender -> a function of one Inputs that makes a call, with the default tiles."""
+    def library_gemm(self, problem: GemmProblem, variant: str, index: int) -> dict[str, object]:
+        try:
+            gemm = self.adapters["library"].GroupedGemm(problem, self.library, index)
+        except RuntimeError as error:
+            note(f"gpu_peers: {variant} on {problem.case.name}: {error}")
+            return {}
+        return {variant: gemm.call}
+
+
+def mapped(call, place: torch.Tensor):
+    """The call; its result's rows stand at `place`, for the check alone."""
+
+    def run():
+        return call()
+
+    run.place = place
+    return run
+
+
+def humming_calls(layer, inputs, arguments, data: dict) -> dict[str, object]:
+    """Contender -> a function of one Inputs that makes a call: default tiles, and the best."""
+    tokens = len(inputs[0].ids)
     found = {}
     for kind in arguments.humming:
-        first, second = layer.defaults(kind, tokens)
-        if layer.fits(kind, first, second):
-            found[f"humming_{kind}"] = lambda i, k=kind, a=first, b=second: layer.call(i, k, a, b)
-        else:
-            note(f"gpu_peers: humming_{kind} left out at T={tokens}: its GEMMs' tiles differ")
+        tiles = {f"humming_{kind}": layer.defaults(kind, tokens)}
+        if 0 < arguments.humming_best_from <= tokens:
+            quick = Harness(seconds=0.1, warmup=0.05, min_rounds=3)
+            best = layer.best(kind, inputs[0], quick)
+            data["humming_tiles"][f"{layer.model.name}, T={tokens}, {kind}"] = best
+            tiles[f"humming_{kind}_best"] = best
+        for name, (first, second) in tiles.items():
+            found[name] = lambda i, k=kind, a=first, b=second: layer.call(i, k, a, b)
     return found
 
 
@@ -174,7 +241,7 @@ def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> N
         if name == "lmdeploy":
             layer.new_size()
         if name == "humming":
-            makers |= humming_calls(layer, tokens, arguments)
+            makers |= humming_calls(layer, inputs, arguments, data)
         else:
             makers[name] = layer.call
     graphs, errors, alive, whole = {}, {}, [], None
@@ -216,6 +283,97 @@ def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> N
     del graphs, alive
 
 
+def time_gemms(arguments, harness: Harness, peers: Peers, report: Report) -> None:
+    """Every case twice: ragged rows, and for batched variants as many rows in every group."""
+    data = report.data
+    begin = time.monotonic()
+    for case_name in arguments.cases:
+        for uniform in (False, True):
+            if uniform and not any("batched" in name for name in getattr(peers, "variants", ())):
+                continue
+            time_case(arguments, harness, peers, GEMM_CASES[case_name], uniform, data)
+            gc.collect()
+            torch.cuda.empty_cache()
+            report.write()
+    data["seconds"]["gemms"] = round(time.monotonic() - begin, 1)
+
+
+def time_case(arguments, harness, peers, case, uniform: bool, data: dict) -> None:
+    problem = GemmProblem(case, uniform)
+    makers = peers.gemms(problem, arguments, harness)
+    if not makers:
+        return
+    graphs, errors, alive = {}, {}, []
+    count = max(2, problem.copies) if case.rows > 1000 else max(4, problem.copies)
+    for name, make in makers.items():
+        try:
+            calls = [make(index % problem.copies) for index in range(count)]
+            out = calls[0]()
+            torch.cuda.synchronize()
+            place = getattr(calls[0], "place", None)
+            rows = problem.checked if place is None else place[problem.checked]
+            errors[name] = relative_error(out[rows], problem.reference)
+            if not errors[name] < WRONG:
+                note(f"gpu_peers: {name} is wrong on {case.name}: error {errors[name]:.3f}")
+                continue
+            graphs[name] = capture(calls), len(calls)
+            alive.append(calls)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            if "illegal memory access" in str(error):
+                raise
+            note(f"gpu_peers: {name} failed on {case.name}: {type(error).__name__}: {error}")
+            data["missing"][f"{name}, {case.name}"] = str(error)[:300]
+    shape = dataclasses.asdict(case) | {"case": case.name, "uniform": uniform}
+    floor = problem.floor(data["ceilings"])
+    for name, sample in harness.run(graphs).items():
+        tops = 1e-6 * floor["ops"] / sample.median_us
+        data["gemms"].append(
+            shape
+            | {"name": name, "error": errors[name], "tops": tops}
+            | dataclasses.asdict(sample)
+            | floor
+        )
+    mine = [r for r in data["gemms"] if r["case"] == case.name and r["uniform"] == uniform]
+    note(f"gpu_peers: {case.name}: " + ", ".join(f"{r['name']} {r['median_us']:.1f}" for r in mine))
+
+
+def form_of(name: str) -> str:
+    """The contender of which this is one tile: what stands before the first digit."""
+    if name.startswith("humming_") and name != "humming_default":
+        return "humming_best"
+    if name.startswith(("int8_", "deepgemm", "reference", "humming")):
+        return name
+    return (
+        name.rstrip("_")
+        if not any(map(str.isdigit, name))
+        else (name[: next(i for i, c in enumerate(name) if c.isdigit())].rstrip("_"))
+    )
+
+
+def gemm_table(data: dict) -> str:
+    """Microseconds by case and form: the fastest tile of a form counts."""
+    cases = list(dict.fromkeys(r["case"] for r in data["gemms"]))
+    best: dict[tuple[str, str], dict] = {}
+    for r in data["gemms"]:
+        forms = {form_of(r["name"])}
+        if r["name"] == "humming_default":
+            forms.add("humming_best")
+        for form in forms:
+            key = form, r["case"]
+            if key not in best or r["median_us"] < best[key]["median_us"]:
+                best[key] = r
+    forms = list(dict.fromkeys(form for form, _ in best))
+    lines = [f"{'us':24}" + "".join(f"{case:>18}" for case in cases)]
+    for form in forms:
+        cells = (best.get((form, case)) for case in cases)
+        lines.append(
+            f"{form:24}" + "".join(f"{c['median_us']:18.1f}" if c else f"{'-':>18}" for c in cells)
+        )
+    floors = [next(r["floor_us"] for r in data["gemms"] if r["case"] == case) for case in cases]
+    lines.append(f"{'floor':24}" + "".join(f"{floor:18.1f}" for floor in floors))
+    return "\n".join(lines)
+
+
 def layer_table(data: dict) -> str:
     """Microseconds by model, contender and T, with the floor and the error."""
     lines = []
@@ -255,19 +413,34 @@ def parse() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--layers", action="store_true", help="time whole layers")
+    parser.add_argument("--gemms", action="store_true", help="time grouped GEMMs")
     parser.add_argument("--models", type=words(MODELS), default=list(MODELS))
     parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
-    parser.add_argument("--peers", type=words(LAYER_PEERS), default=list(LAYER_PEERS))
+    parser.add_argument(
+        "--cases", type=words(GEMM_CASES), default=list(GEMM_CASES), help="of --gemms"
+    )
+    parser.add_argument("--peers", type=words(PEERS), default=list(PEERS))
     parser.add_argument("--schemes", type=words(SCHEMES), default=list(SCHEMES))
     parser.add_argument(
         "--humming", type=words(("grouped", "indexed")), default=["grouped", "indexed"]
     )
+    parser.add_argument(
+        "--humming-best-from",
+        type=int,
+        default=1024,
+        metavar="T",
+        help="search Humming's best tiles from this many tokens on, 0: never",
+    )
+    parser.add_argument("--library", type=Path, default=Path(".peers/libcutlass_int8.so"))
+    parser.add_argument("--reference-library", type=Path, default=Path(".peers/libhybrid.so"))
+    parser.add_argument("--reference-dir", type=Path, default=Path(".peers/reference"))
+    parser.add_argument("--reference-models", type=words(MODELS), default=["qwen3.6-35b"])
     parser.add_argument("--peers-dir", type=Path, default=Path(".peers"))
     parser.add_argument("--seconds", type=float, default=0.6, help="timed for each problem")
     parser.add_argument("--json", type=Path, help="result file")
     arguments = parser.parse_args()
-    if not arguments.layers:
-        parser.error("nothing to do: expected --layers")
+    if not arguments.layers and not arguments.gemms:
+        parser.error("nothing to do: expected --layers, --gemms or both")
     return arguments
 
 
@@ -284,9 +457,14 @@ def main() -> int:
     note(f"gpu_peers: ceilings {report.data['ceilings']}")
     if arguments.layers:
         time_layers(arguments, harness, peers, report)
+    if arguments.gemms:
+        time_gemms(arguments, harness, peers, report)
     report.data["seconds"]["total"] = round(time.monotonic() - begin, 1)
     report.write()
-    print(layer_table(report.data))
+    if report.data["results"]:
+        print(layer_table(report.data))
+    if report.data["gemms"]:
+        print(gemm_table(report.data))
     print(f"total {report.data['seconds']['total']} s")
     return 0
 

@@ -177,8 +177,8 @@ class Harness:
         def read() -> None:
             _read[(programs,)](source, sink, blocks, block, programs, num_warps=8)
 
-        contenders = {"read": (capture([read]), 1)}
-        size = 8192
+        reading = self.run({"read": (capture([read]), 1)})["read"]  # alone: products cost clock
+        contenders, size = {}, 8192
         a = torch.randint(-127, 128, (size, size), dtype=torch.int8, device="cuda")
         b = torch.randint(-127, 128, (size, size), dtype=torch.int8, device="cuda").t()
         contenders["int8"] = capture([lambda: torch._int_mm(a, b)]), 1
@@ -197,10 +197,9 @@ class Harness:
         rates = {
             f"{name}_ops_per_s": 2.0 * size**3 / (1e-6 * sample.median_us)
             for name, sample in results.items()
-            if name != "read"
         }
         return {
-            "read_bytes_per_s": source.numel() * 4 / (1e-6 * results["read"].median_us),
+            "read_bytes_per_s": source.numel() * 4 / (1e-6 * reading.median_us),
             **rates,
             "ops_per_s": max(rates.values()),
         }

@@ -1,8 +1,8 @@
 """Humming's INT8 kernels (PyPI: humming-kernels) as a whole layer and as a grouped GEMM.
 
 Humming has the GEMMs and a kernel that quantises (with an activation before and a scatter after);
-sorting and combining are left to the engine around it: two small Triton kernels here, about as
-good as the ones engines use. Two ways to put a layer together, both in its own terms:
+sorting and combining are left to the engine around it: here those of routing.py. Two ways to put
+a layer together, both in its own terms:
 
     grouped   sort; quantise x and scatter rows to their experts; GEMM1; SwiGLU + quantise; GEMM2;
               combine
@@ -15,20 +15,22 @@ each GEMM timed alone. Every kernel is compiled by NVRTC at its first use, sever
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
+import functools
 import json
 import os
 import sys
 import time
 
 import torch
-import triton
-import triton.language as tl
 
 from . import PeerMissing
-from .problems import Inputs, LayerProblem
+from .harness import capture
+from .problems import GemmProblem, Inputs, LayerProblem
+from .routing import Combine, Sort
 
 VERSION = "0.1.19"
-SMALL_SORT = 8192  # routes that one program sorts
 KINDS = {"grouped": "grouped_contiguous", "indexed": "indexed"}
 SWIGLU = "a / (1.0f + __expf(-a)) * b"
 
@@ -48,85 +50,6 @@ def load(site: str):
     return humming
 
 
-@triton.jit
-def _count(ids, counts, ranks, routes, BLOCK: tl.constexpr):
-    """ranks[r] = how many routes of the same expert came before (in any order)."""
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids + r, mask=r < routes, other=-1)
-    rank = tl.atomic_add(counts + expert, 1, mask=expert >= 0)
-    tl.store(ranks + r, rank, mask=r < routes)
-
-
-@triton.jit
-def _scan(counts, offsets, padded, tile_experts, tiles, E: tl.constexpr, TILE: tl.constexpr):
-    """offsets[0..E] of the rows, every expert's padded to TILE; the experts of the tiles."""
-    e = tl.arange(0, E)
-    count = tl.load(counts + e, cache_modifier=".cg")
-    size = (count + TILE - 1) // TILE * TILE
-    last = tl.cumsum(size, 0)
-    tl.store(offsets + e + 1, last)
-    tl.store(offsets + e, 0, mask=e == 0)
-    tl.store(padded, tl.sum(size, 0))
-    if TILE > 1:
-        first_tile, own = (last - size) // TILE, size // TILE
-        most = tl.max(own, 0)
-        for index in range(0, most):
-            tl.store(tile_experts + first_tile + index, e, mask=index < own)
-
-
-@triton.jit
-def _place(ids, ranks, offsets, rows, sorted_ids, routes, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """TILE 1: rows[r] = the route's row, -1 for none; else sorted_ids[row] = r."""
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids + r, mask=r < routes, other=-1)
-    rank = tl.load(ranks + r, mask=r < routes, other=0)
-    first = tl.load(offsets + expert, mask=expert >= 0, other=0, cache_modifier=".cg")
-    if TILE == 1:
-        tl.store(rows + r, tl.where(expert >= 0, first + rank, -1), mask=r < routes)
-    else:
-        tl.store(sorted_ids + first + rank, r, mask=expert >= 0)
-
-
-@triton.jit
-def _sort_small(
-    ids,
-    counts,
-    ranks,
-    offsets,
-    rows,
-    sorted_ids,
-    tile_experts,
-    padded,
-    routes,
-    tiles,
-    E: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """All of the above in one program, for up to BLOCK routes."""
-    tl.store(counts + tl.arange(0, E), 0)
-    tl.debug_barrier()
-    _count(ids, counts, ranks, routes, BLOCK)
-    tl.debug_barrier()
-    _scan(counts, offsets, padded, tile_experts, tiles, E, TILE)
-    tl.debug_barrier()
-    _place(ids, ranks, offsets, rows, sorted_ids, routes, TILE, BLOCK)
-
-
-@triton.jit
-def _combine(y, rows, weights, out, H, K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = sum of weights[t, j] * y[rows[t, j]] in slot order; rows of -1 are left out."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for j in tl.static_range(K):
-        row = tl.load(rows + token * K + j).to(tl.int64)
-        weight = tl.load(weights + token * K + j)
-        here = (column < H) & (row >= 0)
-        total += weight * tl.load(y + row * H + column, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + token * H + column, total.to(out.dtype.element_ty), mask=column < H)
-
-
 class Gemm:
     """One stack of matrices in Humming's layout."""
 
@@ -144,7 +67,13 @@ class Gemm:
         layer.load_from_unquantized(w)
         layer.transform()
         self.layer, self.config = layer, layer.humming_config
-        self.configs: dict[tuple[str, int], dict] = {}
+
+    def copy(self) -> Gemm:
+        """The same matrices in other memory."""
+        other = object.__new__(Gemm)
+        other.humming, other.config = self.humming, self.config
+        other.layer = copy.deepcopy(self.layer)
+        return other
 
     def default(self, kind: str, rows: int) -> dict:
         """What its heuristics choose for this many routes."""
@@ -155,9 +84,7 @@ class Gemm:
 
     def candidates(self, kind: str, rows: int) -> list[dict]:
         """Tiles around its own choices: rows per tile from 16 to 176, 128 and 256 weights wide."""
-        found = [self.default(kind, rows)]
-        for other in (rows // 2, rows * 2):
-            found.append(self.default(kind, max(1, other)))
+        found = [self.default(kind, max(1, size)) for size in (rows, rows // 2, rows * 2)]
         per_expert = rows / self.config.num_experts
         sizes = [m for m in (16, 32, 48, 64, 96, 128, 160, 176) if m <= max(32, 2.5 * per_expert)]
         for block_m in sizes[-4:]:
@@ -219,54 +146,6 @@ class Layer:
         self.compile_seconds = 0.0
         self.buffers = None, ()
 
-    def _sort(self, inputs: Inputs, tile: int) -> dict[str, torch.Tensor]:
-        """The buffers of a sort. tile 1: rows without padding."""
-        routes, experts = inputs.local_ids.numel(), self.model.experts
-
-        def empty(size: int) -> torch.Tensor:
-            return torch.empty(size, dtype=torch.int32, device=inputs.x.device)
-
-        tiles = min(routes, routes // tile + experts)
-        return {
-            "counts": empty(experts),
-            "ranks": empty(routes),
-            "offsets": empty(experts + 1),
-            "rows": empty(routes).view(inputs.ids.shape),
-            "sorted_ids": empty(tiles * tile),
-            "expert_ids": empty(tiles),
-            "num_tokens_padded": empty(1),
-        }
-
-    def _run_sort(self, inputs: Inputs, tile: int, s: dict[str, torch.Tensor]) -> None:
-        ids, routes = inputs.local_ids, inputs.local_ids.numel()
-        experts, tiles, padded = s["expert_ids"], s["expert_ids"].numel(), s["num_tokens_padded"]
-        if tile > 1:
-            s["sorted_ids"].fill_(routes)
-        if routes <= SMALL_SORT:
-            block = max(128, triton.next_power_of_2(routes))
-            _sort_small[(1,)](
-                ids,
-                s["counts"],
-                s["ranks"],
-                s["offsets"],
-                s["rows"],
-                s["sorted_ids"],
-                experts,
-                padded,
-                routes,
-                tiles,
-                self.model.experts,
-                tile,
-                block,
-                num_warps=min(32, max(4, block // 256)),
-            )
-            return
-        s["counts"].zero_()
-        grid = (triton.cdiv(routes, 512),)
-        _count[grid](ids, s["counts"], s["ranks"], routes, 512)
-        _scan[(1,)](s["counts"], s["offsets"], padded, experts, tiles, self.model.experts, tile)
-        _place[grid](ids, s["ranks"], s["offsets"], s["rows"], s["sorted_ids"], routes, tile, 512)
-
     def _buffers(self, a_rows: int, routes: int, device) -> tuple[torch.Tensor, ...]:
         """What lies between the kernels; calls of one size share it, as calls of an engine do."""
         key = a_rows, routes
@@ -290,30 +169,33 @@ class Layer:
         routes = tokens * top_k
         device = inputs.x.device
         grouped = kind == "grouped"
-        tile = 1 if grouped else config1["block_shape"][0]
-        s = self._sort(inputs, tile)
+        tiles = [1, 1] if grouped else [c["block_shape"][0] for c in (config1, config2)]
+        sort = Sort(inputs.local_ids, model.experts, tiles[0])
+        sort2 = sort
+        if tiles[0] != tiles[1]:
+            sort2 = Sort(inputs.local_ids, model.experts, tiles[1])
         name = KINDS[kind]
         a, a_scale, hidden, act, act_scale, y = self._buffers(
             routes if grouped else tokens, routes, device
         )
         out = torch.empty_like(inputs.x)
         if grouped:
-            where = {"expert_layout": s["offsets"]}
-            valid = s["offsets"][-1:]
-            rows = s["rows"]
+            valid, rows = sort.offsets[-1:], sort.rows
         else:
-            where = {k: s[k] for k in ("sorted_ids", "expert_ids", "num_tokens_padded")}
             valid = None
             index = torch.arange(routes, dtype=torch.int32, device=device).view(tokens, top_k)
             rows = torch.where(inputs.local_ids >= 0, index, -1)
-        block = min(1024, triton.next_power_of_2(model.hidden))
+        where, where2 = self._where(sort), self._where(sort2)
+        combine = Combine(y, rows, inputs.weights, out)
         quantise = {"quant_mode": "dynamic_token", "quant_dtype": "int8", "use_pdl": False}
-        place = {"layout": "scatter", "scatter_idx": s["rows"]} if grouped else {}
+        place = {"layout": "scatter", "scatter_idx": sort.rows} if grouped else {}
 
         def run() -> torch.Tensor:
-            self._run_sort(inputs, tile, s)
+            sort.run()
+            if sort2 is not sort:
+                sort2.run()
             ops.process_input(inputs.x, outputs=a, token_scales=a_scale, **place, **quantise)
-            self.gemm1.run(name, config1, a, a_scale, hidden, where, 1 if grouped else top_k)
+            self.gemm1.run(name, config1, a, a_scale, hidden, where, first_k)
             ops.process_input(
                 hidden,
                 outputs=act,
@@ -323,54 +205,112 @@ class Layer:
                 num_valid_tokens=valid,
                 **quantise,
             )
-            self.gemm2.run(name, config2, act, act_scale, y, where, 1)
-            grid = (tokens, triton.cdiv(model.hidden, block))
-            _combine[grid](y, rows, inputs.weights, out, model.hidden, top_k, block)
+            self.gemm2.run(name, config2, act, act_scale, y, where2, 1)
+            combine.run()
             return out
 
-        run.parts = (a, a_scale, hidden, act, act_scale, y, where)
+        first_k = 1 if grouped else top_k
+        run.parts = {"gemm1": (a, a_scale, hidden, first_k), "gemm2": (act, act_scale, y, 1)}
         return run
+
+    @staticmethod
+    def _where(sort: Sort) -> dict[str, torch.Tensor]:
+        if sort.tile == 1:
+            return {"expert_layout": sort.offsets}
+        return {k: getattr(sort, k) for k in ("sorted_ids", "expert_ids", "num_tokens_padded")}
 
     def defaults(self, kind: str, tokens: int) -> tuple[dict, dict]:
         """Its own choice for both GEMMs."""
         name, routes = KINDS[kind], tokens * self.model.top_k
         return self.gemm1.default(name, routes), self.gemm2.default(name, routes)
 
-    @staticmethod
-    def fits(kind: str, config1: dict, config2: dict) -> bool:
-        """indexed: one sort serves both GEMMs only if they agree on the rows per tile."""
-        return kind == "grouped" or config1["block_shape"][0] == config2["block_shape"][0]
-
     def compile_defaults(self, kinds: list[str], tokens: list[int]) -> None:
         jobs = []
         for kind in kinds:
             for size in tokens:
                 first, second = self.defaults(kind, size)
-                if self.fits(kind, first, second):
-                    jobs += [("gemm1", kind, first), ("gemm2", kind, second)]
+                jobs += [("gemm1", kind, first), ("gemm2", kind, second)]
         self.compile(jobs)
+
+    def best(self, kind: str, inputs: Inputs, harness) -> tuple[dict, dict]:
+        """The fastest of the candidates for each GEMM, timed alone on these inputs."""
+        name, routes = KINDS[kind], inputs.ids.numel()
+        whole = self.call(inputs, kind, *self.defaults(kind, len(inputs.ids)))
+        whole()
+        chosen = []
+        for which in ("gemm1", "gemm2"):
+            gemm = getattr(self, which)
+            jobs = self.compile([(which, kind, c) for c in gemm.candidates(name, routes)])
+            graphs, a = {}, whole.parts[which]
+            for index, (_, _, config) in enumerate(jobs):
+                tile = 1 if kind == "grouped" else config["block_shape"][0]
+                sort = Sort(inputs.local_ids, self.model.experts, tile)
+                sort.run()
+                where, sorts = self._where(sort), sort
+                run = functools.partial(gemm.run, name, config, *a[:3], where, a[3])
+                try:
+                    graphs[str(index)] = capture([run] * 3), 3, sorts
+                except RuntimeError:
+                    continue
+            samples = harness.run({key: value[:2] for key, value in graphs.items()})
+            fastest = min(samples, key=lambda key: samples[key].median_us)
+            chosen.append(jobs[int(fastest)][2])
+        return chosen[0], chosen[1]
 
     def compile(self, jobs: list[tuple[str, str, dict]]) -> list[tuple[str, str, dict]]:
         """Compiles (gemm name, kind, config) several at a time; returns those that compiled."""
-        from concurrent.futures import ThreadPoolExecutor
-
         begin = time.monotonic()
-        kernel = self.humming.kernel.humming.HummingKernel
-
-        def build(job: tuple[str, str, dict]) -> bool:
-            gemm, kind, config = job
-            try:
-                kernel.prepare_kernels(
-                    getattr(self, gemm).config.to_str(),
-                    json.dumps({"gemm_type": KINDS[kind]}),
-                    json.dumps(config),
-                    0,
-                )
-            except (AssertionError, ValueError, RuntimeError):
-                return False
-            return True
-
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 2)) as pool:
-            good = list(pool.map(build, jobs))
+        good = compile_all([(getattr(self, gemm), KINDS[kind], c) for gemm, kind, c in jobs])
         self.compile_seconds += time.monotonic() - begin
         return [job for job, ok in zip(jobs, good, strict=True) if ok]
+
+
+def compile_all(jobs: list[tuple[Gemm, str, dict]]) -> list[bool]:
+    """Compiles several kernels at a time; False for a configuration that Humming refuses."""
+
+    def build(job: tuple[Gemm, str, dict]) -> bool:
+        gemm, name, config = job
+        try:
+            gemm.humming.kernel.humming.HummingKernel.prepare_kernels(
+                gemm.config.to_str(), json.dumps({"gemm_type": name}), json.dumps(config), 0
+            )
+        except (AssertionError, ValueError, RuntimeError):
+            return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 2)) as pool:
+        return list(pool.map(build, jobs))
+
+
+class GroupedGemm:
+    """The grouped GEMM alone: rows sorted by expert, without padding."""
+
+    def __init__(self, problem: GemmProblem, site: str) -> None:
+        self.humming = load(site)
+        self.problem = problem
+        self.gemms = [Gemm(self.humming, problem.w)]
+        for _ in range(problem.copies - 1):
+            self.gemms.append(self.gemms[0].copy())
+        self.a, _, self.a_scale = self.humming.ops.process_input(
+            problem.x, quant_mode="dynamic_token", quant_dtype="int8", use_pdl=False
+        )
+        self.out = torch.empty(
+            (problem.rows, problem.n), dtype=torch.bfloat16, device=problem.x.device
+        )
+
+    def configs(self, best: bool) -> list[dict]:
+        """Its default, or all candidates that compile."""
+        name, rows = KINDS["grouped"], self.problem.rows
+        gemm = self.gemms[0]
+        found = gemm.candidates(name, rows) if best else [gemm.default(name, rows)]
+        good = compile_all([(gemm, name, config) for config in found])
+        return [config for config, ok in zip(found, good, strict=True) if ok]
+
+    def call(self, index: int, config: dict):
+        gemm, where = self.gemms[index], {"expert_layout": self.problem.offsets}
+
+        def run() -> torch.Tensor:
+            gemm.run(KINDS["grouped"], config, self.a, self.a_scale, self.out, where, 1)
+            return self.out
+
+        return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import PeerMissing
-from .problems import Inputs, LayerProblem
+from .problems import GemmProblem, Inputs, LayerProblem
 
 try:
     import octomoe
@@ -44,5 +44,42 @@ class Layer:
                 inputs.x, inputs.local_ids, inputs.weights, out=out, workspace=workspace
             )
             return out
+
+        return run
+
+
+class GroupedGemm:
+    """grouped_gemm on rows that are already quantised."""
+
+    def __init__(self, problem: GemmProblem, scheme: str) -> None:
+        self.problem, form = problem, scheme.removeprefix("int8_")
+        self.matrices = []
+        for values, scale, *q in problem.weights(form):
+            matrix = octomoe.QuantizedMatrix.from_parts(
+                scheme, values, scale, **({"q": q[0]} if q else {})
+            )
+            prepared = octomoe.PreparedMatrix(matrix, device="cuda")
+            self.matrices.append((prepared, matrix, values))  # used where they lie: keep them
+        self.a, self.scale, *q = problem.activations(form)
+        self.q = {"a_q": q[0]} if q else {}
+        self.out = torch.empty(
+            (problem.rows, problem.n), dtype=torch.bfloat16, device=self.a.device
+        )
+        size = self.matrices[0][0].workspace_bytes(problem.rows)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.a.device)
+
+    def call(self, index: int):
+        matrix = self.matrices[index][0]
+
+        def run() -> torch.Tensor:
+            return octomoe.grouped_gemm(
+                self.a,
+                matrix,
+                self.problem.offsets,
+                a_scale=self.scale,
+                out=self.out,
+                workspace=self.workspace,
+                **self.q,
+            )
 
         return run

@@ -1,4 +1,4 @@
-"""Layer problems: random weights in every scheme's form, inputs, and a float64 reference."""
+"""Layers and grouped GEMMs: random data in every scheme's form, and float64 references."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHECKED_TOKENS = 32
 
 
 def channel_form(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 [E, N, K] and float32 [E, N]."""
+    """int8 [..., N, K] and float32 [..., N]."""
     scale = w.float().abs().amax(-1).clamp_min(1e-30) / 127
     return (w / scale[..., None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
@@ -157,6 +157,115 @@ class LayerProblem:
         routes = [int((i.local_ids >= 0).sum()) for i in inputs]
         size = sum(touched) / len(inputs) * per_expert + 4.0 * tokens * model.hidden
         ops = 2.0 * per_expert * sum(routes) / len(inputs)
+        memory = 1e6 * size / ceilings["read_bytes_per_s"]
+        compute = 1e6 * ops / ceilings["ops_per_s"]
+        return {
+            "floor_us": max(memory, compute),
+            "floor_by": "memory" if memory > compute else "compute",
+            "bytes": size,
+            "ops": ops,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmCase:
+    """`experts` matrices [n, k] and about `rows` rows for each of them."""
+
+    experts: int
+    rows: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.experts}x{self.rows}:{self.n}:{self.k}"
+
+
+GEMM_CASES = {
+    case.name: case
+    for case in (
+        GemmCase(8, 4096, 4096, 7168),
+        GemmCase(8, 4096, 7168, 2048),
+        GemmCase(128, 256, 1536, 2048),
+        GemmCase(128, 256, 2048, 768),
+        GemmCase(256, 256, 1024, 2048),
+        GemmCase(256, 256, 2048, 512),
+        GemmCase(64, 384, 3072, 2560),
+        GemmCase(128, 4, 1536, 2048),
+        GemmCase(128, 4, 2048, 768),
+        GemmCase(8, 32, 4096, 7168),
+        GemmCase(8, 32, 7168, 2048),
+    )
+}
+ROTATED_BYTES = 400 << 20  # of weights before they come round again: eight times an H100's L2
+
+
+class GemmProblem:
+    """x [rows, k] sorted by expert and w [experts, n, k], bfloat16; the forms made when asked for.
+
+    Rows per expert are binomial around the case's, as uniform routing gives them, or all equal.
+    Every form's weights lie in memory `copies` times.
+    """
+
+    def __init__(self, case: GemmCase, uniform: bool = False, seed: int = 0, device="cuda") -> None:
+        self.case, self.n, self.k, self.uniform = case, case.n, case.k, uniform
+        generator = torch.Generator(device=device).manual_seed(seed)
+        self.rows = case.experts * case.rows
+        if uniform:
+            counts = torch.full((case.experts,), case.rows, device=device)
+        else:
+            owners = torch.randint(case.experts, (self.rows,), generator=generator, device=device)
+            counts = torch.bincount(owners, minlength=case.experts)
+        self.offsets = torch.zeros(case.experts + 1, dtype=torch.int32, device=device)
+        self.offsets[1:] = counts.cumsum(0)
+        self.counts = counts.tolist()
+        self.x = torch.empty(self.rows, case.k, dtype=torch.bfloat16, device=device)
+        self.x.normal_(generator=generator)
+        self.w = torch.empty(case.experts, case.n, case.k, dtype=torch.bfloat16, device=device)
+        self.w.normal_(0.0, case.k**-0.5, generator=generator)
+        self.copies = max(1, min(8, -(-ROTATED_BYTES // self.w.numel())))
+        self._forms: dict[str, tuple] = {}
+        self.checked = torch.linspace(0, self.rows - 1, min(64, self.rows)).long().to(device)
+        owner = torch.searchsorted(self.offsets[1:].long(), self.checked, right=True)
+        x = self.x[self.checked].double()
+        self.reference = torch.stack(
+            [self.w[e].double() @ x[i] for i, e in enumerate(owner.tolist())]
+        )
+
+    def weights(self, scheme: str) -> list[tuple[torch.Tensor, ...]]:
+        """`copies` times (values, scales...) of channel, block or hybrid."""
+        key = f"w_{scheme}"
+        if key not in self._forms:
+            make = {"channel": channel_form, "block": block_form, "hybrid": hybrid_form}[scheme]
+            first = make(self.w)
+            more = [(first[0].clone(), *first[1:]) for _ in range(self.copies - 1)]
+            self._forms[key] = [first, *more]
+        return self._forms[key]
+
+    def activations(self, scheme: str) -> tuple[torch.Tensor, ...]:
+        """Row by row: values and scale [rows], or scales [rows, k/128], or scale and q."""
+        x = self.x.float()
+        if scheme == "channel":
+            return channel_form(x)
+        groups = x.view(self.rows, -1, BLOCK)
+        largest = groups.abs().amax(-1).clamp_min(1e-30)
+        if scheme == "block":
+            scale, q = largest / 127, None
+            step = scale
+        else:
+            top = largest.amax(-1, keepdim=True)
+            scale = top / (127 * Q_MAX)
+            q = (largest * (Q_MAX / top)).ceil_().clamp_(1, Q_MAX)
+            step = q * scale
+        values = (groups / step[..., None]).round_().clamp_(-127, 127).to(torch.int8)
+        values = values.view(x.shape)
+        return (values, scale) if q is None else (values, scale, q.to(torch.uint8))
+
+    def floor(self, ceilings: dict[str, float]) -> dict[str, float | str]:
+        """Weights of the experts with rows, a and d once; two operations a multiply-add."""
+        touched = sum(count > 0 for count in self.counts)
+        size = touched * self.n * self.k + self.rows * (self.k + 2.0 * self.n)
+        ops = 2.0 * self.rows * self.n * self.k
         memory = 1e6 * size / ceilings["read_bytes_per_s"]
         compute = 1e6 * ops / ceilings["ops_per_s"]
         return {
