@@ -19,10 +19,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -138,65 +140,69 @@ class Peers:
                 made[name] = adapter.Layer(problem, self.site)
         return made
 
-    def gemms(self, problem: GemmProblem, arguments, harness: Harness) -> dict[str, object]:
-        """Contender's name -> a function of a copy's index that makes a call."""
-        made: dict[str, object] = {}
+    def gemms(self, problem: GemmProblem, arguments) -> dict[str, dict[str, object]]:
+        """Form -> its variants: name -> a function of a copy's index that makes a call."""
+        made: dict[str, dict[str, object]] = {}
         for name, adapter in self.adapters.items():
-            if problem.uniform and name != "library":
+            if problem.uniform and name not in ("octomoe", "library"):
                 continue
             try:
                 if name == "octomoe":
-                    for scheme in arguments.schemes:
-                        made[scheme] = adapter.GroupedGemm(problem, scheme).call
+                    for scheme in arguments.schemes[: 1 if problem.uniform else None]:
+                        made[scheme] = {scheme: adapter.GroupedGemm(problem, scheme).call}
                 elif name == "library":
-                    for variant, index in self.variants.items():
-                        if ("batched" in variant) == problem.uniform:
-                            made |= self.library_gemm(problem, variant, index)
+                    made |= self.library_gemms(problem)
                 elif name == "hybrid":
                     gemm = adapter.GroupedGemm(problem, *self.reference)
-                    made["reference_hybrid"] = gemm.call
+                    made["reference_hybrid"] = {"reference_hybrid": gemm.call}
                 elif name == "deepgemm":
-                    gemm = adapter.GroupedGemm(problem, self.site)
-                    made["deepgemm_fp8"] = lambda i, g=gemm: mapped(g.call(i), g.place)
+                    made["deepgemm_fp8"] = {
+                        "deepgemm_fp8": adapter.GroupedGemm(problem, self.site).call
+                    }
                 elif name == "humming":
                     gemm = adapter.GroupedGemm(problem, self.site)
-                    for index, config in enumerate(gemm.configs(arguments.humming_best_from > 0)):
-                        label = "humming_default" if index == 0 else f"humming_{index}"
-                        made[label] = lambda i, g=gemm, c=config: g.call(i, c)
+                    configs = gemm.configs(arguments.humming_best_from > 0)
+                    tiles = {
+                        "x".join(map(str, (*c["block_shape"][:2], c.get("num_ctas_per_sm", 1))))
+                        + f"_{index}": functools.partial(gemm.call, config=c)
+                        for index, c in enumerate(configs)
+                    }
+                    made["humming_default"] = dict([next(iter(tiles.items()))])
+                    if len(tiles) > 1:
+                        made["humming_best"] = tiles
             except (RuntimeError, AssertionError, ValueError, TypeError) as error:
                 note(f"gpu_peers: {name} failed on {problem.case.name}: {error}")
         return made
 
-    def library_gemm(self, problem: GemmProblem, variant: str, index: int) -> dict[str, object]:
-        try:
-            gemm = self.adapters["library"].GroupedGemm(problem, self.library, index)
-        except RuntimeError as error:
-            note(f"gpu_peers: {variant} on {problem.case.name}: {error}")
-            return {}
-        return {variant: gemm.call}
-
-
-def mapped(call, place: torch.Tensor):
-    """The call; its result's rows stand at `place`, for the check alone."""
-
-    def run():
-        return call()
-
-    run.place = place
-    return run
+    def library_gemms(self, problem: GemmProblem) -> dict[str, dict[str, object]]:
+        """A form is a variant's name up to the first digit."""
+        made: dict[str, dict[str, object]] = {}
+        for variant, index in self.variants.items():
+            if ("batched" in variant) != problem.uniform:
+                continue
+            try:
+                gemm = self.adapters["library"].GroupedGemm(problem, self.library, index)
+            except RuntimeError as error:
+                note(f"gpu_peers: {variant} on {problem.case.name}: {error}")
+                continue
+            form = re.sub(r"_?\d.*", "", variant)
+            made.setdefault(form, {})[variant] = gemm.call
+        return made
 
 
 def humming_calls(layer, inputs, arguments, data: dict) -> dict[str, object]:
     """Contender -> a function of one Inputs that makes a call: default tiles, and the best."""
     tokens = len(inputs[0].ids)
     found = {}
+    # With routes to other GPUs only the grouped form leaves their rows out.
+    searched = "indexed" if layer.model.routed == layer.model.experts else "grouped"
     for kind in arguments.humming:
         tiles = {f"humming_{kind}": layer.defaults(kind, tokens)}
-        if 0 < arguments.humming_best_from <= tokens:
+        if kind == searched and 0 < arguments.humming_best_from <= tokens:
             quick = Harness(seconds=0.1, warmup=0.05, min_rounds=3)
             best = layer.best(kind, inputs[0], quick)
             data["humming_tiles"][f"{layer.model.name}, T={tokens}, {kind}"] = best
-            tiles[f"humming_{kind}_best"] = best
+            tiles["humming_best"] = best
         for name, (first, second) in tiles.items():
             found[name] = lambda i, k=kind, a=first, b=second: layer.call(i, k, a, b)
     return found
@@ -299,78 +305,73 @@ def time_gemms(arguments, harness: Harness, peers: Peers, report: Report) -> Non
 
 
 def time_case(arguments, harness, peers, case, uniform: bool, data: dict) -> None:
+    """Checks every variant, keeps the fastest of each form in a short race, then times these."""
     problem = GemmProblem(case, uniform)
-    makers = peers.gemms(problem, arguments, harness)
-    if not makers:
-        return
-    graphs, errors, alive = {}, {}, []
+    forms = peers.gemms(problem, arguments)
     count = max(2, problem.copies) if case.rows > 1000 else max(4, problem.copies)
-    for name, make in makers.items():
-        try:
-            calls = [make(index % problem.copies) for index in range(count)]
-            out = calls[0]()
-            torch.cuda.synchronize()
-            place = getattr(calls[0], "place", None)
-            rows = problem.checked if place is None else place[problem.checked]
-            errors[name] = relative_error(out[rows], problem.reference)
-            if not errors[name] < WRONG:
-                note(f"gpu_peers: {name} is wrong on {case.name}: error {errors[name]:.3f}")
-                continue
-            graphs[name] = capture(calls), len(calls)
-            alive.append(calls)
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            if "illegal memory access" in str(error):
-                raise
-            note(f"gpu_peers: {name} failed on {case.name}: {type(error).__name__}: {error}")
-            data["missing"][f"{name}, {case.name}"] = str(error)[:300]
+    quick = Harness(seconds=0.1, warmup=0.05, min_rounds=3)
+    graphs, errors, chosen, alive = {}, {}, {}, []
+    for form, variants in forms.items():
+        race = {}
+        for name, make in variants.items():
+            try:
+                calls = [make(index % problem.copies) for index in range(count)]
+                out = calls[0]()
+                torch.cuda.synchronize()
+                rows = problem.checked
+                place = getattr(calls[0], "place", None)  # where the problem's rows are in out
+                error = relative_error(
+                    out[rows if place is None else place[rows]], problem.reference
+                )
+                if not error < WRONG:
+                    note(f"gpu_peers: {form} {name} is wrong on {case.name}: error {error:.3f}")
+                    continue
+                race[name] = capture(calls), len(calls)
+                errors[form, name] = error
+                alive.append(calls)
+            except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+                if "illegal memory access" in str(error):
+                    raise
+                note(f"gpu_peers: {form} {name} failed on {case.name}: {error}")
+                data["missing"][f"{form} {name}, {case.name}"] = str(error)[:300]
+        if not race:
+            continue
+        first = next(iter(race))
+        times = quick.run(race) if len(race) > 1 else {}
+        fastest = min(times, key=lambda name: times[name].median_us, default=first)
+        graphs[form] = race[fastest]
+        chosen[form] = fastest, {name: sample.median_us for name, sample in times.items()}
+    if not graphs:
+        return
     shape = dataclasses.asdict(case) | {"case": case.name, "uniform": uniform}
     floor = problem.floor(data["ceilings"])
-    for name, sample in harness.run(graphs).items():
-        tops = 1e-6 * floor["ops"] / sample.median_us
+    for form, sample in harness.run(graphs).items():
+        variant, race = chosen[form]
         data["gemms"].append(
             shape
-            | {"name": name, "error": errors[name], "tops": tops}
+            | {"name": form, "variant": variant, "error": errors[form, variant]}
             | dataclasses.asdict(sample)
+            | {"tops": 1e-6 * floor["ops"] / sample.median_us, "race_us": race}
             | floor
         )
     mine = [r for r in data["gemms"] if r["case"] == case.name and r["uniform"] == uniform]
-    note(f"gpu_peers: {case.name}: " + ", ".join(f"{r['name']} {r['median_us']:.1f}" for r in mine))
-
-
-def form_of(name: str) -> str:
-    """The contender of which this is one tile: what stands before the first digit."""
-    if name.startswith("humming_") and name != "humming_default":
-        return "humming_best"
-    if name.startswith(("int8_", "deepgemm", "reference", "humming")):
-        return name
-    return (
-        name.rstrip("_")
-        if not any(map(str.isdigit, name))
-        else (name[: next(i for i, c in enumerate(name) if c.isdigit())].rstrip("_"))
-    )
+    label = case.name + (" (equal rows)" if uniform else "")
+    note(f"gpu_peers: {label}: " + ", ".join(f"{r['name']} {r['median_us']:.1f}" for r in mine))
 
 
 def gemm_table(data: dict) -> str:
-    """Microseconds by case and form: the fastest tile of a form counts."""
+    """Microseconds by form and case."""
     cases = list(dict.fromkeys(r["case"] for r in data["gemms"]))
-    best: dict[tuple[str, str], dict] = {}
-    for r in data["gemms"]:
-        forms = {form_of(r["name"])}
-        if r["name"] == "humming_default":
-            forms.add("humming_best")
-        for form in forms:
-            key = form, r["case"]
-            if key not in best or r["median_us"] < best[key]["median_us"]:
-                best[key] = r
-    forms = list(dict.fromkeys(form for form, _ in best))
-    lines = [f"{'us':24}" + "".join(f"{case:>18}" for case in cases)]
-    for form in forms:
-        cells = (best.get((form, case)) for case in cases)
+    by_key = {(r["name"], r["uniform"], r["case"]): r for r in data["gemms"]}
+    lines = [f"{'us':28}" + "".join(f"{case:>18}" for case in cases)]
+    for name, uniform in dict.fromkeys((r["name"], r["uniform"]) for r in data["gemms"]):
+        cells = (by_key.get((name, uniform, case)) for case in cases)
+        label = name + (", equal rows" if uniform else "")
         lines.append(
-            f"{form:24}" + "".join(f"{c['median_us']:18.1f}" if c else f"{'-':>18}" for c in cells)
+            f"{label:28}" + "".join(f"{c['median_us']:18.1f}" if c else f"{'-':>18}" for c in cells)
         )
     floors = [next(r["floor_us"] for r in data["gemms"] if r["case"] == case) for case in cases]
-    lines.append(f"{'floor':24}" + "".join(f"{floor:18.1f}" for floor in floors))
+    lines.append(f"{'floor':28}" + "".join(f"{floor:18.1f}" for floor in floors))
     return "\n".join(lines)
 
 

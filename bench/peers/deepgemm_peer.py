@@ -101,4 +101,5 @@ class GroupedGemm:
                 self.deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, weights, self.out, self.layout)
             return self.out.view(-1, self.problem.n)
 
+        run.place = self.place
         return run

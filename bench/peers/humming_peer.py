@@ -43,9 +43,10 @@ def load(site: str):
         sys.path.append(site)
     # It would build its launcher in a second process; the wheel brings it ready-made.
     os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "0")
+    import humming.config
     import humming.layer
     import humming.ops
-    import humming.tune
+    import humming.tune.sm90_policies
 
     return humming
 
@@ -83,34 +84,45 @@ class Gemm:
         return json.loads(json.dumps(config))
 
     def candidates(self, kind: str, rows: int) -> list[dict]:
-        """Tiles around its own choices: rows per tile from 16 to 176, 128 and 256 weights wide."""
+        """Its own choices for this size and its neighbours, and tiles around them.
+
+        Rows per tile near a half or a third of an expert's, 128 or 256 weights, one or two CTAs on
+        an SM, with and without a producer warp; what Humming's own limits do not allow is left out.
+        """
         found = [self.default(kind, max(1, size)) for size in (rows, rows // 2, rows * 2)]
         per_expert = rows / self.config.num_experts
-        sizes = [m for m in (16, 32, 48, 64, 96, 128, 160, 176) if m <= max(32, 2.5 * per_expert)]
-        for block_m in sizes[-4:]:
-            for block_n in (128, 256):
+        sizes = [m for m in (16, 32, 48, 64, 96, 128, 144, 176) if m <= max(32, 1.5 * per_expert)]
+        for block_m in sizes[-5:]:
+            shapes = [(128, 1, True)]
+            if block_m <= 128:
+                shapes += [(256, 1, True), (128, 2, True), (128, 2, False)]
+            for block_n, ctas, producer in shapes:
                 if self.config.shape_n % block_n or self.config.shape_k % 128:
                     continue
-                if block_m * block_n > 128 * 256 or (block_n == 256 and block_m > 128):
-                    continue
-                found.append(
-                    {
-                        "mma_type": "wgmma",
-                        "block_shape": [block_m, block_n, 128],
-                        "warp_shape": [block_m, block_n // 8, 128],
-                        "num_stages": 4,
-                        "num_ctas_per_sm": 1,
-                        "use_warp_spec": True,
-                        "use_tma": True,
-                        "use_stream_k": False,
-                        "smem_reuse_mode": "none",
-                        "producer_stage_unroll": 1,
-                        "wgmma_split_issue_wait": True,
-                        "raster_group_m": 4 if block_n == 256 and block_m >= 48 else 1,
-                    }
-                )
+                config = {
+                    "mma_type": "wgmma",
+                    "block_shape": (block_m, block_n, 128),
+                    "warp_shape": (block_m, block_n // 8, 128),
+                    "num_stages": 4 if ctas == 1 else 3,
+                    "num_ctas_per_sm": ctas,
+                    "use_warp_spec": producer,
+                    "use_tma": producer,
+                    "use_stream_k": False,
+                    "smem_reuse_mode": "none" if producer else "all_stages",
+                    "raster_group_m": 4 if block_n == 256 and block_m >= 48 else 1,
+                }
+                if producer:
+                    config |= {"producer_stage_unroll": 1, "wgmma_split_issue_wait": True}
                 if kind == "indexed":
-                    found[-1] |= {"use_tma_a": False, "use_tma_c": False}
+                    config |= {"use_tma_a": False, "use_tma_c": False}
+                policies = self.humming.tune.sm90_policies
+                form = self.humming.config.GemmType(kind)
+                try:
+                    fitted = policies.fit_sm90_tile(self.config, config, gemm_type=form)
+                except (AssertionError, ValueError):
+                    continue
+                if fitted["block_shape"] == config["block_shape"]:
+                    found.append(json.loads(json.dumps(fitted)))
         unique = {json.dumps(config, sort_keys=True): config for config in found}
         return list(unique.values())
 

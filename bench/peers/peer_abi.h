@@ -2,8 +2,8 @@
 
    Problem: group g has rows[g] rows; a int8 [sum of rows, k], b int8 [groups, n, k], a_scale float32 [sum of rows],
    b_scale float32 [groups, n], d bfloat16 [sum of rows, n]: d = a_scale * b_scale * (a . b^T). All but `rows` is memory
-   of the current device. Variants are tiles or forms; the benchmark times each and reports the fastest of every form
-   (its name up to the first digit). A name with "batched" in it gets the same number of rows in every group. */
+   of the current device. Variants are tiles or forms; the fastest of every form (its name up to the first digit)
+   is timed beside the others. A name with "batched" in it gets the same number of rows in every group. */
 #pragma once
 #include <stdint.h>
 #ifdef __cplusplus
