@@ -25,7 +25,8 @@ MODELS = {
         Model("qwen3-30b", 128, 128, 8, 2048, 768),
         Model("qwen3.6-35b", 256, 256, 8, 2048, 512),
         Model("ernie-21b", 64, 64, 6, 2560, 1536),
-        Model("deepseek-v3-ep8", 32, 256, 8, 7168, 2048),
+        Model("deepseek-v3-ep8", 32, 256, 8, 7168, 2048),  # a token has one route here on average
+        Model("deepseek-v3-32e", 32, 32, 8, 7168, 2048),  # every route of a token is here
     )
 }
 BLOCK = 128
@@ -91,6 +92,10 @@ class LayerProblem:
         self.w2 = self._normal(model.experts, model.hidden, model.intermediate)
         self._forms: dict[str, tuple[torch.Tensor, ...]] = {}
         self._checked = self._random_inputs(CHECKED_TOKENS)
+        # Tokens with most routes on this GPU first: the only one of T = 1 must have some.
+        order = (self._checked.local_ids >= 0).sum(-1).argsort(descending=True)
+        parts = (getattr(self._checked, f.name)[order] for f in dataclasses.fields(Inputs))
+        self._checked = Inputs(*parts)
         self.reference = self._reference(self._checked)
 
     def _normal(self, *shape: int) -> torch.Tensor:
