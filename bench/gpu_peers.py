@@ -49,13 +49,15 @@ def note(text: str) -> None:
 
 
 def commit() -> str:
-    """The source tree's, "unknown" elsewhere."""
+    """$OCTOMOE_COMMIT, else the source tree's, else "unknown"."""
+    if named := os.environ.get("OCTOMOE_COMMIT"):
+        return named
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("OCTOMOE_COMMIT", "unknown")
+        return "unknown"
 
 
 def calls_for(tokens: int) -> int:
@@ -64,29 +66,54 @@ def calls_for(tokens: int) -> int:
 
 
 class Report:
-    """What goes into the JSON file; written after every problem, so that nothing is lost."""
+    """What goes into the JSON file; written after every problem, so that nothing is lost.
 
-    def __init__(self, path: Path | None) -> None:
+    `runs` describes each run of this command; a result names its run. With `append` the file's
+    other results stay, so that one file can come from several runs: compare within a run only.
+    """
+
+    def __init__(self, path: Path | None, append: bool) -> None:
         self.path = path
         properties = torch.cuda.get_device_properties(0)
-        self.data = {
+        gpu = {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+        }
+        self.data = {"gpu": gpu, "runs": [], "results": [], "gemms": []}
+        if append and path and path.is_file():
+            self.data = json.loads(path.read_text())
+            if self.data["gpu"]["name"] != gpu["name"]:
+                raise SystemExit(
+                    f"--append: expected a file of {gpu['name']}, got {self.data['gpu']['name']}"
+                )
+        self.run = {
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "commit": commit(),
-            "gpu": {
-                "name": properties.name,
-                "multiprocessors": properties.multi_processor_count,
-                "memory_bytes": properties.total_memory,
-                "l2_bytes": properties.L2_cache_size,
-            },
-            "software": {"torch": torch.__version__, "cuda": torch.version.cuda},
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
             "peers": {},
             "missing": {},
             "seconds": {},
             "ceilings": {},
             "humming_tiles": {},
-            "results": [],
-            "gemms": [],
         }
+        self.data["runs"].append(self.run)
+
+    def add(self, kind: str, row: dict, keys: tuple[str, ...]) -> None:
+        """Appends a row of this run; rows of earlier runs with the same `keys` go."""
+        mine = len(self.data["runs"]) - 1
+        self.data[kind] = [
+            other
+            for other in self.data[kind]
+            if other["run"] == mine or any(other[key] != row[key] for key in keys)
+        ]
+        self.data[kind].append({"run": mine, **row})
+
+    def mine(self, kind: str) -> list[dict]:
+        """This run's rows."""
+        return [row for row in self.data[kind] if row["run"] == len(self.data["runs"]) - 1]
 
     def write(self) -> None:
         if self.path:
@@ -119,11 +146,12 @@ class Peers:
                 elif name == "library":
                     self.variants = adapter.variants(self.library)
             except (PeerMissing, ImportError) as error:
-                report.data["missing"][name] = str(error)
+                report.run["missing"][name] = str(error)
                 note(f"gpu_peers: without {name}: {error}")
                 continue
             self.adapters[name] = adapter
-            report.data["peers"][name] = getattr(adapter, "VERSION", "")
+            version = adapter.version(self.library) if name == "library" else adapter.VERSION
+            report.run["peers"][name] = version
 
     def layers(self, problem: LayerProblem, arguments: argparse.Namespace) -> dict[str, object]:
         """Contender's name -> its layer. Weights are quantised here."""
@@ -190,7 +218,7 @@ class Peers:
         return made
 
 
-def humming_calls(layer, inputs, arguments, data: dict) -> dict[str, object]:
+def humming_calls(layer, inputs, arguments, report: Report) -> dict[str, object]:
     """Contender -> a function of one Inputs that makes a call: default tiles, and the best."""
     tokens = len(inputs[0].ids)
     found = {}
@@ -201,7 +229,7 @@ def humming_calls(layer, inputs, arguments, data: dict) -> dict[str, object]:
         if kind == searched and 0 < arguments.humming_best_from <= tokens:
             quick = Harness(seconds=0.1, warmup=0.05, min_rounds=3)
             best = layer.best(kind, inputs[0], quick)
-            data["humming_tiles"][f"{layer.model.name}, T={tokens}, {kind}"] = best
+            report.run["humming_tiles"][f"{layer.model.name}, T={tokens}, {kind}"] = best
             tiles["humming_best"] = best
         for name, (first, second) in tiles.items():
             found[name] = lambda i, k=kind, a=first, b=second: layer.call(i, k, a, b)
@@ -209,12 +237,12 @@ def humming_calls(layer, inputs, arguments, data: dict) -> dict[str, object]:
 
 
 def time_layers(arguments, harness: Harness, peers: Peers, report: Report) -> None:
-    data = report.data
+    seconds = report.run["seconds"]
     if "lmdeploy" in peers.adapters:
         models = [MODELS[name] for name in arguments.models]
-        seconds = peers.adapters["lmdeploy"].precompile(peers.site, models, arguments.tokens)
-        data["seconds"]["lmdeploy_compile"] = round(seconds, 1)
-        note(f"gpu_peers: lmdeploy's kernels compiled in {seconds:.0f} s")
+        spent = peers.adapters["lmdeploy"].precompile(peers.site, models, arguments.tokens)
+        seconds["lmdeploy_compile"] = round(spent, 1)
+        note(f"gpu_peers: lmdeploy's kernels compiled in {spent:.0f} s")
     for model_name in arguments.models:
         begin = time.monotonic()
         problem = LayerProblem(MODELS[model_name])
@@ -225,19 +253,17 @@ def time_layers(arguments, harness: Harness, peers: Peers, report: Report) -> No
             layers["humming"].compile_defaults(arguments.humming, arguments.tokens)
         note(f"gpu_peers: {model_name} prepared in {time.monotonic() - begin:.1f} s")
         for tokens in arguments.tokens:
-            time_size(arguments, harness, problem, layers, tokens, data)
+            time_size(arguments, harness, problem, layers, tokens, report)
             report.write()
-        data["seconds"][model_name] = round(time.monotonic() - begin, 1)
+        seconds[model_name] = round(time.monotonic() - begin, 1)
         if "humming" in layers:
-            data["seconds"][f"{model_name}_humming_compile"] = round(
-                layers["humming"].compile_seconds, 1
-            )
+            seconds[f"{model_name}_humming_compile"] = round(layers["humming"].compile_seconds, 1)
         del problem, layers
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> None:
+def time_size(arguments, harness, problem, layers, tokens: int, report: Report) -> None:
     """One model at one number of tokens: check everyone, then time those that are right."""
     inputs = problem.inputs(tokens, calls_for(tokens))
     rows = problem.checked_rows(tokens).to(problem.device)
@@ -247,7 +273,7 @@ def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> N
         if name == "lmdeploy":
             layer.new_size()
         if name == "humming":
-            makers |= humming_calls(layer, inputs, arguments, data)
+            makers |= humming_calls(layer, inputs, arguments, report)
         else:
             makers[name] = layer.call
     graphs, errors, alive, whole = {}, {}, [], None
@@ -269,20 +295,22 @@ def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> N
             if "illegal memory access" in str(error):
                 raise
             note(f"gpu_peers: {name} failed at T={tokens}: {type(error).__name__}: {error}")
-            data["missing"][f"{name}, {problem.model.name}, T={tokens}"] = str(error)[:300]
-    floor = problem.floor(inputs, data["ceilings"])
+            report.run["missing"][f"{name}, {problem.model.name}, T={tokens}"] = str(error)[:300]
+    floor = problem.floor(inputs, report.run["ceilings"])
     model = {"model": problem.model.name, "tokens": tokens}
     for name, sample in harness.run(graphs).items():
         error, against = errors[name]
-        data["results"].append(
+        report.add(
+            "results",
             model
             | {"name": name, "error": error, "difference_to_first": against}
             | dataclasses.asdict(sample)
-            | floor
+            | floor,
+            ("model", "tokens"),
         )
     line = ", ".join(
         f"{r['name']} {r['median_us']:.1f}"
-        for r in data["results"]
+        for r in report.mine("results")
         if (r["model"], r["tokens"]) == (problem.model.name, tokens)
     )
     note(f"gpu_peers: {problem.model.name} T={tokens}: {line}")
@@ -291,20 +319,19 @@ def time_size(arguments, harness, problem, layers, tokens: int, data: dict) -> N
 
 def time_gemms(arguments, harness: Harness, peers: Peers, report: Report) -> None:
     """Every case twice: ragged rows, and for batched variants as many rows in every group."""
-    data = report.data
     begin = time.monotonic()
     for case_name in arguments.cases:
         for uniform in (False, True):
             if uniform and not any("batched" in name for name in getattr(peers, "variants", ())):
                 continue
-            time_case(arguments, harness, peers, GEMM_CASES[case_name], uniform, data)
+            time_case(arguments, harness, peers, GEMM_CASES[case_name], uniform, report)
             gc.collect()
             torch.cuda.empty_cache()
             report.write()
-    data["seconds"]["gemms"] = round(time.monotonic() - begin, 1)
+    report.run["seconds"]["gemms"] = round(time.monotonic() - begin, 1)
 
 
-def time_case(arguments, harness, peers, case, uniform: bool, data: dict) -> None:
+def time_case(arguments, harness, peers, case, uniform: bool, report: Report) -> None:
     """Checks every variant, keeps the fastest of each form in a short race, then times these."""
     problem = GemmProblem(case, uniform)
     forms = peers.gemms(problem, arguments)
@@ -333,7 +360,7 @@ def time_case(arguments, harness, peers, case, uniform: bool, data: dict) -> Non
                 if "illegal memory access" in str(error):
                     raise
                 note(f"gpu_peers: {form} {name} failed on {case.name}: {error}")
-                data["missing"][f"{form} {name}, {case.name}"] = str(error)[:300]
+                report.run["missing"][f"{form} {name}, {case.name}"] = str(error)[:300]
         if not race:
             continue
         first = next(iter(race))
@@ -344,42 +371,45 @@ def time_case(arguments, harness, peers, case, uniform: bool, data: dict) -> Non
     if not graphs:
         return
     shape = dataclasses.asdict(case) | {"case": case.name, "uniform": uniform}
-    floor = problem.floor(data["ceilings"])
+    floor = problem.floor(report.run["ceilings"])
     for form, sample in harness.run(graphs).items():
         variant, race = chosen[form]
-        data["gemms"].append(
+        report.add(
+            "gemms",
             shape
             | {"name": form, "variant": variant, "error": errors[form, variant]}
             | dataclasses.asdict(sample)
             | {"tops": 1e-6 * floor["ops"] / sample.median_us, "race_us": race}
-            | floor
+            | floor,
+            ("case", "uniform"),
         )
-    mine = [r for r in data["gemms"] if r["case"] == case.name and r["uniform"] == uniform]
+    mine = report.mine("gemms")
+    mine = [r for r in mine if r["case"] == case.name and r["uniform"] == uniform]
     label = case.name + (" (equal rows)" if uniform else "")
     note(f"gpu_peers: {label}: " + ", ".join(f"{r['name']} {r['median_us']:.1f}" for r in mine))
 
 
-def gemm_table(data: dict) -> str:
+def gemm_table(gemms: list[dict]) -> str:
     """Microseconds by form and case."""
-    cases = list(dict.fromkeys(r["case"] for r in data["gemms"]))
-    by_key = {(r["name"], r["uniform"], r["case"]): r for r in data["gemms"]}
+    cases = list(dict.fromkeys(r["case"] for r in gemms))
+    by_key = {(r["name"], r["uniform"], r["case"]): r for r in gemms}
     lines = [f"{'us':28}" + "".join(f"{case:>18}" for case in cases)]
-    for name, uniform in dict.fromkeys((r["name"], r["uniform"]) for r in data["gemms"]):
+    for name, uniform in dict.fromkeys((r["name"], r["uniform"]) for r in gemms):
         cells = (by_key.get((name, uniform, case)) for case in cases)
         label = name + (", equal rows" if uniform else "")
         lines.append(
             f"{label:28}" + "".join(f"{c['median_us']:18.1f}" if c else f"{'-':>18}" for c in cells)
         )
-    floors = [next(r["floor_us"] for r in data["gemms"] if r["case"] == case) for case in cases]
+    floors = [next(r["floor_us"] for r in gemms if r["case"] == case) for case in cases]
     lines.append(f"{'floor':28}" + "".join(f"{floor:18.1f}" for floor in floors))
     return "\n".join(lines)
 
 
-def layer_table(data: dict) -> str:
+def layer_table(results: list[dict]) -> str:
     """Microseconds by model, contender and T, with the floor and the error."""
     lines = []
-    for model in dict.fromkeys(r["model"] for r in data["results"] if "tokens" in r):
-        mine = [r for r in data["results"] if r.get("model") == model]
+    for model in dict.fromkeys(r["model"] for r in results):
+        mine = [r for r in results if r["model"] == model]
         tokens = sorted({r["tokens"] for r in mine})
         by_key = {(r["name"], r["tokens"]): r for r in mine}
         lines.append(f"{model:24}" + "".join(f"{'T=' + str(t):>9}" for t in tokens) + "    error")
@@ -439,6 +469,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers-dir", type=Path, default=Path(".peers"))
     parser.add_argument("--seconds", type=float, default=0.6, help="timed for each problem")
     parser.add_argument("--json", type=Path, help="result file")
+    parser.add_argument("--append", action="store_true", help="keep the file's other results")
     arguments = parser.parse_args()
     if not arguments.layers and not arguments.gemms:
         parser.error("nothing to do: expected --layers, --gemms or both")
@@ -451,21 +482,21 @@ def main() -> int:
         print("gpu_peers: error: no CUDA device", file=sys.stderr)
         return 1
     begin = time.monotonic()
-    report = Report(arguments.json)
+    report = Report(arguments.json, arguments.append)
     harness = Harness(seconds=arguments.seconds)
     peers = Peers(arguments, report)
-    report.data["ceilings"] = harness.ceilings()
+    report.run["ceilings"] = harness.ceilings()
     note(f"gpu_peers: ceilings {report.data['ceilings']}")
     if arguments.layers:
         time_layers(arguments, harness, peers, report)
     if arguments.gemms:
         time_gemms(arguments, harness, peers, report)
-    report.data["seconds"]["total"] = round(time.monotonic() - begin, 1)
+    report.run["seconds"]["total"] = round(time.monotonic() - begin, 1)
     report.write()
-    if report.data["results"]:
-        print(layer_table(report.data))
-    if report.data["gemms"]:
-        print(gemm_table(report.data))
+    if report.mine("results"):
+        print(layer_table(report.mine("results")))
+    if report.mine("gemms"):
+        print(gemm_table(report.mine("gemms")))
     print(f"total {report.data['seconds']['total']} s")
     return 0
 

@@ -54,8 +54,10 @@ def grid(results: list[dict], column: str, title) -> str:
 
 def report(path: Path) -> str:
     data = json.loads(path.read_text())
-    versions = ", ".join(f"{name} {version}".strip() for name, version in data["peers"].items())
-    parts = [f"{data['gpu']['name']}, {data['date'][:10]}; {versions} ([{path.name}]({path})).\n"]
+    peers = {name: version for run in data["runs"] for name, version in run["peers"].items()}
+    versions = ", ".join(f"{name} {version}".strip() for name, version in peers.items())
+    date = data["runs"][-1]["date"][:10]
+    parts = [f"{data['gpu']['name']}, {date}; {versions} ([{path.name}]({path})).\n"]
     for model in dict.fromkeys(r["model"] for r in data["results"]):
         mine = [r for r in data["results"] if r["model"] == model]
         parts.append(f"`{model}`, us:\n\n" + grid(mine, "tokens", lambda t: f"T = {t}"))

@@ -99,7 +99,7 @@ class Harness:
         self,
         seconds: float = 0.6,
         warmup: float = 0.2,
-        min_rounds: int = 9,
+        min_rounds: int = 15,
         max_rounds: int = 200,
     ) -> None:
         self.seconds, self.warmup = seconds, warmup

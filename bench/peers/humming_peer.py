@@ -31,6 +31,18 @@ from .problems import GemmProblem, Inputs, LayerProblem
 from .routing import Combine, Sort
 
 VERSION = "0.1.19"
+# Rows, weights and CTAs per SM: the first four or so in races of 8 to 20 tiles over the cases of
+# problems.GEMM_CASES on an H100, November 2026.
+SMALL_TILES = ((16, 128, 2), (16, 256, 1), (32, 128, 2), (32, 256, 1), (48, 128, 2), (48, 256, 1))
+LARGE_TILES = (
+    (64, 256, 1),
+    (96, 128, 2),
+    (96, 256, 1),
+    (128, 128, 2),
+    (128, 256, 1),
+    (144, 128, 1),
+    (176, 128, 1),
+)
 KINDS = {"grouped": "grouped_contiguous", "indexed": "indexed"}
 SWIGLU = "a / (1.0f + __expf(-a)) * b"
 
@@ -84,45 +96,38 @@ class Gemm:
         return json.loads(json.dumps(config))
 
     def candidates(self, kind: str, rows: int) -> list[dict]:
-        """Its own choices for this size and its neighbours, and tiles around them.
-
-        Rows per tile near a half or a third of an expert's, 128 or 256 weights, one or two CTAs on
-        an SM, with and without a producer warp; what Humming's own limits do not allow is left out.
-        """
+        """Its own choices for this size and its neighbours, and the tiles that won such races."""
         found = [self.default(kind, max(1, size)) for size in (rows, rows // 2, rows * 2)]
         per_expert = rows / self.config.num_experts
-        sizes = [m for m in (16, 32, 48, 64, 96, 128, 144, 176) if m <= max(32, 1.5 * per_expert)]
-        for block_m in sizes[-5:]:
-            shapes = [(128, 1, True)]
-            if block_m <= 128:
-                shapes += [(256, 1, True), (128, 2, True), (128, 2, False)]
-            for block_n, ctas, producer in shapes:
-                if self.config.shape_n % block_n or self.config.shape_k % 128:
-                    continue
-                config = {
-                    "mma_type": "wgmma",
-                    "block_shape": (block_m, block_n, 128),
-                    "warp_shape": (block_m, block_n // 8, 128),
-                    "num_stages": 4 if ctas == 1 else 3,
-                    "num_ctas_per_sm": ctas,
-                    "use_warp_spec": producer,
-                    "use_tma": producer,
-                    "use_stream_k": False,
-                    "smem_reuse_mode": "none" if producer else "all_stages",
-                    "raster_group_m": 4 if block_n == 256 and block_m >= 48 else 1,
-                }
-                if producer:
-                    config |= {"producer_stage_unroll": 1, "wgmma_split_issue_wait": True}
-                if kind == "indexed":
-                    config |= {"use_tma_a": False, "use_tma_c": False}
-                policies = self.humming.tune.sm90_policies
-                form = self.humming.config.GemmType(kind)
-                try:
-                    fitted = policies.fit_sm90_tile(self.config, config, gemm_type=form)
-                except (AssertionError, ValueError):
-                    continue
-                if fitted["block_shape"] == config["block_shape"]:
-                    found.append(json.loads(json.dumps(fitted)))
+        policies = self.humming.tune.sm90_policies
+        form = self.humming.config.GemmType(kind)
+        for block_m, block_n, ctas in SMALL_TILES if per_expert <= 48 else LARGE_TILES:
+            if self.config.shape_n % block_n or self.config.shape_k % 128:
+                continue
+            if block_m > max(32, 1.5 * per_expert):
+                continue
+            config = {
+                "mma_type": "wgmma",
+                "block_shape": (block_m, block_n, 128),
+                "warp_shape": (block_m, block_n // 8, 128),
+                "num_stages": 4 if ctas == 1 else 3,
+                "num_ctas_per_sm": ctas,
+                "use_warp_spec": True,
+                "use_tma": True,
+                "use_stream_k": False,
+                "smem_reuse_mode": "none",
+                "producer_stage_unroll": 1,
+                "wgmma_split_issue_wait": True,
+                "raster_group_m": 4 if block_n == 256 and block_m >= 48 else 1,
+            }
+            if kind == "indexed":
+                config |= {"use_tma_a": False, "use_tma_c": False}
+            try:
+                fitted = policies.fit_sm90_tile(self.config, config, gemm_type=form)
+            except (AssertionError, ValueError):  # what Humming itself does not allow
+                continue
+            if fitted["block_shape"] == config["block_shape"]:
+                found.append(json.loads(json.dumps(fitted)))
         unique = {json.dumps(config, sort_keys=True): config for config in found}
         return list(unique.values())
 

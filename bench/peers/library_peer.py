@@ -34,6 +34,7 @@ def load(path: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(Path(path).resolve()))
         library.peer_name.restype = ctypes.c_char_p
         library.peer_error.restype = ctypes.c_char_p
+        library.peer_version.restype = ctypes.c_char_p
         library.peer_prepare.restype = ctypes.c_void_p
         library.peer_prepare.argtypes = (ctypes.c_int, ctypes.POINTER(_Problem))
         library.peer_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
@@ -41,6 +42,10 @@ def load(path: str) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise PeerMissing(f"library: {path}: {error}") from error
     return library
+
+
+def version(path: str) -> str:
+    return load(path).peer_version().decode()
 
 
 def variants(path: str) -> dict[str, int]:

@@ -19,6 +19,7 @@ typedef struct {
   void* d;
 } peer_problem;
 
+const char* peer_version(void); /* "CUTLASS 4.2.0" */
 int peer_count(void);
 const char* peer_name(int variant);
 /* Everything that may allocate or wait; NULL and peer_error() if the variant cannot do it. */
