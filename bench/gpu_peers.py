@@ -486,7 +486,7 @@ def main() -> int:
     harness = Harness(seconds=arguments.seconds)
     peers = Peers(arguments, report)
     report.run["ceilings"] = harness.ceilings()
-    note(f"gpu_peers: ceilings {report.data['ceilings']}")
+    note(f"gpu_peers: ceilings {report.run['ceilings']}")
     if arguments.layers:
         time_layers(arguments, harness, peers, report)
     if arguments.gemms:
