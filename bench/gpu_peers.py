@@ -497,7 +497,7 @@ def main() -> int:
         print(layer_table(report.mine("results")))
     if report.mine("gemms"):
         print(gemm_table(report.mine("gemms")))
-    print(f"total {report.data['seconds']['total']} s")
+    print(f"total {report.run['seconds']['total']} s")
     return 0
 
 

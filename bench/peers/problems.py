@@ -92,8 +92,9 @@ class LayerProblem:
         self.w2 = self._normal(model.experts, model.hidden, model.intermediate)
         self._forms: dict[str, tuple[torch.Tensor, ...]] = {}
         self._checked = self._random_inputs(CHECKED_TOKENS)
-        # Tokens with most routes on this GPU first: the only one of T = 1 must have some.
-        order = (self._checked.local_ids >= 0).sum(-1).argsort(descending=True)
+        # The only token of T = 1 needs a route on this GPU: the one with most comes first.
+        most = int((self._checked.local_ids >= 0).sum(-1).argmax())
+        order = [most, *(t for t in range(CHECKED_TOKENS) if t != most)]
         parts = (getattr(self._checked, f.name)[order] for f in dataclasses.fields(Inputs))
         self._checked = Inputs(*parts)
         self.reference = self._reference(self._checked)

@@ -32,9 +32,10 @@ def layer_problem():
 def test_a_layer_of_each_form_matches_the_reference(layer_problem, form):
     weights = WEIGHTS[form](*layer_problem.form(form))
     layer = octomoe.MoeLayer(weights)
-    for tokens in (3, 100):
+    for tokens in (1, 100):
         inputs = layer_problem.inputs(tokens, 2)[0]
-        assert (inputs.ids >= 4).any()
+        assert (inputs.local_ids[0] >= 0).any()
+        assert tokens == 1 or (inputs.local_ids < 0).any()
         out = layer(inputs.x, inputs.local_ids, inputs.weights).double()
         rows = layer_problem.checked_rows(tokens)
         reference = layer_problem.reference[: len(rows)]
@@ -96,11 +97,15 @@ for tokens, top_k, tile, small in [(5, 4, 1, 9), (5, 4, 16, 9), (40, 8, 1, 0), (
 """
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*command: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT / "bench"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment
+        [sys.executable, *command],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 
@@ -123,3 +128,50 @@ def test_wrong_arguments_name_what_was_expected(arguments, expected):
     result = run(str(ROOT / "bench" / "gpu_peers.py"), *arguments)
     assert result.returncode == 2
     assert expected in result.stderr.splitlines()[-1]
+
+
+REPORT = """
+import json, sys, types
+from pathlib import Path
+import torch
+sys.argv = ["gpu_peers", "--layers"]
+import gpu_peers
+
+device = types.SimpleNamespace(
+    name="GPU", multi_processor_count=1, total_memory=1, L2_cache_size=1
+)
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_properties = lambda index: device
+gpu_peers.Harness = lambda **_: types.SimpleNamespace(ceilings=lambda: {"ops_per_s": 1.0})
+gpu_peers.Peers = lambda *_: None
+row = {"model": "m", "tokens": 1, "median_us": 1.0, "error": 0.0, "floor_us": 1.0, "clock_mhz": 1.0}
+
+
+def layers(arguments, harness, peers, report):
+    name = "second" if len(report.data["runs"]) == 2 else "first"
+    report.add("results", {**row, "name": name}, ("model", "tokens"))
+    if name == "first":
+        report.add("results", {**row, "name": name, "tokens": 4}, ("model", "tokens"))
+
+
+gpu_peers.time_layers = layers
+file = Path(sys.stdin.read())
+for _ in range(2):
+    sys.argv = ["gpu_peers", "--layers", "--json", str(file), "--append"]
+    assert gpu_peers.main() == 0
+data = json.loads(file.read_text())
+assert [run["ceilings"] for run in data["runs"]] == [{"ops_per_s": 1.0}] * 2
+assert {(r["tokens"], r["name"], r["run"]) for r in data["results"]} == {
+    (4, "first", 0), (1, "second", 1)
+}
+"""
+
+
+def test_append_keeps_what_was_not_measured_again(tmp_path):
+    pytest.importorskip("triton")
+    result = run("-c", REPORT, stdin=str(tmp_path / "results.json"))
+    assert result.returncode == 0, result.stderr
+    assert "second" in result.stdout
+    tables = run(str(ROOT / "scripts" / "peer_tables.py"), str(tmp_path / "results.json"))
+    assert tables.returncode == 0, tables.stderr
+    assert "| `second` |" in tables.stdout
