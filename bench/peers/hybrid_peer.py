@@ -2,8 +2,8 @@
 
 Its grouped GEMM comes in a library with `hybrid_grouped_gemm` of peer_abi.h, its Triton quantisers
 from `int8_hybrid_moe/quant.py` of a folder. The layer is its fused path: sort, permute + quantise,
-GEMM1, SiLU + quantise, GEMM2, combine; for sorting and combining stands routing.py in place of
-vLLM's kernels, which are slower. Weights as in its own benchmark: blocks of 64 x 128, q_max 16.
+GEMM1, SiLU + quantise, GEMM2, combine; for sorting and combining stands routing.py, since the
+kernels it uses are vLLM's. Weights as in its own benchmark: blocks of 64 x 128, q_max 16.
 """
 
 from __future__ import annotations
