@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-LMDEPLOY_FILES = (  # as lmdeploy_peer.FILES, which needs torch
+LMDEPLOY_FILES = (  # what fused_moe_w8a8 imports
     "lmdeploy/pytorch/envs.py",
     "lmdeploy/pytorch/kernels/default/w8a8_kernels.py",
     "lmdeploy/pytorch/kernels/cuda/activation.py",

@@ -24,18 +24,10 @@ from pathlib import Path
 import torch
 
 from . import PeerMissing
+from .fetch import LMDEPLOY_FILES as FILES
 from .problems import Inputs, LayerProblem, Model
 
 VERSION = "0.18.0"
-FILES = (
-    "lmdeploy/pytorch/envs.py",
-    "lmdeploy/pytorch/kernels/default/w8a8_kernels.py",
-    "lmdeploy/pytorch/kernels/cuda/activation.py",
-    "lmdeploy/pytorch/kernels/cuda/utils.py",
-    "lmdeploy/pytorch/kernels/cuda/w8a8_triton_kernels.py",
-    "lmdeploy/pytorch/kernels/cuda/moe/fused_moe.py",
-    "lmdeploy/pytorch/kernels/cuda/moe/w8a8.py",
-)
 
 
 @functools.cache
