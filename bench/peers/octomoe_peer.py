@@ -1,0 +1,85 @@
+"""OctoMoE itself, through its Python package: one contender for each integer scheme."""
+
+from __future__ import annotations
+
+import torch
+
+from . import PeerMissing
+from .problems import GemmProblem, Inputs, LayerProblem
+
+try:
+    import octomoe
+except ImportError as error:
+    raise PeerMissing(f"octomoe: {error}") from error
+
+VERSION = octomoe.__version__
+
+
+class Layer:
+    """int8_channel, int8_block or int8_hybrid on the problem's weights, where they lie."""
+
+    def __init__(self, problem: LayerProblem, scheme: str) -> None:
+        form = problem.form(scheme.removeprefix("int8_"))
+        if scheme == "int8_channel":
+            weights = octomoe.MoeWeights.from_int8_channel(*form)
+        elif scheme == "int8_block":
+            weights = octomoe.MoeWeights.from_int8_block(*form)
+        else:
+            weights = octomoe.MoeWeights.from_int8_hybrid(*form)
+        self.weights = weights
+        self.layer = octomoe.MoeLayer(weights, device=problem.device)
+        self.workspace = torch.empty(0, dtype=torch.uint8, device=problem.device)
+
+    def call(self, inputs: Inputs):
+        """A function of no arguments that runs the layer; its result is the output."""
+        out = torch.empty_like(inputs.x)
+        tokens, top_k = inputs.ids.shape
+        size = self.layer.workspace_bytes(tokens, top_k)
+        if self.workspace.numel() < size:
+            self.workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+        workspace = self.workspace
+
+        def run() -> torch.Tensor:
+            self.layer.forward(
+                inputs.x, inputs.local_ids, inputs.weights, out=out, workspace=workspace
+            )
+            return out
+
+        return run
+
+
+class GroupedGemm:
+    """grouped_gemm on rows that are already quantised."""
+
+    def __init__(self, problem: GemmProblem, scheme: str) -> None:
+        self.problem, form = problem, scheme.removeprefix("int8_")
+        self.matrices = []
+        for values, scale, *q in problem.weights(form):
+            matrix = octomoe.QuantizedMatrix.from_parts(
+                scheme, values, scale, **({"q": q[0]} if q else {})
+            )
+            prepared = octomoe.PreparedMatrix(matrix, device="cuda")
+            self.matrices.append((prepared, matrix, values))  # used where they lie: keep them
+        self.a, self.scale, *q = problem.activations(form)
+        self.q = {"a_q": q[0]} if q else {}
+        self.out = torch.empty(
+            (problem.rows, problem.n), dtype=torch.bfloat16, device=self.a.device
+        )
+        size = self.matrices[0][0].workspace_bytes(problem.rows)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.a.device)
+
+    def call(self, index: int):
+        matrix = self.matrices[index][0]
+
+        def run() -> torch.Tensor:
+            return octomoe.grouped_gemm(
+                self.a,
+                matrix,
+                self.problem.offsets,
+                a_scale=self.scale,
+                out=self.out,
+                workspace=self.workspace,
+                **self.q,
+            )
+
+        return run
