@@ -70,8 +70,8 @@ template <Promotion kPromotion, int kBlockStages>
 void check_blocks() {
   constexpr WgmmaConfig kPlain = config(kPromotion, Epilogue::store, kBlockStages);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 784, .seed = 20});
-  check<kPlain>({.rows = {5, 30}, .n = 96, .k = 80, .block_n = 32, .seed = 21}, 1);  // less than a K-block
-  check<kPlain>({.rows = {19, 2}, .n = 320, .k = 400, .segments = 2, .block_n = 64, .out = OutType::f32, .gather = true,
+  check<kPlain>({.rows = {5, 30}, .n = 96, .k = 80, .seed = 21}, 1);  // less than a K-block
+  check<kPlain>({.rows = {19, 2}, .n = 512, .k = 400, .segments = 2, .out = OutType::f32, .gather = true,
                  .bias = true, .row_factor = true, .seed = 22});
   check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 256, .out = OutType::fp16, .masked = true, .seed = 23});
   constexpr WgmmaConfig kGated = config(kPromotion, Epilogue::swiglu, kBlockStages);
