@@ -24,15 +24,12 @@ constexpr int kCanaryBytes = 1024;
 constexpr int kArrayBytes = octomoe::emulator::kMaxSharedBytes + kCanaryBytes;
 }  // namespace
 namespace octomoe::sm80 {
-extern thread_local std::uint8_t shared[];
 alignas(1024) thread_local std::uint8_t shared[kArrayBytes];
 }  // namespace octomoe::sm80
 namespace octomoe::sm90 {
-extern thread_local std::uint8_t memory[];
 alignas(1024) thread_local std::uint8_t memory[kArrayBytes];
 }  // namespace octomoe::sm90
 namespace octomoe::kernels {
-extern thread_local float shared_floats[];
 alignas(1024) thread_local float shared_floats[kArrayBytes / 4];
 }  // namespace octomoe::kernels
 
