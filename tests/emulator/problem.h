@@ -14,9 +14,8 @@ inline std::string describe(const Schedule& s) {
   return std::string(s.late_copies ? "late" : "early") + " copies, " + (s.late_products ? "late" : "early") +
          " products, seed " + std::to_string(s.seed);
 }
-// The two ends, and one of what lies between them.
 inline std::vector<Schedule> schedules(std::uint32_t seed) {
-  return {{true, true, 0}, {seed % 2 == 0, seed % 2 != 0, seed + 1}};
+  return {{true, true, 0}, {false, false, seed}, {true, false, seed + 1}, {false, true, seed + 2}};
 }
 
 // Memory that ends where it says: a page follows that nobody may touch.
