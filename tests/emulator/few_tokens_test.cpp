@@ -61,7 +61,8 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   // As src/cuda/layer.cpp has it: header and ring, then quantised rows, scales and y.
   const std::int64_t ring = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
   const std::int64_t pairs = (count * c.intermediate + o.ctas - 1) / o.ctas;
-  for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 0}, Schedule{true, true, c.seed + 1}}) {
+  for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed}, Schedule{true, true, 2 * c.seed + 1},
+                                   Schedule{false, true, 2 * c.seed + 3}}) {
     SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " + std::to_string(schedule.seed));
     const Tensor out = Tensor::copy_of(before);
     std::vector<std::uint16_t> h(static_cast<std::size_t>(count * c.intermediate), 0xa5a5);

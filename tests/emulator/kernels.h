@@ -1,8 +1,5 @@
-// Kernel headers for the host compiler: include this, then kernels between OCTOMOE_KERNELS_BEGIN's conditions, i.e.
-//
-//   #include "emulator/kernels.h"
-//
-// gives all of them. include/ comes before kernels/ in the include path, so its ptx/ headers stand for the real ones.
+// All kernels of kernels/, for the host compiler. Without a change: include/ comes before kernels/ in the include path, so
+// that its ptx/ headers stand for the real ones, and cuda.h has what CUDA C++ has built in.
 #pragma once
 
 #include <algorithm>

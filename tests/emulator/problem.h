@@ -15,7 +15,8 @@ inline std::string describe(const Schedule& s) {
          " products, seed " + std::to_string(s.seed);
 }
 inline std::vector<Schedule> schedules(std::uint32_t seed) {
-  return {{true, true, 0}, {false, false, seed}, {true, false, seed + 1}, {false, true, seed + 2}};
+  return {{true, true, 0}, {false, false, 2 * seed}, {true, true, 2 * seed + 1}, {true, false, 2 * seed + 3},
+          {false, true, 2 * seed + 5}};
 }
 
 // Memory that ends where it says: a page follows that nobody may touch.

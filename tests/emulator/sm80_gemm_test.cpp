@@ -38,6 +38,7 @@ void check_channel() {
   check<Promotion::channel, kStore, kTile>({.rows = {5, 0, 37, 1}, .n = 136, .k = 272});
   check<Promotion::channel, kStore, kTile>({.rows = {20, 3}, .n = 96, .k = 144, .out = OutType::f32, .gather = true,
                                             .zero_points = true, .bias = true, .row_factor = true, .seed = 2});
+  check<Promotion::channel, kStore, kTile>({.rows = {90, 7, 3, 40}, .n = 136, .k = 48, .gather = true, .zero_points = true, .row_factor = true, .seed = 12}, 1);
   check<Promotion::channel, kSwiglu, kTile>({.rows = {9, 20}, .n = 2 * 72, .k = 400, .gather = true,
                                              .zero_points = true, .bias = true, .limit = 2.5f, .seed = 3});
 }

@@ -41,6 +41,12 @@ TEST(Sm90Gemm, ChannelRaggedExperts) {
 TEST(Sm90Gemm, ChannelWidthOfEveryTile) {
   check<kStore>({.rows = {16, 17, 33, 49, 65, 81, 97, 113}, .n = 32, .k = 128, .seed = 2}, 3);
 }
+// One stage a tile: the producer is as many tiles ahead as it can be.
+TEST(Sm90Gemm, ChannelManyShortTiles) {
+  check<kStore>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .gather = true, .zero_points = true,
+                 .row_factor = true, .seed = 18},
+                1);
+}
 TEST(Sm90Gemm, ChannelLongK) { check<kStore>({.rows = {9, 20}, .n = 544, .k = 1296, .seed = 3}, 1); }
 TEST(Sm90Gemm, ChannelMoreCtasThanTiles) { check<kStore>({.rows = {0, 3}, .n = 64, .k = 48, .seed = 4}, 5); }
 TEST(Sm90Gemm, ChannelNoRows) { check<kStore>({.rows = {0, 0}, .n = 64, .k = 48, .seed = 5}); }
@@ -77,12 +83,16 @@ void check_blocks() {
   constexpr WgmmaConfig kGated = config(kPromotion, Epilogue::swiglu, kBlockStages);
   for (const bool up_first : {false, true}) {
     check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .up_first = up_first, .seed = 24u + up_first});
-    check<kGated>({.rows = {20, 3}, .n = 2 * 128, .k = 272, .gather = true, .bias = true, .row_factor = true,
+    check<kGated>({.rows = {20, 3}, .n = 2 * 128, .k = 272, .block_n = 256, .gather = true, .bias = true, .row_factor = true,
                    .up_first = up_first, .limit = 2.5f, .seed = 26u + up_first});
   }
 }
 TEST(Sm90Gemm, Block128) { check_blocks<Promotion::block, 1>(); }
 TEST(Sm90Gemm, Block256) { check_blocks<Promotion::block, 2>(); }
+TEST(Sm90Gemm, HybridManyShortTiles) {
+  check<config(Promotion::hybrid, Epilogue::store)>(
+      {.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .row_factor = true, .seed = 28}, 1);
+}
 TEST(Sm90Gemm, Hybrid128) { check_blocks<Promotion::hybrid, 1>(); }
 TEST(Sm90Gemm, Hybrid256) { check_blocks<Promotion::hybrid, 2>(); }
 
