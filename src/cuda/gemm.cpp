@@ -227,8 +227,8 @@ double expected_tiles(double mean, int block) {
 
 }  // namespace
 
-// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens more
-// (docs/kernels.md). Remembered: the next call usually has as many rows.
+// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens
+// more (docs/kernels.md). Remembered: the next call usually has as many rows.
 const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;
   const double mean = static_cast<double>(rows) / static_cast<double>(m_.experts);

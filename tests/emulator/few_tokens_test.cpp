@@ -61,33 +61,32 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   // As src/cuda/layer.cpp has it: header and ring, then quantised rows, scales and y.
   const std::int64_t ring = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
   const std::int64_t pairs = (count * c.intermediate + o.ctas - 1) / o.ctas;
-  for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed}, Schedule{true, true, 2 * c.seed + 1},
-                                   Schedule{false, true, 2 * c.seed + 3}}) {
-    SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " + std::to_string(schedule.seed));
+  for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed},
+                                   Schedule{true, true, 2 * c.seed + 1}, Schedule{false, true, 2 * c.seed + 3}}) {
+    SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " +
+                 std::to_string(schedule.seed));
     const Tensor out = Tensor::copy_of(before);
     std::vector<std::uint16_t> h(static_cast<std::size_t>(count * c.intermediate), 0xa5a5);
-    const kernels::FewGateUpArgs gate_up{
-        .routes = routes,
-        .w13 = matrix(weights.w13, weights.b13),
-        .x = {in.x.view().data(), c.hidden,
-              o.x == DType::float32   ? kernels::RowType::f32
-              : o.x == DType::float16 ? kernels::RowType::fp16
-                                      : kernels::RowType::bf16,
-              1},
-        .h = h.data(),
-        .up_first = c.order == GateUpOrder::up_gate,
-        .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u)};
-    const kernels::FewDownArgs down{
-        .routes = routes,
-        .w2 = matrix(weights.w2, weights.b2),
-        .h = h.data(),
-        .out = out.view().data(),
-        .out_stride = c.hidden,
-        .out_type = o.out == DType::float32   ? kernels::OutType::f32
-                    : o.out == DType::float16 ? kernels::OutType::fp16
-                                              : kernels::OutType::bf16,
-        .accumulate = o.accumulate,
-        .columns = static_cast<std::int32_t>(columns)};
+    const kernels::FewGateUpArgs gate_up{.routes = routes,
+                                         .w13 = matrix(weights.w13, weights.b13),
+                                         .x = {in.x.view().data(), c.hidden,
+                                               o.x == DType::float32   ? kernels::RowType::f32
+                                               : o.x == DType::float16 ? kernels::RowType::fp16
+                                                                       : kernels::RowType::bf16,
+                                               1},
+                                         .h = h.data(),
+                                         .up_first = c.order == GateUpOrder::up_gate,
+                                         .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u)};
+    const kernels::FewDownArgs down{.routes = routes,
+                                    .w2 = matrix(weights.w2, weights.b2),
+                                    .h = h.data(),
+                                    .out = out.view().data(),
+                                    .out_stride = c.hidden,
+                                    .out_type = o.out == DType::float32   ? kernels::OutType::f32
+                                                : o.out == DType::float16 ? kernels::OutType::fp16
+                                                                          : kernels::OutType::bf16,
+                                    .accumulate = o.accumulate,
+                                    .columns = static_cast<std::int32_t>(columns)};
     try {
       launch({.grid = o.ctas,
               .threads = kernels::kFewThreads,
@@ -114,11 +113,14 @@ TEST(FewTokens, OneToFourTokens) {
 TEST(FewTokens, MostRoutes) { check({.experts = 40, .tokens = 4, .top_k = 8, .scheme = {}, .seed = 5}, {}); }
 // Rows of 8 KB: two pairs a stage, and more stages than the ring has.
 TEST(FewTokens, LongRows) {
-  check({.experts = 3, .hidden = 4096, .intermediate = 48, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 6}, {.ctas = 2});
-  check({.experts = 3, .hidden = 64, .intermediate = 8192, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 7}, {.ctas = 2});
+  check({.experts = 3, .hidden = 4096, .intermediate = 48, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 6},
+        {.ctas = 2});
+  check({.experts = 3, .hidden = 64, .intermediate = 8192, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 7},
+        {.ctas = 2});
 }
 TEST(FewTokens, MoreCtasThanColumns) {
-  check({.experts = 4, .hidden = 32, .intermediate = 16, .tokens = 1, .top_k = 1, .scheme = {}, .seed = 8}, {.ctas = 40});
+  check({.experts = 4, .hidden = 32, .intermediate = 16, .tokens = 1, .top_k = 1, .scheme = {}, .seed = 8},
+        {.ctas = 40});
 }
 TEST(FewTokens, NoRoutes) {
   const LayerCase c{.tokens = 2, .scheme = {}, .seed = 9};

@@ -1,5 +1,5 @@
-// All kernels of kernels/, for the host compiler. Without a change: include/ comes before kernels/ in the include path, so
-// that its ptx/ headers stand for the real ones, and cuda.h has what CUDA C++ has built in.
+// All kernels of kernels/, for the host compiler. Without a change: include/ comes before kernels/ in the include path,
+// so that its ptx/ headers stand for the real ones, and cuda.h has what CUDA C++ has built in.
 #pragma once
 
 #include <algorithm>
