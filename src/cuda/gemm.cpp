@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <limits>
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "cuda/stream.h"
@@ -55,11 +54,12 @@ Tensor upload(const Tensor& t, Device device) {
 KernelFamily default_family() {
   static const KernelFamily family = [] {
     const char* text = std::getenv("OCTOMOE_KERNEL_FAMILY");
-    const std::string_view name = text == nullptr ? "" : text;
-    if (name.empty() || name == "automatic") return KernelFamily::automatic;
-    if (name == "sm80") return KernelFamily::sm80;
-    if (name == "sm90") return KernelFamily::sm90;
-    bad_argument("OCTOMOE_KERNEL_FAMILY: expected automatic, sm80 or sm90, got \"{}\"", name);
+    if (text == nullptr || *text == 0) return KernelFamily::automatic;
+    try {
+      return parse_kernel_family(text);
+    } catch (const Error& e) {
+      fail(e.code(), "OCTOMOE_KERNEL_FAMILY: {}", e.what());
+    }
   }();
   return family;
 }
