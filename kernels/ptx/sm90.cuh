@@ -23,6 +23,16 @@ __device__ __forceinline__ void prefetch_tensor_map(const kernels::TensorMap* ma
 }
 
 // Cache hints as the hardware takes them (what createpolicy.fractional returns for a fraction of 1).
+// `bytes` (a multiple of 16) of global memory -> shared, both aligned to 16; they complete at `barrier`.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
+                                          uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(hint)
+      : "memory");
+}
+
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
                           kEvictLast = 0x14f0000000000000;
 

@@ -50,20 +50,6 @@ Tensor upload(const Tensor& t, Device device) {
   return Tensor::copy_of(t.view(), device);
 }
 
-// What KernelFamily::automatic means in this process. Read once: a launch path reads no environment.
-KernelFamily default_family() {
-  static const KernelFamily family = [] {
-    const char* text = std::getenv("OCTOMOE_KERNEL_FAMILY");
-    if (text == nullptr || *text == 0) return KernelFamily::automatic;
-    try {
-      return parse_kernel_family(text);
-    } catch (const Error& e) {
-      fail(e.code(), "OCTOMOE_KERNEL_FAMILY: {}", e.what());
-    }
-  }();
-  return family;
-}
-
 }  // namespace
 
 kernels::RowView row_view(const TensorView& rows) {
@@ -85,6 +71,20 @@ bool rows_are_aligned(const TensorView& t) {
     aligned &= t.dim(i) <= 1 || t.strides()[i] * static_cast<std::int64_t>(size_bytes(t.dtype())) % 16 == 0;
   }
   return aligned;
+}
+
+// What KernelFamily::automatic means in this process. Read once: a launch path reads no environment.
+KernelFamily default_family() {
+  static const KernelFamily family = [] {
+    const char* text = std::getenv("OCTOMOE_KERNEL_FAMILY");
+    if (text == nullptr || *text == 0) return KernelFamily::automatic;
+    try {
+      return parse_kernel_family(text);
+    } catch (const Error& e) {
+      fail(e.code(), "OCTOMOE_KERNEL_FAMILY: {}", e.what());
+    }
+  }();
+  return family;
 }
 
 DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue epilogue, KernelFamily family,
@@ -169,6 +169,17 @@ std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& dev
   return {};
 }
 
+kernels::FewMatrix DeviceMatrix::few() const {
+  return {.w = m_.values.as<std::int8_t>(),
+          .scale = m_.scale.as<float>(),
+          .bias = bias_.as<float>(),
+          .column_sum = m_.scheme.asymmetric ? m_.column_sum.as<std::int32_t>() : nullptr,
+          .static_scale = m_.activation_scale.as<float>(),
+          .n = static_cast<std::int32_t>(m_.n),
+          .k = static_cast<std::int32_t>(m_.k),
+          .per_tensor = m_.scheme.per_tensor};
+}
+
 ScaleColumns DeviceMatrix::scale_columns() const {
   switch (m_.scheme.kind) {
     case SchemeKind::int8_block:
@@ -216,8 +227,8 @@ double expected_tiles(double mean, int block) {
 
 }  // namespace
 
-// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens
-// more (docs/kernels.md). Remembered: the next call usually has as many rows.
+// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens more
+// (docs/kernels.md). Remembered: the next call usually has as many rows.
 const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;
   const double mean = static_cast<double>(rows) / static_cast<double>(m_.experts);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/few_args.h"
 #include "core/gemm_config.h"
 #include "cuda/module.h"
 #include "cuda/observe.h"
@@ -50,6 +51,9 @@ struct ScaleColumns {
   std::int64_t scale, block_q;
 };
 
+// What KernelFamily::automatic means in this process.
+KernelFamily default_family();
+
 class DeviceMatrix {
  public:
   // Values on `device` are used where they lie; everything else is uploaded. Error(unsupported) for what the kernels
@@ -63,6 +67,7 @@ class DeviceMatrix {
   const Scheme& scheme() const { return m_.scheme; }
   ScaleColumns scale_columns() const;
   float static_scale() const { return static_scale_; }
+  kernels::FewMatrix few() const;  // int8_channel
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
   void quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows, const std::int32_t* row_count,

@@ -92,6 +92,14 @@ class CudaLayer final : public LayerBackend {
     }
     if (!routed_.fused || (shared_ && !shared_->fused)) activate_ = kernel("activate");
     if (!fused_gather_) gather_ = kernel("gather_rows");
+    const KernelFamily family = o.family == KernelFamily::automatic ? default_family() : o.family;
+    const auto is_channel = [](const DeviceMatrix& m) { return m.scheme().kind == SchemeKind::int8_channel; };
+    if (info_.compute_capability == 90 && family != KernelFamily::sm80 && routed_.fused && fused_gather_ && !shared_ &&
+        is_channel(routed_.w13) && is_channel(routed_.w2) && 2 * hidden_ <= kernels::kFewStageBytes &&
+        routed_.intermediate <= kernels::kFewStageBytes) {
+      few_gate_up_ = kernel("sm90_few:gate_up");
+      few_down_ = kernel("sm90_few:down");
+    }
   }
 
   ~CudaLayer() override {
@@ -182,10 +190,74 @@ class CudaLayer final : public LayerBackend {
     return plan_;
   }
 
+  // Shared memory of the kernels for few tokens; 0: the call is none for them.
+  struct FewShared {
+    std::int64_t gate_up = 0, down = 0;
+  };
+  int few_columns() const { return static_cast<int>(ceil_div(hidden_, info_.multiprocessors)); }
+  FewShared few_shared(std::int64_t tokens, int top_k) const {
+    const std::int64_t routes = tokens * top_k;
+    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes) return {};
+    constexpr int kRing = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
+    // Behind the ring: quantised rows; then a scale for each weight row of the CTA, and for `down` y as well.
+    const std::int64_t pairs = ceil_div(routes * routed_.intermediate, info_.multiprocessors);
+    const FewShared shared{kRing + tokens * hidden_ + pairs * 2 * std::int64_t{sizeof(float)},
+                           kRing + routes * (routed_.intermediate + few_columns() * 2 * std::int64_t{sizeof(float)})};
+    return std::max(shared.gate_up, shared.down) <= plan::kFewSharedBytes ? shared : FewShared{};
+  }
+
+  void launch_few(const ForwardArgs& a, const Plan& p, const FewShared& shared, Stream stream,
+                  std::uint8_t* base) const {
+    const kernels::FewRoutes routes{
+        .topk_ids = a.topk_ids.data(),
+        .ids_stride = a.topk_ids.strides()[0],
+        .ids_are_64 = a.topk_ids.dtype() == DType::int64,
+        .tokens = static_cast<std::int32_t>(p.tokens),
+        .top_k = p.top_k,
+        .expert_map = expert_map_.as<std::int32_t>(),
+        .id_limit = static_cast<std::int32_t>(id_limit_),
+        .topk_weights = a.topk_weights.as<float>(),
+        .weights_stride = a.topk_weights.strides()[0],
+        .weight_on_input = weight_on_input_,
+    };
+    auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
+    const Launcher stages(info_, stream);
+    stages.stage("gate_up");
+    launch(*few_gate_up_,
+           {.grid = {static_cast<unsigned>(info_.multiprocessors)},
+            .shared_bytes = static_cast<int>(shared.gate_up),
+            .stream = stream,
+            .pdl = true},
+           kernels::FewGateUpArgs{.routes = routes,
+                                  .w13 = routed_.w13.few(),
+                                  .x = row_view(a.x),
+                                  .h = h,
+                                  .up_first = routed_.up_first,
+                                  .limit = limit_});
+    stages.stage("down");
+    launch(*few_down_,
+           {.grid = {static_cast<unsigned>(ceil_div(hidden_, few_columns()))},
+            .shared_bytes = static_cast<int>(shared.down),
+            .stream = stream,
+            .pdl = true},
+           kernels::FewDownArgs{.routes = routes,
+                                .w2 = routed_.w2.few(),
+                                .h = h,
+                                .out = a.out.data(),
+                                .out_stride = a.out.strides()[0],
+                                .out_type = out_type(a.out.dtype()),
+                                .accumulate = a.accumulate,
+                                .columns = few_columns()});
+    stages.stage(nullptr);
+  }
+
   void launch_all(const ForwardArgs& a, Stream stream, void* workspace) {
     const Plan& p = plan_of(a);
     const Launcher launcher(info_, stream);
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
+    if (const FewShared shared = few_shared(p.tokens, p.top_k); shared.down > 0) {
+      return launch_few(a, p, shared, stream, static_cast<std::uint8_t*>(workspace));
+    }
     const std::int64_t tokens = p.tokens;
     auto* base = static_cast<std::uint8_t*>(workspace);
     const auto at = [&]<class T>(int buffer, T*) -> T* {
@@ -415,7 +487,7 @@ class CudaLayer final : public LayerBackend {
   std::optional<Expert> shared_;
   Tensor expert_map_, shared_gate_;
   const LoadedKernel *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
-                     *gather_ = nullptr;
+                     *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
   Workspaces workspaces_;
   Replays replays_;
   Plan plan_;  // of the last launches

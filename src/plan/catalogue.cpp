@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <string_view>
 
+#include "core/few_args.h"
 #include "tensor/check.h"
 
 namespace octomoe::plan {
@@ -197,6 +199,15 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   for (const WgmmaConfig& c : kWgmma) all.push_back(gemm_entry(c));
+  for (const char* which : {"gate_up", "down"}) {
+    KernelEntry e = simple_entry(fmt::format("sm90_few:{}", which), "sm90/few_tokens.cuh", "", "",
+                                 kernels::kFewThreads, kFewSharedBytes);
+    e.call = fmt::format("octomoe::sm90::few_{}", which);
+    e.args_type = which == std::string_view("down") ? "octomoe::kernels::FewDownArgs" : "octomoe::kernels::FewGateUpArgs";
+    e.archs = {90};
+    e.expect = "IDP.4A";
+    all.push_back(std::move(e));
+  }
   return all;
 }
 
