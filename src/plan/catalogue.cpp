@@ -166,7 +166,8 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   all.push_back(simple_entry("activate", "quant/activate_rows.cuh", "activate_rows", "ActivateArgs", 256));
-  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", 1024));
+  all.push_back(simple_entry("count", "route/sort.cuh", "count_routes", "SortArgs", kernels::kSortThreads));
+  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", kernels::kSortThreads));
   all.push_back(simple_entry("combine", "route/combine.cuh", "combine", "CombineArgs", 256));
   all.push_back(simple_entry("shared_gate", "route/shared_gate.cuh", "shared_gate", "SharedGateArgs", 256));
   all.push_back(simple_entry("group_index", "route/group_index.cuh", "group_index", "GroupIndexArgs", 1024));
