@@ -130,7 +130,8 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   if (why_not.empty() && family != KernelFamily::sm80) {
     for (const WgmmaConfig& c : plan::wgmma_configs(promotion, epilogue, block_stages(s))) {
       kernels_.push_back(
-          {c.block_n, c.features(), c.cluster, true, &load(plan::entry(plan::gemm_id(c)), device.index)});
+          {c.block_n, c.features(), c.cluster, true, c.cluster > 1 ? 36 : c.consumers > 1 ? 48 : 64,
+           &load(plan::entry(plan::gemm_id(c)), device.index)});
     }
     const ContextGuard context(device);
     weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, epilogue == Epilogue::swiglu);
@@ -138,7 +139,7 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
     const bool fine = s.has_blocks() && s.block_k != 128;
     for (const GemmConfig& c :
          plan::gemm_configs(promotion, fine, epilogue, plan::tile_family(device.max_shared_bytes))) {
-      kernels_.push_back({c.block_n, c.features(), 1, false, &load(plan::entry(plan::gemm_id(c)), device.index)});
+      kernels_.push_back({c.block_n, c.features(), 1, false, 48, &load(plan::entry(plan::gemm_id(c)), device.index)});
     }
   }
 }
@@ -155,9 +156,7 @@ std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& dev
   if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
   if (s.has_blocks()) {
     if (plan::wgmma_configs(promotion_of(m_), epilogue, block_stages(s)).empty()) {
-      return promotion_of(m_) == Promotion::hybrid_flush
-                 ? "weights whose int32 sums need no intermediate float step"
-                 : fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
+      return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
     // A consumer's rows share a scale block (gated: one of each half).
     const std::int64_t group = gated ? 64 : 128;
@@ -238,9 +237,9 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
     if (k.wgmma) {
       // As wide as its rows need; CTAs of a cluster share the weights.
       const double tiles = expected_tiles(mean, k.block_n * k.cluster) * k.cluster;
-      cost = mean + std::max(1e-3, tiles) * (k.cluster > 1 ? 36 : 48);
+      cost = mean + std::max(1e-3, tiles) * k.overhead;
     } else {
-      cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + 48);
+      cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + k.overhead);
     }
     if (cost < least) {
       least = cost;

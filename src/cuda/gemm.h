@@ -93,6 +93,7 @@ class DeviceMatrix {
     int block_n, features;  // of a tile
     int cluster;
     bool wgmma;
+    int overhead;  // of a tile, in tokens
     const LoadedKernel* loaded;
   };
   const Kernel& choose(std::int64_t rows) const;  // what gemm() launches for that many rows
