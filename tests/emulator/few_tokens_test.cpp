@@ -1,0 +1,170 @@
+// kernels/sm90/few_tokens.cuh: both kernels after another against the CPU engine's layer, bit for bit.
+#include "emulator/kernels.h"
+#include "support/run.h"
+
+namespace octomoe::emulator {
+namespace {
+
+using kernels::FewMatrix;
+using kernels::FewRoutes;
+using testing::LayerCase;
+using testing::LayerInput;
+
+struct Options {
+  DType x = DType::bfloat16, out = DType::bfloat16;
+  bool weight_on_input = false, accumulate = false, map = false, wide_ids = false;
+  float limit = 0;  // 0: none
+  int ctas = 5;     // stand for the GPU's multiprocessors
+};
+
+FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
+  return {.w = m.values.as<std::int8_t>(),
+          .scale = m.scale.as<float>(),
+          .bias = bias.as<float>(),
+          .column_sum = m.scheme.asymmetric ? m.column_sum.as<std::int32_t>() : nullptr,
+          .static_scale = m.activation_scale.as<float>(),
+          .n = static_cast<std::int32_t>(m.n),
+          .k = static_cast<std::int32_t>(m.k),
+          .per_tensor = m.scheme.per_tensor};
+}
+
+void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
+  const LayerInput in = given != nullptr ? *given : testing::make_input(c, o.x);
+  const MoeWeights weights = testing::make_weights(c, o.map ? c.experts / 2 : c.experts);
+  LayerOptions options;
+  options.router_weight_on_input = o.weight_on_input;
+  if (o.limit > 0) options.swiglu_limit = o.limit;
+  if (o.map) {  // every second expert is elsewhere, the others in reverse
+    options.expert_map = Tensor::empty(DType::int32, {c.experts});
+    for (int e = 0; e < c.experts; ++e) {
+      options.expert_map.as<std::int32_t>()[e] = e % 2 != 0 ? -1 : static_cast<int>(c.experts) / 2 - 1 - e / 2;
+    }
+  }
+  const Tensor before = testing::random_tensor(o.out, {c.tokens, c.hidden}, 77);
+  const Tensor want = Tensor::copy_of(before);
+  MoeLayer(Device::cpu(), weights, options).forward(in.x, in.ids, in.weights, want, {.accumulate = o.accumulate});
+
+  const auto tokens = static_cast<std::int32_t>(c.tokens);
+  std::vector<std::int64_t> wide;
+  for (std::int64_t i = 0; i < in.ids.elems(); ++i) wide.push_back(in.ids.as<std::int32_t>()[i]);
+  const FewRoutes routes{.topk_ids = o.wide_ids ? static_cast<const void*>(wide.data()) : in.ids.as<std::int32_t>(),
+                         .ids_stride = c.top_k,
+                         .ids_are_64 = o.wide_ids,
+                         .tokens = tokens,
+                         .top_k = c.top_k,
+                         .expert_map = options.expert_map.as<std::int32_t>(),
+                         .id_limit = static_cast<std::int32_t>(c.experts),
+                         .topk_weights = in.weights.as<float>(),
+                         .weights_stride = c.top_k,
+                         .weight_on_input = o.weight_on_input};
+  const std::int64_t count = c.tokens * c.top_k, columns = (c.hidden + o.ctas - 1) / o.ctas;
+  // As src/cuda/layer.cpp has it: header and ring, then quantised rows, scales and y.
+  const std::int64_t ring = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
+  const std::int64_t pairs = (count * c.intermediate + o.ctas - 1) / o.ctas;
+  for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 0}, Schedule{true, true, c.seed + 1}}) {
+    SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " + std::to_string(schedule.seed));
+    const Tensor out = Tensor::copy_of(before);
+    std::vector<std::uint16_t> h(static_cast<std::size_t>(count * c.intermediate), 0xa5a5);
+    const kernels::FewGateUpArgs gate_up{
+        .routes = routes,
+        .w13 = matrix(weights.w13, weights.b13),
+        .x = {in.x.view().data(), c.hidden,
+              o.x == DType::float32   ? kernels::RowType::f32
+              : o.x == DType::float16 ? kernels::RowType::fp16
+                                      : kernels::RowType::bf16,
+              1},
+        .h = h.data(),
+        .up_first = c.order == GateUpOrder::up_gate,
+        .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u)};
+    const kernels::FewDownArgs down{
+        .routes = routes,
+        .w2 = matrix(weights.w2, weights.b2),
+        .h = h.data(),
+        .out = out.view().data(),
+        .out_stride = c.hidden,
+        .out_type = o.out == DType::float32   ? kernels::OutType::f32
+                    : o.out == DType::float16 ? kernels::OutType::fp16
+                                              : kernels::OutType::bf16,
+        .accumulate = o.accumulate,
+        .columns = static_cast<std::int32_t>(columns)};
+    try {
+      launch({.grid = o.ctas,
+              .threads = kernels::kFewThreads,
+              .shared_bytes = static_cast<int>(ring + c.tokens * c.hidden + pairs * 8),
+              .schedule = schedule},
+             [&] { sm90::few_gate_up(gate_up); });
+      launch({.grid = static_cast<int>((c.hidden + columns - 1) / columns),
+              .threads = kernels::kFewThreads,
+              .shared_bytes = static_cast<int>(ring + count * (c.intermediate + columns * 8)),
+              .schedule = schedule},
+             [&] { sm90::few_down(down); });
+    } catch (const Fault& fault) {
+      FAIL() << fault.what();
+    }
+    ASSERT_TRUE(testing::same_bits(out, want));
+  }
+}
+
+TEST(FewTokens, OneToFourTokens) {
+  for (int tokens = 1; tokens <= kernels::kFewTokens; ++tokens) {
+    check({.tokens = tokens, .scheme = {}, .seed = static_cast<std::uint32_t>(tokens)}, {});
+  }
+}
+TEST(FewTokens, MostRoutes) { check({.experts = 40, .tokens = 4, .top_k = 8, .scheme = {}, .seed = 5}, {}); }
+// Rows of 8 KB: two pairs a stage, and more stages than the ring has.
+TEST(FewTokens, LongRows) {
+  check({.experts = 3, .hidden = 4096, .intermediate = 48, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 6}, {.ctas = 2});
+  check({.experts = 3, .hidden = 64, .intermediate = 8192, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 7}, {.ctas = 2});
+}
+TEST(FewTokens, MoreCtasThanColumns) {
+  check({.experts = 4, .hidden = 32, .intermediate = 16, .tokens = 1, .top_k = 1, .scheme = {}, .seed = 8}, {.ctas = 40});
+}
+TEST(FewTokens, NoRoutes) {
+  const LayerCase c{.tokens = 2, .scheme = {}, .seed = 9};
+  const LayerInput in = testing::make_input(c);
+  for (std::int64_t i = 0; i < in.ids.elems(); ++i) in.ids.as<std::int32_t>()[i] = -1;
+  check(c, {}, &in);
+  check(c, {.accumulate = true}, &in);
+}
+TEST(FewTokens, OneExpertForAll) {
+  const LayerCase c{.tokens = 4, .scheme = {}, .seed = 10};
+  const LayerInput in = testing::make_input(c);
+  for (std::int64_t i = 0; i < in.ids.elems(); ++i) in.ids.as<std::int32_t>()[i] = 5;
+  check(c, {}, &in);
+}
+TEST(FewTokens, Schemes) {
+  std::uint32_t seed = 11;
+  for (const char* scheme : {"int8_channel:asymmetric", "int8_channel:static", "int8_channel:per_tensor",
+                             "int8_channel:asymmetric,per_tensor"}) {
+    SCOPED_TRACE(scheme);
+    check({.tokens = 3, .scheme = Scheme::parse(scheme), .seed = seed++}, {});
+  }
+}
+TEST(FewTokens, Options) {
+  std::uint32_t seed = 20;
+  for (const bool up_first : {false, true}) {
+    for (const Options& o : {Options{.weight_on_input = true}, Options{.accumulate = true}, Options{.map = true},
+                             Options{.wide_ids = true}, Options{.limit = 0.5f},
+                             Options{.x = DType::float32, .out = DType::float32, .accumulate = true},
+                             Options{.x = DType::float16, .out = DType::float16, .accumulate = true}}) {
+      SCOPED_TRACE(seed);
+      LayerCase c{.tokens = 1 + seed % 4, .scheme = {}, .biases = seed % 2 == 0, .seed = seed};
+      c.order = up_first ? GateUpOrder::up_gate : GateUpOrder::gate_up;
+      check(c, o);
+      ++seed;
+    }
+  }
+}
+// An Inf in one token's x poisons that token alone.
+TEST(FewTokens, NonFiniteRow) {
+  for (const char* scheme : {"int8_channel", "int8_channel:asymmetric", "int8_channel:static"}) {
+    SCOPED_TRACE(scheme);
+    const LayerCase c{.tokens = 3, .scheme = Scheme::parse(scheme), .seed = 40};
+    const LayerInput in = testing::make_input(c, DType::bfloat16, false);
+    in.x.as<std::uint16_t>()[c.hidden + 17] = 0x7f80;
+    check(c, {}, &in);
+  }
+}
+
+}  // namespace
+}  // namespace octomoe::emulator
