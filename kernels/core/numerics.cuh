@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/types.h"
+#include "ptx/numerics.cuh"
 
 namespace octomoe::num {
 
@@ -19,16 +20,8 @@ __device__ __forceinline__ bool is_nan(float x) { return abs_bits(x) > kInfBits;
 __device__ __forceinline__ bool is_finite(float x) { return abs_bits(x) < kInfBits; }
 
 // min and max that keep a NaN (sm_80), so that clamp(NaN) is NaN as on the host.
-__device__ __forceinline__ float min_nan(float a, float b) {
-  float d;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float d;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
+__device__ __forceinline__ float min_nan(float a, float b) { return ptx::min_nan(a, b); }
+__device__ __forceinline__ float max_nan(float a, float b) { return ptx::max_nan(a, b); }
 __device__ __forceinline__ float clamp(float x, float lo, float hi) { return min_nan(max_nan(x, lo), hi); }
 
 __device__ __forceinline__ float exp2p_finite(float t) {  // |t| <= 126
@@ -118,23 +111,11 @@ __device__ __forceinline__ int32_t quantize(float x, float inverse, int32_t zero
 
 // ---- conversions ----
 // Two floats to packed bf16 (first in the low half), nearest even, NaN 0x7fff: what cvt does.
-__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
-  uint32_t d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-  return d;
-}
-__device__ __forceinline__ uint32_t pack_fp16(float lo, float hi) {
-  uint32_t d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-  return d;
-}
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) { return ptx::to_bf16x2(hi, lo); }
+__device__ __forceinline__ uint32_t pack_fp16(float lo, float hi) { return ptx::to_fp16x2(hi, lo); }
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return from_bits(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return from_bits(pair & 0xffff0000u); }
-__device__ __forceinline__ float fp16_to_float(uint16_t h) {
-  float d;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(h));
-  return d;
-}
+__device__ __forceinline__ float fp16_to_float(uint16_t h) { return ptx::from_fp16(h); }
 __device__ __forceinline__ float canonical(float x) { return is_nan(x) ? nan() : x; }
 
 }  // namespace octomoe::num

@@ -364,7 +364,7 @@ struct GroupedGemm {
     }
     __device__ __forceinline__ void release(int32_t index) const {
       const uint32_t empty = ptx::shared_address(&shared.empty[index]);
-      __syncwarp();  // all lanes have read what they need of the stage
+      if constexpr (kBlocks) __syncwarp();  // all lanes have read the stage's products
       if constexpr (C.cluster > 1) {
         if (lane() < C.cluster) ptx::barrier_arrive_at(empty, static_cast<uint32_t>(lane()));
       } else {

@@ -5,6 +5,16 @@
 
 namespace octomoe::cuda {
 
+WeightBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
+  // From the fastest dimension: columns; row g, h, w (on through all experts) and b of a box, whose shared row is
+  // 64b + 16w + 8h + g. Sizes keep the last expert's boxes inside w: what lies behind arrives as zeros.
+  const std::uint64_t rows = static_cast<std::uint64_t>(experts * n), columns = static_cast<std::uint64_t>(k);
+  const std::uint64_t half = static_cast<std::uint64_t>(n) / 2;
+  return {{columns, 8, 2, gated ? (rows - half) / 16 : rows / 32, 2},
+          {(gated ? 2 : 4) * columns, columns, (gated ? 16 : 32) * columns, gated ? half * columns : 2 * columns},
+          {128, 8, 2, 4, 2}};
+}
+
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
   if (!driver().cuTensorMapEncodeTiled) {
     fail(ErrorCode::unsupported,
@@ -12,18 +22,12 @@ kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t 
          "newer is needed",
          driver().version / 1000, driver().version % 1000 / 10);
   }
-  // From the fastest dimension: columns; row g, h, w (on through all experts) and b of a box, whose shared row is
-  // 64b + 16w + 8h + g. Sizes keep the last expert's boxes inside w: what lies behind arrives as zeros.
-  const std::uint64_t rows = static_cast<std::uint64_t>(experts * n), columns = static_cast<std::uint64_t>(k);
-  const std::uint64_t half = static_cast<std::uint64_t>(n) / 2;
-  const std::uint64_t sizes[] = {columns, 8, 2, gated ? (rows - half) / 16 : rows / 32, 2};
-  const std::uint64_t strides[] = {(gated ? 2 : 4) * columns, columns, (gated ? 16 : 32) * columns,
-                                   gated ? half * columns : 2 * columns};
-  const std::uint32_t box[] = {128, 8, 2, 4, 2}, steps[] = {1, 1, 1, 1, 1};
+  const WeightBoxes boxes = weight_boxes(experts, n, k, gated);
+  const std::uint32_t steps[] = {1, 1, 1, 1, 1};
   constexpr int kUint8 = 0, kNoInterleave = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0;
   kernels::TensorMap map;
-  OCTOMOE_CUDA(cuTensorMapEncodeTiled, reinterpret_cast<CuTensorMap*>(&map), kUint8, 5, const_cast<void*>(w), sizes,
-               strides, box, steps, kNoInterleave, kSwizzle128, kPromote256, kFillZeros);
+  OCTOMOE_CUDA(cuTensorMapEncodeTiled, reinterpret_cast<CuTensorMap*>(&map), kUint8, 5, const_cast<void*>(w),
+               boxes.sizes, boxes.strides, boxes.box, steps, kNoInterleave, kSwizzle128, kPromote256, kFillZeros);
   return map;
 }
 

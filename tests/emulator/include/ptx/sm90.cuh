@@ -1,0 +1,39 @@
+// Stands for kernels/ptx/sm90.cuh: the same wrappers, done by the emulator.
+#pragma once
+
+#include "core/tensor_map.h"
+#include "ptx/sm80.cuh"
+
+namespace octomoe::ptx {
+
+inline constexpr uint64_t kEvictNormal = 0, kEvictFirst = 1, kEvictLast = 2;
+
+inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
+inline void barrier_init_fence() {}
+inline void fence_proxy_async() { emulator::fence_proxy_async(); }
+inline void prefetch_tensor_map(const kernels::TensorMap*) {}
+
+inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint64_t) {
+  emulator::copy_bulk(shared, global, bytes, barrier);
+}
+inline void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2, int32_t c3,
+                        int32_t c4, uint32_t barrier, uint64_t) {
+  emulator::copy_box(shared, map, {c0, c1, c2, c3, c4}, barrier, 1u << emulator::cluster_rank());
+}
+inline void copy_box_5d_multicast(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2,
+                                  int32_t c3, int32_t c4, uint32_t barrier, uint64_t, uint16_t mask) {
+  emulator::copy_box(shared, map, {c0, c1, c2, c3, c4}, barrier, mask);
+}
+
+inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
+inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) { emulator::barrier_arrive_at(barrier, rank); }
+inline void cluster_sync() { emulator::cluster_barrier(); }
+
+template <int kRegisters>
+inline void raise_registers() {}
+template <int kRegisters>
+inline void lower_registers() {}
+
+inline void named_barrier(int id, int threads) { emulator::cta_barrier(id, threads); }
+
+}  // namespace octomoe::ptx
