@@ -15,7 +15,7 @@
 // of w13 and b = 1 the second, both for column 16w + 2g + h. So one thread's sums are neighbouring output columns, and
 // gate and up of one column are in one thread.
 //
-// Sums per K-block (block, hybrid): a consumer promotes one m64 block's partial sums while the other's wgmma run. The
+// Sums per K-block (block, hybrid, hybrid_flush): a consumer promotes one m64 block's partial sums while the other's wgmma run. The
 // products of the two scales are made by the producer, one per token
 // and scale block, and travel with the stage.
 #pragma once
@@ -54,12 +54,14 @@ struct GroupedGemm {
   static constexpr int kConsumerRegisters = kBlocks ? 216 : 224, kProducerRegisters = kBlocks ? 72 : 56;
 
   static_assert(kBlockN % 16 == 0 && kBlockN <= 192 && (!kBlocks || kBlockN <= 128));
-  static_assert(C.promotion != Promotion::hybrid_flush);
+  // Chunks of K-blocks whose int32 sums enter float values: three sets of sums, so tiles are narrow.
+  static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
+  static_assert(!kFlush || kBlockN <= 64);
 
   // ---- shared memory ----
   // What the epilogue needs of a tile. The producer may be as many tiles ahead as there are stages.
   static constexpr int kTables = kStages + 1;
-  static constexpr bool kScaled = C.promotion != Promotion::block;
+  static constexpr bool kScaled = C.promotion == Promotion::channel || C.promotion == Promotion::hybrid;
   struct alignas(8) Table {
     float a_scale[kScaled ? kBlockN : 1];
     float w_scale[kScaled ? WgmmaConfig::kBlockM : 1];  // by consumer, half of a gated tile, column
@@ -406,15 +408,21 @@ struct GroupedGemm {
       ptx::wgmma_results(sums[1]);
     }
 
-    // Partial sums per K-block, promoted into totals.
+    // Partial sums per K-block, promoted into totals; with chunks, those into values.
     template <int kTokens>
-    __device__ __forceinline__ void multiply_blocks(int32_t (&totals)[2][kSums]) {
+    __device__ __forceinline__ void multiply_blocks(const Tile& t, int32_t (&totals)[2][kSums],
+                                                    int32_t (&values)[2][kFlush ? kSums : 1]) {
+      constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);  // fma(x, p, -0) is x * p, its sign included
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) totals[b][i] = kFloatTotals ? static_cast<int32_t>(0x80000000u) : 0;
+        for (int i = 0; i < kTokens / 2; ++i) {
+          totals[b][i] = kFloatTotals ? kMinusZero : 0;
+          if constexpr (kFlush) values[b][i] = kMinusZero;
+        }
       }
-      constexpr bool kBoth = kBlockN <= 96;  // there are registers for both blocks' partial sums
+      int32_t group = 0, in_group = 0, in_chunk = 0;
+      constexpr bool kBoth = kBlockN <= 96 && !kFlush;  // there are registers for both blocks' partial sums
       // One m64 block's products run while the other's partial sums are promoted. All are waited for inside an
       // iteration: ptxas serialises wgmma whose sums cross a loop's end and are read on the other side (C7514).
       int32_t partial[kBoth ? 2 : 1][kTokens / 2];
@@ -431,6 +439,53 @@ struct GroupedGemm {
         for (int i = 0; i < C.block_stages; ++i) {
           release(slot.index);
           slot.advance();
+        }
+        if constexpr (kFlush) {
+          ++in_group;
+          ++in_chunk;
+          if (k_tile + C.block_stages >= k_tiles || in_group == args.super_group || in_chunk == args.flush_blocks) {
+            flush<kTokens>(t, group, totals, values);
+            in_chunk = 0;
+            if (in_group == args.super_group) {
+              in_group = 0;
+              ++group;
+            }
+          }
+        }
+      }
+    }
+
+    // The end of a chunk of K-blocks in super group `group`.
+    template <int kTokens>
+    __device__ __forceinline__ void flush(const Tile& t, int32_t group, int32_t (&totals)[2][kSums],
+                                          int32_t (&values)[2][kFlush ? kSums : 1]) const {
+      const int32_t groups = (args.blocks_k + args.super_group - 1) / args.super_group;
+      float w[2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int32_t row = block_row(args, t.expert, t.m_tile * C.features() + (C.gated() ? 0 : warpgroup * kRows),
+                                      half_of(b));
+        w[b] = args.w_scale[static_cast<int64_t>(row) * groups + group];
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int32_t row = t.row_begin + min(8 * j + 2 * (lane() & 3) + e, max(t.rows, 1) - 1);
+          const int32_t from = args.row_source != nullptr ? args.row_source[row] : row;
+          float a = args.a_scale[group * args.a_rows + from];
+          if (args.row_factor != nullptr) a = __fmul_rn(a, args.row_factor[row]);
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const float p = __fmul_rn(w[b], a);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int i = 4 * j + 2 * h + e;
+              values[b][i] =
+                  __float_as_int(__fmaf_rn(__int2float_rn(totals[b][i]), p, __int_as_float(values[b][i])));
+              totals[b][i] = 0;
+            }
+          }
         }
       }
     }
@@ -482,15 +537,19 @@ struct GroupedGemm {
 
     // One width of tile after another, until one is wide enough.
     template <int kTokens>
-    __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][kSums], int32_t rows) {
+    __device__ __forceinline__ void multiply_tile(const Tile& t, int32_t (&sums)[2][kSums]) {
       if constexpr (kTokens < kBlockN) {
-        if (rows > kTokens) {
-          multiply_tile<kTokens + 16>(sums, rows);
+        if (t.rows > kTokens) {
+          multiply_tile<kTokens + 16>(t, sums);
           return;
         }
       }
-      if constexpr (kBlocks) {
-        multiply_blocks<kTokens>(sums);
+      if constexpr (kFlush) {
+        int32_t totals[2][kSums];
+        multiply_blocks<kTokens>(t, totals, sums);
+      } else if constexpr (kBlocks) {
+        int32_t none[2][1];
+        multiply_blocks<kTokens>(t, sums, none);
       } else {
         multiply<kTokens>(sums);
       }
@@ -600,7 +659,7 @@ struct GroupedGemm {
         ptx::barrier_wait(ptx::shared_address(&shared.full[slot.index]), slot.phase);
         const Tile t = shared.tile[slot.index];
         int32_t sums[2][kSums];
-        multiply_tile<16>(sums, t.rows);
+        multiply_tile<16>(t, sums);
         if (plain) {
           finish<true>(t, sums, shared.table[table]);
         } else {

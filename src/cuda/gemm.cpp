@@ -155,9 +155,7 @@ std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& dev
   if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
   if (s.has_blocks()) {
     if (plan::wgmma_configs(promotion_of(m_), epilogue, block_stages(s)).empty()) {
-      return promotion_of(m_) == Promotion::hybrid_flush
-                 ? "weights whose int32 sums need no intermediate float step"
-                 : fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
+      return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
     // A consumer's 128 rows share a scale block; gated, the tile's 128 of each half.
     constexpr std::int64_t kGroup = 128;

@@ -113,13 +113,15 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
 
 // The SM90 family's kernels (sm90/grouped_gemm.cuh); every one computes tiles of any width up to its block_n.
 constexpr WgmmaConfig kWgmma[] = {
-    {Promotion::channel, Epilogue::store, 128, 4, 1, 1}, {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 1},
-    {Promotion::channel, Epilogue::store, 160, 4, 1, 1}, {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1},
-    {Promotion::channel, Epilogue::store, 128, 4, 1, 2}, {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2},
-    {Promotion::block, Epilogue::store, 128, 4, 1, 1},   {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1},
-    {Promotion::block, Epilogue::store, 128, 4, 2, 1},   {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1},  {Promotion::hybrid, Epilogue::swiglu, 128, 4, 1, 1},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 2, 1},  {Promotion::hybrid, Epilogue::swiglu, 128, 4, 2, 1},
+    {Promotion::channel, Epilogue::store, 128, 4, 1, 1},     {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 1},
+    {Promotion::channel, Epilogue::store, 160, 4, 1, 1},     {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1},
+    {Promotion::channel, Epilogue::store, 128, 4, 1, 2},     {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2},
+    {Promotion::block, Epilogue::store, 128, 4, 1, 1},       {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1},
+    {Promotion::block, Epilogue::store, 128, 4, 2, 1},       {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1},      {Promotion::hybrid, Epilogue::swiglu, 128, 4, 1, 1},
+    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 1, 1}, {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 1, 1},
+    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 2, 1}, {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 2, 1},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 2, 1},      {Promotion::hybrid, Epilogue::swiglu, 128, 4, 2, 1},
 };
 
 KernelEntry gemm_entry(const WgmmaConfig& c) {
@@ -166,7 +168,8 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   all.push_back(simple_entry("activate", "quant/activate_rows.cuh", "activate_rows", "ActivateArgs", 256));
-  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", 1024));
+  all.push_back(simple_entry("count", "route/sort.cuh", "count_routes", "SortArgs", kernels::kSortThreads));
+  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", kernels::kSortThreads));
   all.push_back(simple_entry("combine", "route/combine.cuh", "combine", "CombineArgs", 256));
   all.push_back(simple_entry("shared_gate", "route/shared_gate.cuh", "shared_gate", "SharedGateArgs", 256));
   all.push_back(simple_entry("group_index", "route/group_index.cuh", "group_index", "GroupIndexArgs", 1024));

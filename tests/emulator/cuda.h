@@ -80,6 +80,11 @@ inline int __dp4a(int a, int b, int c) {
   return static_cast<int>(sum);
 }
 // One thread runs at a time.
+inline int atomicAdd(int* p, int v) {
+  const int before = *p;
+  *p += v;
+  return before;
+}
 inline unsigned atomicMax(unsigned* to, unsigned v) {
   const unsigned old = *to;
   *to = max(old, v);

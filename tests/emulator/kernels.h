@@ -1,5 +1,5 @@
-// All kernels of kernels/, for the host compiler. Without a change: include/ comes before kernels/ in the include path, so
-// that its ptx/ headers stand for the real ones, and cuda.h has what CUDA C++ has built in.
+// All kernels of kernels/, for the host compiler. Without a change: include/ comes before kernels/ in the include path,
+// so that its ptx/ headers stand for the real ones, and cuda.h has what CUDA C++ has built in.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +27,5 @@
 #include "route/shared_gate.cuh"
 #include "route/sort.cuh"
 #include "sm80/grouped_gemm.cuh"
-#include "sm90/few_tokens.cuh"
 #include "sm90/grouped_gemm.cuh"
 #undef num

@@ -168,7 +168,8 @@ Thread* thread = nullptr;
 
 [[noreturn]] void fault(const std::string& what) { throw Fault(what); }
 std::string where() {
-  return thread == nullptr ? "" : " (CTA " + std::to_string(cta->block) + ", thread " + std::to_string(thread->index) + ")";
+  return thread == nullptr ? ""
+                           : " (CTA " + std::to_string(cta->block) + ", thread " + std::to_string(thread->index) + ")";
 }
 
 void wait_for(const Wait& wait) {
@@ -357,7 +358,8 @@ bool run_one(Cta& c, Thread& t) {
   return true;
 }
 
-// Every thread that can go on does so: once, or, by an odd seed, warp after warp as far as it gets. False if none could.
+// Every thread that can go on does so: once, or, by an odd seed, warp after warp as far as it gets. False if none
+// could.
 bool run_threads(Cta& c) {
   const bool warps_apart = c.cluster->launch->schedule.seed % 2 != 0;
   const std::size_t group = warps_apart ? 32 : c.order.size();
@@ -562,9 +564,7 @@ void barrier_init(std::uint32_t barrier, int count) {
   cta->mbarriers[barrier] = {0, count, count, 0};
 }
 void barrier_arrive(std::uint32_t barrier, std::uint32_t expected_bytes) { arrive(*cta, barrier, expected_bytes); }
-void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) {
-  arrive(cta->cluster->ctas.at(rank), barrier, 0);
-}
+void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) { arrive(cta->cluster->ctas.at(rank), barrier, 0); }
 void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   if (parity > 1) fault("a phase has parity 0 or 1" + where());
   wait_for({&mbarrier(*cta, barrier).phase, 1, parity, "mbarrier", barrier});
@@ -573,7 +573,8 @@ void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
 // ---- cp.async ----
 void cp_async(std::uint32_t shared, const void* global, std::uint32_t bytes, bool valid) {
   shared_bytes(shared, bytes);
-  if (valid && reinterpret_cast<std::uintptr_t>(global) % bytes != 0) fault("cp.async from a crooked address" + where());
+  if (valid && reinterpret_cast<std::uintptr_t>(global) % bytes != 0)
+    fault("cp.async from a crooked address" + where());
   thread->copies.push_back({shared, bytes, valid ? global : nullptr, thread->copy_group, false});
   if (!cta->cluster->launch->schedule.late_copies) land(*cta, *thread);
 }

@@ -4,18 +4,18 @@
 // A CUDA thread is a fiber with a stack of its own; one runs at a time, until it waits. One CTA runs at a time, or the
 // two of a cluster, each on an operating system thread whose thread-local storage is the CTA's shared memory.
 //
-// What it shows: wrong results; reads of shared memory that nobody has written (dynamic shared memory starts as garbage)
-// and writes behind it; deadlocks, with where each thread waits; arrivals that an mbarrier does not expect; lanes of a
-// warp at different collectives; what a copy, a descriptor or an address must be aligned to. Copies and wgmma are as late
-// or as early as a schedule says, and the order of threads is drawn, so a missing wait, barrier or __syncwarp and a stage
-// that is released too early give wrong results: late copies land when no thread can go on, late products are computed
-// at the wait for them, after everyone else has run. wgmma reads shared memory through an image of its own, into which
-// what cp.async wrote comes only by fence.proxy.async (of any thread).
+// What it shows: wrong results; reads of shared memory that nobody has written (dynamic shared memory starts as
+// garbage) and writes behind it; deadlocks, with where each thread waits; arrivals that an mbarrier does not expect;
+// lanes of a warp at different collectives; what a copy, a descriptor or an address must be aligned to. Copies and
+// wgmma are as late or as early as a schedule says, and the order of threads is drawn, so a missing wait, barrier or
+// __syncwarp and a stage that is released too early give wrong results: late copies land when no thread can go on, late
+// products are computed at the wait for them, after everyone else has run. wgmma reads shared memory through an image
+// of its own, into which what cp.async wrote comes only by fence.proxy.async (of any thread).
 //
-// What it does not: memory that hardware orders more weakly than one thread after another (a missing fence between plain
-// loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (dependent launch), bank conflicts,
-// registers, time, what ptxas makes of the code, and whether an instruction is as include/ptx/ believes: the tests in
-// tests/gpu and tests/python run on a GPU. Static shared memory keeps what the CTA before left there.
+// What it does not: memory that hardware orders more weakly than one thread after another (a missing fence between
+// plain loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (dependent launch), bank
+// conflicts, registers, time, what ptxas makes of the code, and whether an instruction is as include/ptx/ believes: the
+// tests in tests/gpu and tests/python run on a GPU. Static shared memory keeps what the CTA before left there.
 #pragma once
 
 #include <cstdint>
