@@ -98,7 +98,7 @@ TEST_F(Family, WhatTheSm90FamilyRefuses) {
   c.intermediate = 96;
   LayerOptions o;
   o.family = KernelFamily::sm90;
-  expect_error(ErrorCode::unsupported, "w2: the sm90 family expects block_n of a multiple of 128, got 64",
+  expect_error(ErrorCode::unsupported, "w13: the sm90 family expects block_n of a multiple of 128, got 64",
                [&] { MoeLayer(kGpu, make_weights(c, c.experts), o); });
   c.scheme = Scheme::parse("int8_channel");
   c.hidden = 144;
