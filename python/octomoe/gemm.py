@@ -26,7 +26,12 @@ class PreparedMatrix:
     __slots__ = ("__weakref__", "_handle", "_info")
 
     def __init__(
-        self, matrix: QuantizedMatrix, *, device: str = "cpu", threads: int = 0, family: str = "automatic"
+        self,
+        matrix: QuantizedMatrix,
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        family: str = "automatic",
     ) -> None:
         if not isinstance(matrix, QuantizedMatrix):
             raise InvalidArgument(

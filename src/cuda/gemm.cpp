@@ -185,11 +185,11 @@ std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& dev
     if (plan::wgmma_configs(promotion_of(m_), epilogue, block_stages(s)).empty()) {
       return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
-    // A consumer's rows share a scale block (gated: one of each half).
-    const std::int64_t group = gated ? 64 : 128;
-    if (s.block_n % group != 0) return fmt::format("block_n of a multiple of {}, got {}", group, s.block_n);
-    if (!gated && m_.segments > 1 && m_.n / m_.segments % group != 0) {
-      return fmt::format("halves of w13 of a multiple of {} rows, got {}", group, m_.n / m_.segments);
+    // A consumer's 128 rows share a scale block; gated, the tile's 128 of each half.
+    constexpr std::int64_t kGroup = 128;
+    if (s.block_n % kGroup != 0) return fmt::format("block_n of a multiple of {}, got {}", kGroup, s.block_n);
+    if (!gated && m_.segments > 1 && m_.n / m_.segments % kGroup != 0) {
+      return fmt::format("halves of w13 of a multiple of {} rows, got {}", kGroup, m_.n / m_.segments);
     }
   }
   return {};

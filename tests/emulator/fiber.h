@@ -1,5 +1,5 @@
-// A stack of its own to run a function on, and the way there and back. Assembly on x86-64: a switch is some nanoseconds,
-// and a kernel makes millions; ucontext elsewhere.
+// A stack of its own to run a function on, and the way there and back. Assembly on x86-64: a switch is some
+// nanoseconds, and a kernel makes millions; ucontext elsewhere.
 #pragma once
 
 #include <sys/mman.h>

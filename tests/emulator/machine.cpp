@@ -99,6 +99,7 @@ struct Thread {
   unsigned index = 0;
   Wait wait = kGoOn;
   bool done = false;
+  std::uint32_t rests_in = 0;  // the round in which it lets others run
   std::deque<CpAsync> copies;
   std::uint32_t copy_group = 0, arrivals_due = 0;
   std::deque<Product> products;
@@ -136,6 +137,7 @@ struct Cta {
   unsigned block = 0;
   std::vector<Thread> threads;
   std::vector<std::uint32_t> order;
+  std::uint32_t round = 0;
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
   std::unordered_map<std::uint32_t, Mbarrier> mbarriers;
@@ -166,7 +168,8 @@ Thread* thread = nullptr;
 
 [[noreturn]] void fault(const std::string& what) { throw Fault(what); }
 std::string where() {
-  return thread == nullptr ? "" : " (CTA " + std::to_string(cta->block) + ", thread " + std::to_string(thread->index) + ")";
+  return thread == nullptr ? ""
+                           : " (CTA " + std::to_string(cta->block) + ", thread " + std::to_string(thread->index) + ")";
 }
 
 void wait_for(const Wait& wait) {
@@ -176,6 +179,7 @@ void wait_for(const Wait& wait) {
 }
 void let_others_run() {
   thread->wait = kGoOn;
+  thread->rests_in = cta->round;
   thread->fiber.leave();
 }
 
@@ -341,22 +345,50 @@ std::string waiting_threads(const Cluster& cluster) {
   return text;
 }
 
-// Every thread that can go on does so once; false if none could.
+// False if the thread could not go on.
+bool run_one(Cta& c, Thread& t) {
+  if (t.done || t.rests_in == c.round || (*t.wait.word & t.wait.mask) == t.wait.blocked) return false;
+  cta = &c;
+  thread = &t;
+  threadIdx = {t.index, 0, 0};
+  blockIdx = {c.block, 0, 0};
+  t.fiber.enter();
+  thread = nullptr;
+  if (c.fault != nullptr) std::rethrow_exception(c.fault);
+  return true;
+}
+
+// Every thread that can go on does so: once, or, by an odd seed, warp after warp as far as it gets. False if none
+// could.
 bool run_threads(Cta& c) {
+  const bool warps_apart = c.cluster->launch->schedule.seed % 2 != 0;
+  const std::size_t group = warps_apart ? 32 : c.order.size();
   bool any = false;
-  for (const std::uint32_t i : c.order) {
-    Thread& t = c.threads[i];
-    if (t.done || (*t.wait.word & t.wait.mask) == t.wait.blocked) continue;
-    any = true;
-    cta = &c;
-    thread = &t;
-    threadIdx = {t.index, 0, 0};
-    blockIdx = {c.block, 0, 0};
-    t.fiber.enter();
-    thread = nullptr;
-    if (c.fault != nullptr) std::rethrow_exception(c.fault);
+  ++c.round;
+  for (std::size_t begin = 0; begin < c.order.size(); begin += group) {
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (std::size_t i = begin; i < begin + group; ++i) {
+        if (run_one(c, c.threads[c.order[i]])) moved = any = true;
+      }
+      if (!warps_apart) break;
+    }
   }
   return any;
+}
+
+// Threads in any order; by an odd seed, a warp's lanes side by side.
+void shuffle(Cta& c, std::mt19937& random) {
+  std::vector<std::uint32_t> warp(c.order.size() / 32);
+  for (std::uint32_t i = 0; i < warp.size(); ++i) warp[i] = i;
+  std::ranges::shuffle(warp, random);
+  for (std::size_t i = 0; i < c.order.size(); ++i) c.order[i] = warp[i / 32] * 32 + static_cast<std::uint32_t>(i % 32);
+  if (c.cluster->launch->schedule.seed % 2 == 0) {
+    std::ranges::shuffle(c.order, random);
+  } else {
+    for (auto at = c.order.begin(); at != c.order.end(); at += 32) std::shuffle(at, at + 32, random);
+  }
 }
 
 std::vector<std::unique_ptr<Stack>>& stacks(std::uint32_t rank, std::size_t count) {
@@ -385,6 +417,9 @@ void run_cta(Cluster& cluster, std::uint32_t rank) {
       const std::size_t ctas = cluster.ctas.size();
       if (run_threads(c)) {
         cluster.idle = 0;
+        // The CTAs of a cluster get apart as well.
+        while (ctas > 1 && cluster.random() % 8 != 0 && run_threads(c)) {
+        }
       } else if (++cluster.idle > ctas && land_some(c)) {
         cluster.idle = 0;
       }
@@ -437,7 +472,7 @@ void launch(const Launch& launch, const std::function<void()>& kernel) {
       c.left = c.threads.size();
       c.order.resize(c.threads.size());
       for (std::uint32_t i = 0; i < c.order.size(); ++i) c.threads[i].index = c.order[i] = i;
-      if (launch.schedule.seed != 0) std::ranges::shuffle(c.order, cluster.random);
+      if (launch.schedule.seed != 0) shuffle(c, cluster.random);
     }
     if (cluster.ctas.size() == 1) {
       run_cta(cluster, 0);
@@ -529,9 +564,7 @@ void barrier_init(std::uint32_t barrier, int count) {
   cta->mbarriers[barrier] = {0, count, count, 0};
 }
 void barrier_arrive(std::uint32_t barrier, std::uint32_t expected_bytes) { arrive(*cta, barrier, expected_bytes); }
-void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) {
-  arrive(cta->cluster->ctas.at(rank), barrier, 0);
-}
+void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) { arrive(cta->cluster->ctas.at(rank), barrier, 0); }
 void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   if (parity > 1) fault("a phase has parity 0 or 1" + where());
   wait_for({&mbarrier(*cta, barrier).phase, 1, parity, "mbarrier", barrier});
@@ -540,7 +573,8 @@ void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
 // ---- cp.async ----
 void cp_async(std::uint32_t shared, const void* global, std::uint32_t bytes, bool valid) {
   shared_bytes(shared, bytes);
-  if (valid && reinterpret_cast<std::uintptr_t>(global) % bytes != 0) fault("cp.async from a crooked address" + where());
+  if (valid && reinterpret_cast<std::uintptr_t>(global) % bytes != 0)
+    fault("cp.async from a crooked address" + where());
   thread->copies.push_back({shared, bytes, valid ? global : nullptr, thread->copy_group, false});
   if (!cta->cluster->launch->schedule.late_copies) land(*cta, *thread);
 }

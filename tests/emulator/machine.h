@@ -1,13 +1,21 @@
-// A GPU in software, for tests: runs a kernel of kernels/**/*.cuh, compiled by the host compiler, with all its threads,
-// and tells what a GPU would not say. kernels.h says how kernels come here.
+// A GPU in software, for tests: runs a kernel of kernels/**/*.cuh, compiled by the host compiler, with all its threads.
+// kernels.h says how kernels come here; include/ptx/ stands for kernels/ptx/.
 //
-// A CUDA thread is a fiber with a stack of its own; one runs at a time, until it waits. A CTA runs at a time, or the
-// CTAs of a cluster, each on an operating system thread whose thread-local storage is the CTA's shared memory.
+// A CUDA thread is a fiber with a stack of its own; one runs at a time, until it waits. One CTA runs at a time, or the
+// two of a cluster, each on an operating system thread whose thread-local storage is the CTA's shared memory.
 //
-// Copies and wgmma are asynchronous: schedules with late copies make them wait until no thread can go on, schedules with
-// late products do not multiply before the wait, after everyone else has run. What does not wait for them reads old
-// bytes. wgmma reads its operands from a second image of shared memory, into which what cp.async writes comes only by
-// fence.proxy.async.
+// What it shows: wrong results; reads of shared memory that nobody has written (dynamic shared memory starts as
+// garbage) and writes behind it; deadlocks, with where each thread waits; arrivals that an mbarrier does not expect;
+// lanes of a warp at different collectives; what a copy, a descriptor or an address must be aligned to. Copies and
+// wgmma are as late or as early as a schedule says, and the order of threads is drawn, so a missing wait, barrier or
+// __syncwarp and a stage that is released too early give wrong results: late copies land when no thread can go on, late
+// products are computed at the wait for them, after everyone else has run. wgmma reads shared memory through an image
+// of its own, into which what cp.async wrote comes only by fence.proxy.async (of any thread).
+//
+// What it does not: memory that hardware orders more weakly than one thread after another (a missing fence between
+// plain loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (dependent launch), bank
+// conflicts, registers, time, what ptxas makes of the code, and whether an instruction is as include/ptx/ believes: the
+// tests in tests/gpu and tests/python run on a GPU. Static shared memory keeps what the CTA before left there.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +34,7 @@ struct Fault : std::runtime_error {
 
 struct Schedule {
   bool late_copies = true, late_products = true;
-  std::uint32_t seed = 0;  // of the order of threads
+  std::uint32_t seed = 0;  // of the order of threads; 0: as they are numbered; odd: warps run as far as they get
 };
 
 struct Launch {

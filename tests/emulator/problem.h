@@ -15,7 +15,11 @@ inline std::string describe(const Schedule& s) {
          " products, seed " + std::to_string(s.seed);
 }
 inline std::vector<Schedule> schedules(std::uint32_t seed) {
-  return {{true, true, 0}, {false, false, seed}, {true, false, seed + 1}, {false, true, seed + 2}};
+  return {{true, true, 0},
+          {false, false, 2 * seed},
+          {true, true, 2 * seed + 1},
+          {true, false, 2 * seed + 3},
+          {false, true, 2 * seed + 5}};
 }
 
 // Memory that ends where it says: a page follows that nobody may touch.
@@ -41,8 +45,9 @@ class Memory {
   }
   // Where the count is no multiple of 16 bytes, the last of them can be read: so it is on a GPU.
   T* data() const {
-    return base_ == nullptr ? nullptr
-                            : reinterpret_cast<T*>(static_cast<char*>(base_) + bytes_ - (count_ * sizeof(T) + 15) / 16 * 16);
+    return base_ == nullptr
+               ? nullptr
+               : reinterpret_cast<T*>(static_cast<char*>(base_) + bytes_ - (count_ * sizeof(T) + 15) / 16 * 16);
   }
   std::size_t size() const { return count_; }
   T& operator[](std::size_t i) const { return data()[i]; }
@@ -107,11 +112,15 @@ struct GemmProblem {
     const int per_segment = (c.n / c.segments + c.block_n - 1) / c.block_n, blocks_n = c.segments * per_segment;
     a = Memory<std::int8_t>::of(count(a_rows, c.k), byte);
     w = Memory<std::int8_t>::of(count(experts, c.n, c.k), byte);
-    a_scale = Memory<float>::of(
-        count(c.promotion == kernels::Promotion::block ? blocks_k : blocks ? super : 1, a_rows), scale);
-    w_scale = Memory<float>::of(!blocks ? count(experts, c.per_tensor ? 1 : c.n)
-                                        : count(experts, blocks_n, c.promotion == kernels::Promotion::block ? blocks_k : super),
+    a_scale = Memory<float>::of(count(c.promotion == kernels::Promotion::block ? blocks_k
+                                      : blocks                                 ? super
+                                                                               : 1,
+                                      a_rows),
                                 scale);
+    w_scale = Memory<float>::of(
+        !blocks ? count(experts, c.per_tensor ? 1 : c.n)
+                : count(experts, blocks_n, c.promotion == kernels::Promotion::block ? blocks_k : super),
+        scale);
     const auto integer_scale = [&] { return 1 + rng() % 16; };
     if (c.promotion >= kernels::Promotion::hybrid) {
       a_q = Memory<std::int32_t>::of(count(blocks_k, a_rows), integer_scale);
@@ -125,21 +134,45 @@ struct GemmProblem {
         for (int i = 0; i < c.k; ++i) column_sum[r] += w[r * count(c.k) + count(i)];
       }
     }
-    if (c.gather) row_source = Memory<std::int32_t>::of(count(rows), [&] { return rng() % static_cast<unsigned>(a_rows); });
-    if (c.row_factor) row_factor = Memory<float>::of(count(rows), [&] { return 0.1f + static_cast<float>(rng() % 97) * 0.01f; });
+    if (c.gather)
+      row_source = Memory<std::int32_t>::of(count(rows), [&] { return rng() % static_cast<unsigned>(a_rows); });
+    if (c.row_factor)
+      row_factor = Memory<float>::of(count(rows), [&] { return 0.1f + static_cast<float>(rng() % 97) * 0.01f; });
     if (c.bias) bias = Memory<float>::of(count(experts, c.n), [&] { return static_cast<float>(byte()) * 0.37f; });
     width = c.gated ? c.n / 2 : c.n;
     out_rows = rows;
     out = Memory<std::uint8_t>(count(rows, width + 16, elem_bytes()));
     std::memset(out.data(), 0xa5, out.size());
-    args = {.a = a.data(), .w = w.data(), .a_rows = a_rows, .a_scale = a_scale.data(), .w_scale = w_scale.data(),
-            .a_q = a_q.data(), .w_q = w_q.data(), .a_zero = a_zero.data(), .column_sum = column_sum.data(),
-            .expert_offsets = offsets.data(), .row_source = row_source.data(), .row_factor = row_factor.data(),
-            .bias = bias.data(), .out = out.data(), .out_stride = width + 16, .out_type = c.out, .experts = experts,
-            .n = c.n, .k = c.k, .masked_rows = c.masked ? most : 0, .w_scale_per_tensor = c.per_tensor,
-            .block_n = c.block_n, .block_k = c.block_k, .blocks_n = blocks_n, .blocks_k = blocks_k,
-            .segments = c.segments, .super_group = c.super_group, .flush_blocks = c.flush_blocks,
-            .up_first = c.up_first, .limit = c.limit};
+    args = {.a = a.data(),
+            .w = w.data(),
+            .a_rows = a_rows,
+            .a_scale = a_scale.data(),
+            .w_scale = w_scale.data(),
+            .a_q = a_q.data(),
+            .w_q = w_q.data(),
+            .a_zero = a_zero.data(),
+            .column_sum = column_sum.data(),
+            .expert_offsets = offsets.data(),
+            .row_source = row_source.data(),
+            .row_factor = row_factor.data(),
+            .bias = bias.data(),
+            .out = out.data(),
+            .out_stride = width + 16,
+            .out_type = c.out,
+            .experts = experts,
+            .n = c.n,
+            .k = c.k,
+            .masked_rows = c.masked ? most : 0,
+            .w_scale_per_tensor = c.per_tensor,
+            .block_n = c.block_n,
+            .block_k = c.block_k,
+            .blocks_n = blocks_n,
+            .blocks_k = blocks_k,
+            .segments = c.segments,
+            .super_group = c.super_group,
+            .flush_blocks = c.flush_blocks,
+            .up_first = c.up_first,
+            .limit = c.limit};
   }
 
   int elem_bytes() const { return !c.gated && c.out == kernels::OutType::f32 ? 4 : 2; }
@@ -158,8 +191,8 @@ struct GemmProblem {
     };
     const float factor = g.row_factor != nullptr ? g.row_factor[row] : 1.0f;
     const int part = g.n / g.segments;
-    const std::int64_t block = std::int64_t{e} * g.blocks_n + weight_row / part * (g.blocks_n / g.segments) +
-                               weight_row % part / g.block_n;
+    const std::int64_t block =
+        std::int64_t{e} * g.blocks_n + weight_row / part * (g.blocks_n / g.segments) + weight_row % part / g.block_n;
     float v = 0.0f;
     if (c.promotion == Promotion::channel) {
       std::int32_t acc = sum(0, g.k);
@@ -213,7 +246,8 @@ struct GemmProblem {
           if (elem_bytes() == 4) {
             std::memcpy(at, &v, 4);
           } else {
-            const std::uint16_t h = c.gated || c.out == kernels::OutType::bf16 ? num::float_to_bf16(v) : num::float_to_fp16(v);
+            const std::uint16_t h =
+                c.gated || c.out == kernels::OutType::bf16 ? num::float_to_bf16(v) : num::float_to_fp16(v);
             std::memcpy(at, &h, 2);
           }
         }

@@ -108,7 +108,8 @@ void check_quantize(const QuantizeCase& c) {
       ASSERT_EQ(want.block[b], block_q[b * ld + r]) << "row " << r << ", block " << b;
     }
   }
-  for (std::size_t i = 0; i < static_cast<std::size_t>(c.k); ++i) ASSERT_EQ(q[rows * static_cast<std::size_t>(c.k) + i], 0x55);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(c.k); ++i)
+    ASSERT_EQ(q[rows * static_cast<std::size_t>(c.k) + i], 0x55);
 }
 template <RowScheme S>
 void check_quantize_sizes() {
@@ -141,16 +142,25 @@ TEST(ActivateRows, EveryActivation) {
       const Memory<std::uint16_t> h(static_cast<std::size_t>(rows) * width);
       LayerOptions options;
       options.swiglu_limit = 2.0f;
-      const kernels::ActivateArgs args{.v = v.as<float>(), .h = h.data(), .row_count = &rows, .rows = rows + 3,
-                                       .width = width, .gated = gated, .up_first = up_first,
-                                       .act = static_cast<kernels::Act>(a), .alpha = options.swiglu_alpha, .limit = 2.0f};
+      const kernels::ActivateArgs args{.v = v.as<float>(),
+                                       .h = h.data(),
+                                       .row_count = &rows,
+                                       .rows = rows + 3,
+                                       .width = width,
+                                       .gated = gated,
+                                       .up_first = up_first,
+                                       .act = static_cast<kernels::Act>(a),
+                                       .alpha = options.swiglu_alpha,
+                                       .limit = 2.0f};
       run(2, kernels::kActivateThreads, [&] { kernels::activate_rows(args); });
       for (std::int32_t r = 0; r < rows; ++r) {
         for (std::int32_t c = 0; c < width; ++c) {
-          const float first = v.as<float>()[r * in_width + c], second = gated ? v.as<float>()[r * in_width + width + c] : 0;
+          const float first = v.as<float>()[r * in_width + c],
+                      second = gated ? v.as<float>()[r * in_width + width + c] : 0;
           const bool swap = gated && up_first;
           const float act = reference::activate(kind, swap ? second : first, swap ? first : second, options);
-          ASSERT_EQ(h[static_cast<std::size_t>(r * width + c)], num::float_to_bf16(act)) << "row " << r << " column " << c;
+          ASSERT_EQ(h[static_cast<std::size_t>(r * width + c)], num::float_to_bf16(act))
+              << "row " << r << " column " << c;
         }
       }
     }
@@ -194,13 +204,21 @@ TEST(Sort, RoutesByExpertThenToken) {
       const int chunks = (tokens * top_k + kernels::kSortChunk - 1) / kernels::kSortChunk;
       const Memory<std::int32_t> counts(static_cast<std::size_t>(chunks * experts));
       const kernels::SortArgs args{.topk_ids = wide ? static_cast<const void*>(wide_ids.data()) : ids.data(),
-                                   .ids_stride = stride, .ids_are_64 = wide, .tokens = tokens, .top_k = top_k,
-                                   .experts = experts, .expert_map = variant == 1 ? map.data() : nullptr,
-                                   .id_limit = global, .expert_offsets = got_offsets.data(),
-                                   .row_token = got_token.data(), .route_row = got_row.data(),
-                                   .topk_weights = weights.as<float>(), .weights_stride = stride,
+                                   .ids_stride = stride,
+                                   .ids_are_64 = wide,
+                                   .tokens = tokens,
+                                   .top_k = top_k,
+                                   .experts = experts,
+                                   .expert_map = variant == 1 ? map.data() : nullptr,
+                                   .id_limit = global,
+                                   .expert_offsets = got_offsets.data(),
+                                   .row_token = got_token.data(),
+                                   .route_row = got_row.data(),
+                                   .topk_weights = weights.as<float>(),
+                                   .weights_stride = stride,
                                    .row_factor = variant == 1 ? nullptr : got_factor.data(),
-                                   .token_offsets = token_offsets.data(), .chunks = chunks,
+                                   .token_offsets = token_offsets.data(),
+                                   .chunks = chunks,
                                    .chunk_counts = counts.data()};
       if (chunks > 1) run(chunks, kernels::kSortThreads, [&] { kernels::count_routes(args); });
       run(chunks, kernels::kSortThreads, [&] { kernels::sort_routes(args); });
@@ -226,10 +244,13 @@ TEST(Combine, EqualsTheCpuEngine) {
       const int tokens = 7, top_k = 6, hidden = 40, rows = tokens * top_k;
       const std::int64_t stride = aligned ? hidden : hidden + 5;
       std::mt19937 rng(static_cast<std::uint32_t>(variant));
-      const Tensor y = random_tensor(DType::bfloat16, {rows, hidden}, 5), shared_y = random_tensor(DType::bfloat16, {tokens, hidden}, 6);
-      const Tensor weights = testing::random_topk_weights(tokens, top_k, 7), gate = testing::random_topk_weights(tokens, 1, 8);
+      const Tensor y = random_tensor(DType::bfloat16, {rows, hidden}, 5),
+                   shared_y = random_tensor(DType::bfloat16, {tokens, hidden}, 6);
+      const Tensor weights = testing::random_topk_weights(tokens, top_k, 7),
+                   gate = testing::random_topk_weights(tokens, 1, 8);
       std::vector<std::int32_t> route_row(static_cast<std::size_t>(rows));
-      for (std::int32_t i = 0; i < rows; ++i) route_row[static_cast<std::size_t>(i)] = rng() % 4 == 0 || i < top_k ? -1 : rows - 1 - i;
+      for (std::int32_t i = 0; i < rows; ++i)
+        route_row[static_cast<std::size_t>(i)] = rng() % 4 == 0 || i < top_k ? -1 : rows - 1 - i;
       const Tensor before = random_tensor(type, {tokens, stride}, 9), want = Tensor::copy_of(before);
       const auto bytes = static_cast<std::int64_t>(size_bytes(type));
       for (int t = 0; t < tokens; ++t) {
@@ -245,20 +266,32 @@ TEST(Combine, EqualsTheCpuEngine) {
           from.push_back(shared_y.as<std::uint16_t>() + t * hidden);
           weight.push_back(gate.as<float>()[t]);
         }
-        cpu::combine({.y = from.data(), .weight = weight.data(), .count = static_cast<int>(from.size()), .n = hidden,
-                      .out = want.as<char>() + t * stride * bytes, .out_dtype = type, .accumulate = accumulate});
+        cpu::combine({.y = from.data(),
+                      .weight = weight.data(),
+                      .count = static_cast<int>(from.size()),
+                      .n = hidden,
+                      .out = want.as<char>() + t * stride * bytes,
+                      .out_dtype = type,
+                      .accumulate = accumulate});
       }
       // What is added to is added to once.
       const Tensor out = Tensor::copy_of(before);
-      const kernels::CombineArgs args{.y = y.as<std::uint16_t>(), .route_row = route_row.data(),
-                                      .topk_weights = variant == 6 ? nullptr : weights.as<float>(), .weights_stride = top_k,
+      const kernels::CombineArgs args{.y = y.as<std::uint16_t>(),
+                                      .route_row = route_row.data(),
+                                      .topk_weights = variant == 6 ? nullptr : weights.as<float>(),
+                                      .weights_stride = top_k,
                                       .shared_y = shared ? shared_y.as<std::uint16_t>() : nullptr,
-                                      .shared_weight = gate.as<float>(), .out = out.as<char>(), .out_stride = stride,
+                                      .shared_weight = gate.as<float>(),
+                                      .out = out.as<char>(),
+                                      .out_stride = stride,
                                       .out_type = type == DType::float32   ? OutType::f32
                                                   : type == DType::float16 ? OutType::fp16
                                                                            : OutType::bf16,
-                                      .out_aligned = aligned, .accumulate = accumulate, .tokens = tokens,
-                                      .top_k = top_k, .hidden = hidden};
+                                      .out_aligned = aligned,
+                                      .accumulate = accumulate,
+                                      .tokens = tokens,
+                                      .top_k = top_k,
+                                      .hidden = hidden};
       launch({.grid = 2, .threads = kernels::kCombineThreads}, [&] { kernels::combine(args); });
       ASSERT_EQ(std::memcmp(out.as<char>(), want.as<char>(), want.bytes()), 0);
     }
@@ -268,10 +301,14 @@ TEST(Combine, EqualsTheCpuEngine) {
 TEST(SharedGate, EqualsTheCpuEngine) {
   for (const DType type : kTypes) {
     const int tokens = 5, hidden = 1040;
-    const Tensor x = random_tensor(type, {tokens, hidden}, 1, 0.1f), gate = random_tensor(DType::float32, {hidden}, 2, 0.01f);
+    const Tensor x = random_tensor(type, {tokens, hidden}, 1, 0.1f),
+                 gate = random_tensor(DType::float32, {hidden}, 2, 0.01f);
     const Memory<float> weight(tokens);
-    const kernels::SharedGateArgs args{.x = {x.view().data(), hidden, row_type(type), 1}, .gate = gate.as<float>(),
-                                       .weight = weight.data(), .tokens = tokens, .hidden = hidden};
+    const kernels::SharedGateArgs args{.x = {x.view().data(), hidden, row_type(type), 1},
+                                       .gate = gate.as<float>(),
+                                       .weight = weight.data(),
+                                       .tokens = tokens,
+                                       .hidden = hidden};
     run(3, kernels::kSharedGateThreads, [&] { kernels::shared_gate(args); });
     for (int t = 0; t < tokens; ++t) {
       std::vector<float> row(hidden);
@@ -295,20 +332,33 @@ TEST(Route, EqualsTheHost) {
       for (const int top_k : {1, 8}) {
         const Tensor logits = random_tensor(type, {tokens, experts}, 2);
         // Ties, and a token that is poisoned.
-        for (int i = 0; i < experts; ++i) reference::store(logits.as<char>() + (3 * experts + i) * static_cast<std::int64_t>(size_bytes(type)), type, 0.5f);
-        reference::store(logits.as<char>() + (5 * experts + 7) * static_cast<std::int64_t>(size_bytes(type)), type, num::nan());
-        const Tensor weights = Tensor::zeros(DType::float32, {tokens, top_k}), ids = Tensor::zeros(DType::int32, {tokens, top_k});
+        for (int i = 0; i < experts; ++i)
+          reference::store(logits.as<char>() + (3 * experts + i) * static_cast<std::int64_t>(size_bytes(type)), type,
+                           0.5f);
+        reference::store(logits.as<char>() + (5 * experts + 7) * static_cast<std::int64_t>(size_bytes(type)), type,
+                         num::nan());
+        const Tensor weights = Tensor::zeros(DType::float32, {tokens, top_k}),
+                     ids = Tensor::zeros(DType::int32, {tokens, top_k});
         route(logits, weights, ids, o);
         const Memory<float> got_weights(static_cast<std::size_t>(tokens * top_k));
         const Memory<std::int32_t> got_ids(static_cast<std::size_t>(tokens * top_k));
         const kernels::RouteArgs args{.logits = {logits.view().data(), experts, row_type(type), 0},
-                                      .weights = got_weights.data(), .ids = got_ids.data(), .weights_stride = top_k,
-                                      .ids_stride = top_k, .bias = o.correction_bias.as<float>(), .tokens = tokens,
-                                      .experts = experts, .top_k = top_k, .groups = o.groups,
-                                      .topk_groups = o.topk_groups, .scoring = static_cast<kernels::Scoring>(o.scoring),
+                                      .weights = got_weights.data(),
+                                      .ids = got_ids.data(),
+                                      .weights_stride = top_k,
+                                      .ids_stride = top_k,
+                                      .bias = o.correction_bias.as<float>(),
+                                      .tokens = tokens,
+                                      .experts = experts,
+                                      .top_k = top_k,
+                                      .groups = o.groups,
+                                      .topk_groups = o.topk_groups,
+                                      .scoring = static_cast<kernels::Scoring>(o.scoring),
                                       .renormalize = static_cast<kernels::Renormalize>(o.renormalize),
-                                      .renormalize_min = o.renormalize_min, .scaling_factor = o.scaling_factor};
-        run(2, kernels::kRouteThreads, [&] { kernels::route(args); },
+                                      .renormalize_min = o.renormalize_min,
+                                      .scaling_factor = o.scaling_factor};
+        run(
+            2, kernels::kRouteThreads, [&] { kernels::route(args); },
             kernels::kRouteTokens * (2 * experts + 2 * o.groups) * 4);
         ASSERT_EQ(std::memcmp(got_ids.data(), ids.as<char>(), ids.bytes()), 0);
         ASSERT_EQ(std::memcmp(got_weights.data(), weights.as<char>(), weights.bytes()), 0);
@@ -329,8 +379,8 @@ TEST(GroupIndex, MakesOffsetsSafe) {
         if (wide) index.back() = std::int64_t{1} << 40;
         const std::vector<std::int32_t> narrow(index.begin(), index.end());
         const Memory<std::int32_t> offsets(count);
-        const kernels::GroupIndexArgs args{wide ? static_cast<const void*>(index.data()) : narrow.data(), wide, masked,
-                                           experts, 150, offsets.data()};
+        const kernels::GroupIndexArgs args{
+            wide ? static_cast<const void*>(index.data()) : narrow.data(), wide, masked, experts, 150, offsets.data()};
         run(1, kernels::kGroupIndexThreads, [&] { kernels::group_index(args); });
         std::int64_t top = 0;
         for (std::size_t i = 0; i < count; ++i) {
@@ -351,8 +401,8 @@ TEST(TransposeScales, ColumnsFirst) {
   for (const bool broadcast : {false, true}) {
     const Memory<float> scale_out(rows * columns);
     const Memory<std::int32_t> q_out(rows * q_columns);
-    const kernels::TransposeScalesArgs args{scale.data(), q.data(), scale_out.data(), q_out.data(), rows, columns,
-                                            q_columns, broadcast};
+    const kernels::TransposeScalesArgs args{scale.data(), q.data(), scale_out.data(), q_out.data(),
+                                            rows,         columns,  q_columns,        broadcast};
     run(2, kernels::kTransposeThreads, [&] { kernels::transpose_scales(args); });
     for (std::size_t r = 0; r < rows; ++r) {
       for (std::size_t c = 0; c < columns; ++c) {
@@ -368,15 +418,27 @@ TEST(GatherRows, RowsAndTheirScales) {
   const std::size_t tokens = 11, rows = 29, k = 272, columns = 3, q_columns = 300;
   const auto q = Memory<std::int8_t>::of(tokens * k, [&] { return rng() % 256; });
   const auto scale = Memory<float>::of(tokens * columns, [&] { return static_cast<float>(rng() % 1000); });
-  const auto block_q = Memory<std::int32_t>::of(tokens * q_columns, [&] { return rng() % 1000; }), zero = Memory<std::int32_t>::of(tokens, [&] { return rng() % 256; }),
+  const auto block_q = Memory<std::int32_t>::of(tokens * q_columns, [&] { return rng() % 1000; }),
+             zero = Memory<std::int32_t>::of(tokens, [&] { return rng() % 256; }),
              row_token = Memory<std::int32_t>::of(rows, [&] { return rng() % tokens; });
   const Memory<std::int8_t> q_out(rows * k);
   const Memory<float> scale_out(rows * columns);
   const Memory<std::int32_t> block_q_out(rows * q_columns), zero_out(rows);
   const std::int32_t count = rows - 2;
-  const kernels::GatherRowsArgs args{q.data(),        scale.data(),       block_q.data(),  zero.data(), row_token.data(),
-                                     &count,          q_out.data(),       scale_out.data(), block_q_out.data(),
-                                     zero_out.data(), tokens,             rows,            k,           columns,
+  const kernels::GatherRowsArgs args{q.data(),
+                                     scale.data(),
+                                     block_q.data(),
+                                     zero.data(),
+                                     row_token.data(),
+                                     &count,
+                                     q_out.data(),
+                                     scale_out.data(),
+                                     block_q_out.data(),
+                                     zero_out.data(),
+                                     tokens,
+                                     rows,
+                                     k,
+                                     columns,
                                      q_columns};
   run(3, kernels::kGatherThreads, [&] { kernels::gather_rows(args); });
   for (std::size_t r = 0; r < rows; ++r) {
@@ -384,7 +446,8 @@ TEST(GatherRows, RowsAndTheirScales) {
     const bool used = r + 2 < rows;
     for (std::size_t i = 0; i < k; ++i) ASSERT_EQ(q_out[r * k + i], used ? q[t * k + i] : 0);
     for (std::size_t c = 0; c < columns; ++c) ASSERT_EQ(scale_out[c * rows + r], used ? scale[c * tokens + t] : 0.0f);
-    for (std::size_t c = 0; c < q_columns; ++c) ASSERT_EQ(block_q_out[c * rows + r], used ? block_q[c * tokens + t] : 0);
+    for (std::size_t c = 0; c < q_columns; ++c)
+      ASSERT_EQ(block_q_out[c * rows + r], used ? block_q[c * tokens + t] : 0);
     ASSERT_EQ(zero_out[r], used ? zero[t] : 0);
   }
 }

@@ -1,5 +1,5 @@
-// kernels/sm80/grouped_gemm.cuh against docs/schemes.md section 3 as plain loops, bit for bit: tiles of every shape that
-// the catalogue has, and every way in which a warp learns that a stage has landed.
+// kernels/sm80/grouped_gemm.cuh against docs/schemes.md section 3 as plain loops, bit for bit: tiles of every shape
+// that the catalogue has, and every way in which a warp learns that a stage has landed.
 #include "emulator/problem.h"
 
 namespace octomoe::emulator {
@@ -20,8 +20,8 @@ struct Tile {
 
 template <Promotion kPromotion, Epilogue kEpilogue, Tile kTile>
 void check(GemmCase c, int ctas = 2) {
-  constexpr GemmConfig kConfig{kPromotion,     kEpilogue,     kTile.m,    kTile.n, kTile.k,    kTile.stages,
-                               kTile.warps_m,  kTile.warps_n, kTile.fine, 1,       kTile.order};
+  constexpr GemmConfig kConfig{kPromotion,    kEpilogue,     kTile.m,    kTile.n, kTile.k,    kTile.stages,
+                               kTile.warps_m, kTile.warps_n, kTile.fine, 1,       kTile.order};
   c.promotion = kPromotion;
   c.gated = kConfig.gated();
   if (c.gated) c.segments = 2;
@@ -36,10 +36,26 @@ constexpr auto kStore = Epilogue::store, kSwiglu = Epilogue::swiglu;
 template <Tile kTile>
 void check_channel() {
   check<Promotion::channel, kStore, kTile>({.rows = {5, 0, 37, 1}, .n = 136, .k = 272});
-  check<Promotion::channel, kStore, kTile>({.rows = {20, 3}, .n = 96, .k = 144, .out = OutType::f32, .gather = true,
-                                            .zero_points = true, .bias = true, .row_factor = true, .seed = 2});
-  check<Promotion::channel, kSwiglu, kTile>({.rows = {9, 20}, .n = 2 * 72, .k = 400, .gather = true,
-                                             .zero_points = true, .bias = true, .limit = 2.5f, .seed = 3});
+  check<Promotion::channel, kStore, kTile>({.rows = {20, 3},
+                                            .n = 96,
+                                            .k = 144,
+                                            .out = OutType::f32,
+                                            .gather = true,
+                                            .zero_points = true,
+                                            .bias = true,
+                                            .row_factor = true,
+                                            .seed = 2});
+  check<Promotion::channel, kStore, kTile>(
+      {.rows = {90, 7, 3, 40}, .n = 136, .k = 48, .gather = true, .zero_points = true, .row_factor = true, .seed = 12},
+      1);
+  check<Promotion::channel, kSwiglu, kTile>({.rows = {9, 20},
+                                             .n = 2 * 72,
+                                             .k = 400,
+                                             .gather = true,
+                                             .zero_points = true,
+                                             .bias = true,
+                                             .limit = 2.5f,
+                                             .seed = 3});
 }
 TEST(Sm80Gemm, Channel8Tokens) { check_channel<Tile{128, 8, 128, 5, 4, 1, Order::steps}>(); }
 TEST(Sm80Gemm, Channel16Tokens) { check_channel<Tile{128, 16, 128, 4, 4, 1, Order::steps}>(); }
@@ -48,8 +64,13 @@ TEST(Sm80Gemm, Channel128TokensThreeStages) { check_channel<Tile{256, 128, 128, 
 TEST(Sm80Gemm, ChannelStagesOf64Bytes) { check_channel<Tile{128, 128, 64, 4, 2, 4, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
   constexpr Tile kTile{128, 32, 128, 4, 4, 1, Order::steps};
-  check<Promotion::channel, kStore, kTile>(
-      {.rows = {20, 0, 3, 40}, .n = 136, .k = 144, .out = OutType::fp16, .masked = true, .per_tensor = true, .seed = 4});
+  check<Promotion::channel, kStore, kTile>({.rows = {20, 0, 3, 40},
+                                            .n = 136,
+                                            .k = 144,
+                                            .out = OutType::fp16,
+                                            .masked = true,
+                                            .per_tensor = true,
+                                            .seed = 4});
   check<Promotion::channel, kStore, kTile>({.rows = {0, 0}, .n = 64, .k = 48, .seed = 5});
   check<Promotion::channel, kStore, kTile>({.rows = {0, 3}, .n = 64, .k = 48, .seed = 6}, 5);
   check<Promotion::channel, kSwiglu, kTile>({.rows = {40, 1}, .n = 2 * 136, .k = 272, .up_first = true, .seed = 7});
@@ -64,11 +85,25 @@ void check_blocks(int block_k, int super_group = 256, int flush_blocks = 256) {
     return c;
   };
   check<kPromotion, kStore, kTile>(with({.rows = {5, 0, 37, 1}, .n = 136, .k = 784, .seed = 8}));
-  check<kPromotion, kStore, kTile>(with({.rows = {20, 3}, .n = 2 * 80, .k = 400, .segments = 2, .block_n = 32,
-                                         .out = OutType::f32, .gather = true, .bias = true, .row_factor = true,
+  check<kPromotion, kStore, kTile>(with({.rows = {20, 3},
+                                         .n = 2 * 80,
+                                         .k = 400,
+                                         .segments = 2,
+                                         .block_n = 32,
+                                         .out = OutType::f32,
+                                         .gather = true,
+                                         .bias = true,
+                                         .row_factor = true,
                                          .seed = 9}));
-  check<kPromotion, kSwiglu, kTile>(with({.rows = {9, 66}, .n = 2 * 72, .k = 272, .block_n = 48, .gather = true,
-                                          .bias = true, .row_factor = true, .up_first = true, .limit = 2.5f,
+  check<kPromotion, kSwiglu, kTile>(with({.rows = {9, 66},
+                                          .n = 2 * 72,
+                                          .k = 272,
+                                          .block_n = 48,
+                                          .gather = true,
+                                          .bias = true,
+                                          .row_factor = true,
+                                          .up_first = true,
+                                          .limit = 2.5f,
                                           .seed = 10}));
   check<kPromotion, kSwiglu, kTile>(with({.rows = {4, 20}, .n = 2 * 136, .k = 80, .seed = 11}));
 }

@@ -35,25 +35,47 @@ constexpr WgmmaConfig kStore = config(Promotion::channel, Epilogue::store);
 constexpr WgmmaConfig kSwiglu = config(Promotion::channel, Epilogue::swiglu);
 
 // Widths of tiles: 16 to 128 in steps of 16, two tiles that share an expert's rows, one row, none.
-TEST(Sm90Gemm, ChannelRaggedExperts) {
-  check<kStore>({.rows = {5, 0, 37, 1, 0, 128, 150}, .n = 288, .k = 272});
-}
+TEST(Sm90Gemm, ChannelRaggedExperts) { check<kStore>({.rows = {5, 0, 37, 1, 0, 128, 150}, .n = 288, .k = 272}); }
 TEST(Sm90Gemm, ChannelWidthOfEveryTile) {
   check<kStore>({.rows = {16, 17, 33, 49, 65, 81, 97, 113}, .n = 32, .k = 128, .seed = 2}, 3);
+}
+// One stage a tile: the producer is as many tiles ahead as it can be.
+TEST(Sm90Gemm, ChannelManyShortTiles) {
+  check<kStore>({.rows = {130, 7, 20, 0, 129, 3, 16, 31},
+                 .n = 544,
+                 .k = 112,
+                 .gather = true,
+                 .zero_points = true,
+                 .row_factor = true,
+                 .seed = 18},
+                1);
 }
 TEST(Sm90Gemm, ChannelLongK) { check<kStore>({.rows = {9, 20}, .n = 544, .k = 1296, .seed = 3}, 1); }
 TEST(Sm90Gemm, ChannelMoreCtasThanTiles) { check<kStore>({.rows = {0, 3}, .n = 64, .k = 48, .seed = 4}, 5); }
 TEST(Sm90Gemm, ChannelNoRows) { check<kStore>({.rows = {0, 0}, .n = 64, .k = 48, .seed = 5}); }
 TEST(Sm90Gemm, ChannelEveryOption) {
   for (const OutType out : {OutType::bf16, OutType::fp16, OutType::f32}) {
-    check<kStore>({.rows = {20, 3, 40}, .n = 288, .k = 144, .out = out, .gather = true, .zero_points = true,
-                   .bias = true, .row_factor = true, .seed = 6 + static_cast<std::uint32_t>(out)});
+    check<kStore>({.rows = {20, 3, 40},
+                   .n = 288,
+                   .k = 144,
+                   .out = out,
+                   .gather = true,
+                   .zero_points = true,
+                   .bias = true,
+                   .row_factor = true,
+                   .seed = 6 + static_cast<std::uint32_t>(out)});
   }
 }
 TEST(Sm90Gemm, ChannelScalePerExpertAndMaskedRows) {
   check<kStore>({.rows = {20, 0, 3, 40}, .n = 256, .k = 144, .masked = true, .per_tensor = true, .seed = 10});
-  check<kStore>({.rows = {7, 70}, .n = 96, .k = 64, .out = OutType::f32, .masked = true, .zero_points = true,
-                 .bias = true, .seed = 11});
+  check<kStore>({.rows = {7, 70},
+                 .n = 96,
+                 .k = 64,
+                 .out = OutType::f32,
+                 .masked = true,
+                 .zero_points = true,
+                 .bias = true,
+                 .seed = 11});
 }
 TEST(Sm90Gemm, Channel160) {
   check<config(Promotion::channel, Epilogue::store, 1, 160)>({.rows = {150, 3, 200}, .n = 96, .k = 144, .seed = 12});
@@ -61,8 +83,16 @@ TEST(Sm90Gemm, Channel160) {
 TEST(Sm90Gemm, ChannelSwiglu) {
   for (const bool up_first : {false, true}) {
     check<kSwiglu>({.rows = {5, 0, 37, 140}, .n = 2 * 144, .k = 272, .up_first = up_first, .seed = 13u + up_first});
-    check<kSwiglu>({.rows = {20, 3}, .n = 2 * 160, .k = 144, .gather = true, .zero_points = true, .bias = true,
-                    .row_factor = true, .up_first = up_first, .limit = 2.5f, .seed = 15u + up_first});
+    check<kSwiglu>({.rows = {20, 3},
+                    .n = 2 * 160,
+                    .k = 144,
+                    .gather = true,
+                    .zero_points = true,
+                    .bias = true,
+                    .row_factor = true,
+                    .up_first = up_first,
+                    .limit = 2.5f,
+                    .seed = 15u + up_first});
   }
 }
 
@@ -71,18 +101,37 @@ void check_blocks() {
   constexpr WgmmaConfig kPlain = config(kPromotion, Epilogue::store, kBlockStages);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 784, .seed = 20});
   check<kPlain>({.rows = {5, 30}, .n = 96, .k = 80, .seed = 21}, 1);  // less than a K-block
-  check<kPlain>({.rows = {19, 2}, .n = 512, .k = 400, .segments = 2, .out = OutType::f32, .gather = true,
-                 .bias = true, .row_factor = true, .seed = 22});
+  check<kPlain>({.rows = {19, 2},
+                 .n = 512,
+                 .k = 400,
+                 .segments = 2,
+                 .out = OutType::f32,
+                 .gather = true,
+                 .bias = true,
+                 .row_factor = true,
+                 .seed = 22});
   check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 256, .out = OutType::fp16, .masked = true, .seed = 23});
   constexpr WgmmaConfig kGated = config(kPromotion, Epilogue::swiglu, kBlockStages);
   for (const bool up_first : {false, true}) {
     check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .up_first = up_first, .seed = 24u + up_first});
-    check<kGated>({.rows = {20, 3}, .n = 2 * 128, .k = 272, .gather = true, .bias = true, .row_factor = true,
-                   .up_first = up_first, .limit = 2.5f, .seed = 26u + up_first});
+    check<kGated>({.rows = {20, 3},
+                   .n = 2 * 128,
+                   .k = 272,
+                   .block_n = 256,
+                   .gather = true,
+                   .bias = true,
+                   .row_factor = true,
+                   .up_first = up_first,
+                   .limit = 2.5f,
+                   .seed = 26u + up_first});
   }
 }
 TEST(Sm90Gemm, Block128) { check_blocks<Promotion::block, 1>(); }
 TEST(Sm90Gemm, Block256) { check_blocks<Promotion::block, 2>(); }
+TEST(Sm90Gemm, HybridManyShortTiles) {
+  check<config(Promotion::hybrid, Epilogue::store)>(
+      {.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .row_factor = true, .seed = 28}, 1);
+}
 TEST(Sm90Gemm, Hybrid128) { check_blocks<Promotion::hybrid, 1>(); }
 TEST(Sm90Gemm, Hybrid256) { check_blocks<Promotion::hybrid, 2>(); }
 
@@ -92,12 +141,26 @@ void check_flush() {
   constexpr WgmmaConfig kPlain = config(Promotion::hybrid_flush, Epilogue::store, kBlockStages, 64);
   constexpr WgmmaConfig kGated = config(Promotion::hybrid_flush, Epilogue::swiglu, kBlockStages, 64);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 1168, .super_group = 4, .flush_blocks = 3, .seed = 40});
-  check<kPlain>({.rows = {19, 2}, .n = 512, .k = 784, .segments = 2, .super_group = 3, .flush_blocks = 2,
-                 .out = OutType::f32, .gather = true, .bias = true, .row_factor = true, .seed = 41});
+  check<kPlain>({.rows = {19, 2},
+                 .n = 512,
+                 .k = 784,
+                 .segments = 2,
+                 .super_group = 3,
+                 .flush_blocks = 2,
+                 .out = OutType::f32,
+                 .gather = true,
+                 .bias = true,
+                 .row_factor = true,
+                 .seed = 41});
   check<kPlain>({.rows = {30}, .n = 96, .k = 656, .super_group = 256, .flush_blocks = 1, .seed = 42});
   for (const bool up_first : {false, true}) {
-    check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 784, .super_group = 2, .flush_blocks = 2,
-                   .up_first = up_first, .seed = 43u + up_first});
+    check<kGated>({.rows = {5, 0, 61, 70},
+                   .n = 2 * 144,
+                   .k = 784,
+                   .super_group = 2,
+                   .flush_blocks = 2,
+                   .up_first = up_first,
+                   .seed = 43u + up_first});
   }
 }
 TEST(Sm90Gemm, HybridFlush128) { check_flush<1>(); }

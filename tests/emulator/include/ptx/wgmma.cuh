@@ -1,4 +1,4 @@
-// Stands for kernels/ptx/wgmma.cuh. The descriptor is the real one; the emulator takes it apart.
+// Stands for kernels/ptx/wgmma.cuh. The descriptor is as there; the emulator takes it apart.
 #pragma once
 
 #include "core/types.h"
