@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The GPU's checks, one command each: scripts/gpu.sh check|sanitize|bench [build folder]
-#   check     every C++ test that wants a GPU, and the Python ones
+# The GPU's checks, one command each: scripts/gpu.sh check|sanitize|fuzz|bench [build folder]
+#   check     every C++ test that wants a GPU; those that all engines share with each family of kernels forced
 #   sanitize  compute-sanitizer memcheck, racecheck, synccheck and initcheck over a reduced suite
+#   fuzz      100000 random layers (OCTOMOE_FUZZ_PROBLEMS) in both families against the CPU engine
 #   bench     layers beside their floors, one layer taken apart, the grouping study; JSON into $OUT (default: out/)
 # Needs a build (make build) with its kernel pack (cmake --build build --target pack), nothing else of the tree's tools.
 set -uo pipefail
@@ -25,7 +26,9 @@ step() {
 case $what in
   check)
     step cuda "$build/octomoe_tests_cuda"
-    step layer "$build/octomoe_tests_layer" "--gtest_filter=*cuda*"
+    for family in sm80 sm90; do # where a family cannot run the weights, the other one does
+      step "layer_$family" env OCTOMOE_KERNEL_FAMILY=$family "$build/octomoe_tests_layer" "--gtest_filter=*cuda*"
+    done
     step gpu "$build/octomoe_tests_gpu"
     step cli env OCTOMOE_CLI="$build/octomoe" "$build/octomoe_tests_cli" "--gtest_filter=GpuCommand.*"
     ;;
@@ -34,6 +37,10 @@ case $what in
       step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/octomoe_tests_gpu" \
         "--gtest_filter=*Sanitized*"
     done
+    ;;
+  fuzz)
+    step fuzz env OCTOMOE_FUZZ_PROBLEMS="${OCTOMOE_FUZZ_PROBLEMS:-100000}" "$build/octomoe_tests_gpu" \
+      "--gtest_filter=Family.RandomProblems"
     ;;
   bench)
     step layer "$build/octomoe" bench --device cuda --graph --tokens 1,16,128,1024,8192 --min-time 0.1 \
@@ -46,7 +53,7 @@ case $what in
       cat "$out/$name.log"
     done
     ;;
-  *) echo "usage: scripts/gpu.sh check|sanitize|bench [build folder]" >&2; exit 2 ;;
+  *) echo "usage: scripts/gpu.sh check|sanitize|fuzz|bench [build folder]" >&2; exit 2 ;;
 esac
 printf '\n== gpu %s\n' "$what"
 printf '%s\n' "${summary[@]}"

@@ -29,10 +29,10 @@ int peer_run(void* handle, void* stream);
 void peer_release(void* handle);
 const char* peer_error(void);
 
-/* The grouped hybrid GEMM of the reference project, --reference-library FILE. a_q int32 [scale_rows, k/128] and a_f float32
-   [scale_rows, super groups] have a row for each tile_rows rows of an expert; b_q, b_f [groups, n/64, ...]; sizes int32
-   [groups, 3] of (rows, n, k), offsets int32 [groups + 1], scale_offsets int32 [groups]: an expert's first scale row.
-   tile_rows is 128 or 64. 0, or a CUDA error. */
+/* The grouped hybrid GEMM of the reference project, --reference-library FILE. a_q int32 [scale_rows, k/128] and a_f
+   float32 [scale_rows, super groups] have a row for each tile_rows rows of an expert; b_q, b_f [groups, n/64, ...];
+   sizes int32 [groups, 3] of (rows, n, k), offsets int32 [groups + 1], scale_offsets int32 [groups]: an expert's first
+   scale row. tile_rows is 128 or 64. 0, or a CUDA error. */
 int hybrid_grouped_gemm(int tile_rows, const void* a, const int32_t* a_q, const float* a_f, const void* b,
                         const int32_t* b_q, const float* b_f, const int32_t* offsets, const int32_t* sizes,
                         const int32_t* scale_offsets, void* d, int groups, int n, int k, int rows, int scale_rows,

@@ -22,6 +22,8 @@ enum class KernelFamily : std::uint8_t {
   sm90,       // wgmma, on SM90: Error(unsupported) if it cannot run these weights
 };
 
+KernelFamily parse_kernel_family(const std::string& text);  // "automatic", "sm80", "sm90"; Error otherwise
+
 struct LayerOptions {
   float swiglu_alpha = 1.702f;              // swigluoai
   std::optional<float> swiglu_limit;        // swigluoai (default 7 there) and swiglu (default: no clamp)

@@ -19,6 +19,8 @@ struct RowView {
   int32_t aligned;  // every row begins at a multiple of 16 bytes
 };
 
+inline constexpr int kSortThreads = 256, kSortChunk = 2048;  // a CTA's threads and routes
+
 struct SortArgs {
   const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
   int64_t ids_stride;
@@ -33,6 +35,8 @@ struct SortArgs {
   int64_t weights_stride;
   float* row_factor;       // [R] each row's router weight, or null
   int32_t* token_offsets;  // [2] = 0, T: the rows of a shared expert; or null
+  int32_t chunks;          // of kSortChunk routes
+  int32_t* chunk_counts;   // [chunks, E]; one chunk: unused
 };
 
 struct QuantizeArgs {

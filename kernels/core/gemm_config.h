@@ -48,19 +48,22 @@ struct GemmConfig {
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
   OCTOMOE_HD constexpr int stage_bytes() const {
-    return (block_m + block_n) * block_k + (scales_per_stage() * block_n * 4 + 127) / 128 * 128;
+    const int scales = scales_per_stage() * block_n * 4 + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);
+    return (block_m + block_n) * block_k + (scales + 127) / 128 * 128;
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
   OCTOMOE_HD constexpr int table_bytes() const { return 16 + (3 * block_n + block_m) * 4; }
-  // Dynamic shared memory. The copy cursor can be as many tiles ahead as there are stages.
+  // Dynamic shared memory: the ring, tables (the copy cursor can be as many tiles ahead as there are stages), the rows
+  // of a that the tile's tokens are, barriers.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (stages + 1) * table_bytes() + (block_n + 127) / 128 * (has_blocks() ? 1024 : 512);
+    return stages * stage_bytes() + (stages + 1) * table_bytes() + (block_n > 128 ? 1024 : 512) +
+           (has_blocks() ? block_m / 8 * 4 : 0) + 2 * stages * 8;
   }
 };
 
 inline constexpr int kMaxExperts = 1024;
 
-// The same for the wgmma kernels of SM90 (sm90/grouped_gemm.cuh): 256 weight rows by up to block_n tokens.
+// The same for the wgmma kernels of SM90 (sm90/grouped_gemm.cuh): 128 weight rows a consumer by up to block_n tokens.
 struct WgmmaConfig {
   Promotion promotion;
   Epilogue epilogue;
@@ -68,20 +71,22 @@ struct WgmmaConfig {
   int stages;
   int block_stages;  // stages of a K-block of the scales; channel: 1
   int cluster;       // 2: CTAs work in pairs on two token tiles of one expert and share the weights
+  int consumers;     // warpgroups: 2, or 1 for two CTAs a multiprocessor, of which one can finish while the other works
 
-  static constexpr int kBlockM = 256, kBlockK = 128;
-  static constexpr int kConsumers = 2;  // warpgroups, 128 weight rows each
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kBlockK = 128;
+  OCTOMOE_HD constexpr int block_m() const { return 128 * consumers; }
+  OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + 1); }
+  OCTOMOE_HD constexpr int min_blocks() const { return 3 - consumers; }
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue == Epilogue::swiglu; }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
-  OCTOMOE_HD constexpr int features() const { return gated() ? kBlockM / 2 : kBlockM; }  // output columns of a tile
-  OCTOMOE_HD constexpr int stage_bytes() const { return (kBlockM + block_n) * kBlockK; }
+  OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
+  OCTOMOE_HD constexpr int stage_bytes() const { return (block_m() + block_n) * kBlockK; }
   // The ring; per stage a word for each token and two scale blocks, or for each of stages + 1 tiles the scales of its
   // tokens and weight rows; the tile list; where a stage's tile lies; barriers. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return stages * stage_bytes() + (has_blocks() ? stages * 2 * block_n * 4 : 4) +
-           (stages + 1) * (promotion != Promotion::block ? block_n + kBlockM : 2) * 4 + ((kMaxExperts + 1) * 8 + 128) +
+           (stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 + ((kMaxExperts + 1) * 8 + 128) +
            stages * 32 + 64;
   }
 };

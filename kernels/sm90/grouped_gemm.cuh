@@ -3,19 +3,19 @@
 //   out[row, f] = epilogue( sum_k w[expert(row), f, k] * a[source(row), k] )
 //
 // Weights are wgmma's M operand in their natural layout [E, N, K], tokens its N operand. A persistent CTA has a
-// producer warpgroup and two consumer warpgroups; a tile is 256 weight rows (128 a consumer) by up to block_n tokens,
+// producer warpgroup and one or two consumer warpgroups; a tile is 128 weight rows a consumer by up to block_n tokens,
 // and is computed as wide as its tokens need, in steps of 16: an expert's rows are shared out evenly over its tiles.
 //
 //   weights: one thread, TMA boxes of 128 rows x 128 bytes ---------\
-//   tokens:  128 threads, cp.async 16 B, gathered by row_source -----> ring [stages][256 + block_n rows][128 bytes]
-//            two consumers: wgmma m64nNk32, two m64 blocks each, int32 sums in registers -> epilogue -> global
+//   tokens:  128 threads, cp.async 16 B, gathered by row_source -----> ring [stages][weight and token rows][128 bytes]
+//            consumers: wgmma m64nNk32, two m64 blocks each, int32 sums in registers -> epilogue -> global
 //
 // Shared rows of a consumer's 128 hold weight rows in an order that the 5-D tensor map makes out of the natural layout:
 // shared row (b, w, h, g) = 64b + 16w + 8h + g holds output column 32w + 4g + 2b + h; gated, b = 0 holds the first half
 // of w13 and b = 1 the second, both for column 16w + 2g + h. So one thread's sums are neighbouring output columns, and
 // gate and up of one column are in one thread.
 //
-// Sums per K-block (block, hybrid): a consumer promotes one m64 block's partial sums while the other's wgmma run. The
+// Sums per K-block (block, hybrid, hybrid_flush): a consumer promotes one m64 block's partial sums while the other's wgmma run. The
 // products of the two scales are made by the producer, one per token
 // and scale block, and travel with the stage.
 #pragma once
@@ -42,27 +42,32 @@ template <WgmmaConfig C>
 struct GroupedGemm {
   static constexpr int kBlockN = C.block_n, kStages = C.stages;
   static constexpr bool kBlocks = C.has_blocks(), kFloatTotals = C.promotion == Promotion::block;
-  static constexpr int kRows = WgmmaConfig::kBlockM / WgmmaConfig::kConsumers;  // weight rows of a consumer
+  static constexpr int kRows = 128;  // weight rows of a consumer
   static constexpr int kOutColumns = C.gated() ? 2 : 4;                         // neighbouring columns of a thread
   static constexpr int kGroup = C.gated() ? kRows / 2 : kRows;                  // output columns of a consumer
   static constexpr int kBoxBytes = kRows * WgmmaConfig::kBlockK;
-  static constexpr int kWeightBytes = WgmmaConfig::kConsumers * kBoxBytes;
+  static constexpr int kWeightBytes = C.consumers * kBoxBytes;
   static constexpr int kSums = kBlockN / 2;  // of a thread and m64 block
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
   // 65536 registers over 384 threads, in steps of 8.
-  static constexpr int kConsumerRegisters = kBlocks ? 216 : 224, kProducerRegisters = kBlocks ? 72 : 56;
+  // 65536 registers over the multiprocessor's threads, in steps of 8.
+  static constexpr int kConsumerRegisters = C.consumers == 1 ? 200 : kBlocks ? 216 : 224;
+  static constexpr int kProducerRegisters = C.consumers == 2 && kBlocks ? 72 : 56;
 
   static_assert(kBlockN % 16 == 0 && kBlockN <= 192 && (!kBlocks || kBlockN <= 128));
-  static_assert(C.promotion != Promotion::hybrid_flush);
+  // Chunks of K-blocks whose int32 sums enter float values: three sets of sums, so tiles are narrow.
+  static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
+  static_assert(!kFlush || kBlockN <= 64);
+  static_assert(C.consumers == 2 || (C.consumers == 1 && C.cluster == 1 && !kBlocks && kBlockN <= 128));
 
   // ---- shared memory ----
   // What the epilogue needs of a tile. The producer may be as many tiles ahead as there are stages.
   static constexpr int kTables = kStages + 1;
-  static constexpr bool kScaled = C.promotion != Promotion::block;
+  static constexpr bool kScaled = C.promotion == Promotion::channel || C.promotion == Promotion::hybrid;
   struct alignas(8) Table {
     float a_scale[kScaled ? kBlockN : 1];
-    float w_scale[kScaled ? WgmmaConfig::kBlockM : 1];  // by consumer, half of a gated tile, column
+    float w_scale[kScaled ? C.block_m() : 1];  // by consumer, half of a gated tile, column
   };
   struct Shared {
     uint8_t ring[kStages][C.stage_bytes()];
@@ -150,7 +155,7 @@ struct GroupedGemm {
       const int column = t.m_tile * C.features();
       // Gated, a column has a row in each half; otherwise a column is a row. An expert with few rows reads its weights
       // once.
-      return {t.expert * (args.n / kUnit) + column / kUnit, column + kGroup < width(args) ? 2 : 1,
+      return {t.expert * (args.n / kUnit) + column / kUnit, C.consumers > 1 && column + kGroup < width(args) ? 2 : 1,
               t.rows <= kBlockN / 2 ? ptx::kEvictFirst : ptx::kEvictNormal};
     }
     __device__ __forceinline__ void copy_weights(const Boxes& boxes, int32_t k_tile, int32_t slot) const {
@@ -180,6 +185,9 @@ struct GroupedGemm {
         if (token + 128 * i < kBlockN) {
           ptx::cp_async_4(ptx::shared_address(&table.a_scale[token + 128 * i]), args.a_scale + source[i], true);
         }
+      }
+#pragma unroll
+      for (int i = 0; i < C.consumers; ++i) {
         const int half = C.gated() ? thread / kGroup : 0;
         const int column = min(t.m_tile * C.features() + i * kGroup + thread % kGroup, width(args) - 1);
         int64_t at;
@@ -364,7 +372,7 @@ struct GroupedGemm {
     }
     __device__ __forceinline__ void release(int32_t index) const {
       const uint32_t empty = ptx::shared_address(&shared.empty[index]);
-      if constexpr (kBlocks) __syncwarp();  // all lanes have read the stage's products
+      __syncwarp();  // all lanes have read what they need of the stage
       if constexpr (C.cluster > 1) {
         if (lane() < C.cluster) ptx::barrier_arrive_at(empty, static_cast<uint32_t>(lane()));
       } else {
@@ -406,15 +414,21 @@ struct GroupedGemm {
       ptx::wgmma_results(sums[1]);
     }
 
-    // Partial sums per K-block, promoted into totals.
+    // Partial sums per K-block, promoted into totals; with chunks, those into values.
     template <int kTokens>
-    __device__ __forceinline__ void multiply_blocks(int32_t (&totals)[2][kSums]) {
+    __device__ __forceinline__ void multiply_blocks(const Tile& t, int32_t (&totals)[2][kSums],
+                                                    int32_t (&values)[2][kFlush ? kSums : 1]) {
+      constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);  // fma(x, p, -0) is x * p, its sign included
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) totals[b][i] = kFloatTotals ? static_cast<int32_t>(0x80000000u) : 0;
+        for (int i = 0; i < kTokens / 2; ++i) {
+          totals[b][i] = kFloatTotals ? kMinusZero : 0;
+          if constexpr (kFlush) values[b][i] = kMinusZero;
+        }
       }
-      constexpr bool kBoth = kBlockN <= 96;  // there are registers for both blocks' partial sums
+      int32_t group = 0, in_group = 0, in_chunk = 0;
+      constexpr bool kBoth = kBlockN <= 96 && !kFlush;  // there are registers for both blocks' partial sums
       // One m64 block's products run while the other's partial sums are promoted. All are waited for inside an
       // iteration: ptxas serialises wgmma whose sums cross a loop's end and are read on the other side (C7514).
       int32_t partial[kBoth ? 2 : 1][kTokens / 2];
@@ -431,6 +445,53 @@ struct GroupedGemm {
         for (int i = 0; i < C.block_stages; ++i) {
           release(slot.index);
           slot.advance();
+        }
+        if constexpr (kFlush) {
+          ++in_group;
+          ++in_chunk;
+          if (k_tile + C.block_stages >= k_tiles || in_group == args.super_group || in_chunk == args.flush_blocks) {
+            flush<kTokens>(t, group, totals, values);
+            in_chunk = 0;
+            if (in_group == args.super_group) {
+              in_group = 0;
+              ++group;
+            }
+          }
+        }
+      }
+    }
+
+    // The end of a chunk of K-blocks in super group `group`.
+    template <int kTokens>
+    __device__ __forceinline__ void flush(const Tile& t, int32_t group, int32_t (&totals)[2][kSums],
+                                          int32_t (&values)[2][kFlush ? kSums : 1]) const {
+      const int32_t groups = (args.blocks_k + args.super_group - 1) / args.super_group;
+      float w[2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int32_t row = block_row(args, t.expert, t.m_tile * C.features() + (C.gated() ? 0 : warpgroup * kRows),
+                                      half_of(b));
+        w[b] = args.w_scale[static_cast<int64_t>(row) * groups + group];
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int32_t row = t.row_begin + min(8 * j + 2 * (lane() & 3) + e, max(t.rows, 1) - 1);
+          const int32_t from = args.row_source != nullptr ? args.row_source[row] : row;
+          float a = args.a_scale[group * args.a_rows + from];
+          if (args.row_factor != nullptr) a = __fmul_rn(a, args.row_factor[row]);
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const float p = __fmul_rn(w[b], a);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int i = 4 * j + 2 * h + e;
+              values[b][i] =
+                  __float_as_int(__fmaf_rn(__int2float_rn(totals[b][i]), p, __int_as_float(values[b][i])));
+              totals[b][i] = 0;
+            }
+          }
         }
       }
     }
@@ -482,15 +543,19 @@ struct GroupedGemm {
 
     // One width of tile after another, until one is wide enough.
     template <int kTokens>
-    __device__ __forceinline__ void multiply_tile(int32_t (&sums)[2][kSums], int32_t rows) {
+    __device__ __forceinline__ void multiply_tile(const Tile& t, int32_t (&sums)[2][kSums]) {
       if constexpr (kTokens < kBlockN) {
-        if (rows > kTokens) {
-          multiply_tile<kTokens + 16>(sums, rows);
+        if (t.rows > kTokens) {
+          multiply_tile<kTokens + 16>(t, sums);
           return;
         }
       }
-      if constexpr (kBlocks) {
-        multiply_blocks<kTokens>(sums);
+      if constexpr (kFlush) {
+        int32_t totals[2][kSums];
+        multiply_blocks<kTokens>(t, totals, sums);
+      } else if constexpr (kBlocks) {
+        int32_t none[2][1];
+        multiply_blocks<kTokens>(t, sums, none);
       } else {
         multiply<kTokens>(sums);
       }
@@ -600,7 +665,7 @@ struct GroupedGemm {
         ptx::barrier_wait(ptx::shared_address(&shared.full[slot.index]), slot.phase);
         const Tile t = shared.tile[slot.index];
         int32_t sums[2][kSums];
-        multiply_tile<16>(sums, t.rows);
+        multiply_tile<16>(t, sums);
         if (plain) {
           finish<true>(t, sums, shared.table[table]);
         } else {
@@ -620,11 +685,11 @@ struct GroupedGemm {
       for (int i = 0; i < kStages; ++i) {
         // The weights' bytes, the producer's threads (their copies) and warps (their writes).
         ptx::barrier_init(ptx::shared_address(&shared.full[i]), 1 + 128 + 4);
-        ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 4 * WgmmaConfig::kConsumers * C.cluster);
+        ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 4 * C.consumers * C.cluster);
       }
       ptx::barrier_init_fence();
     }
-    kernels::build_tile_list<kBlockN * C.cluster, WgmmaConfig::kThreads>(shared.list, args);
+    kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args);
     // Before anything is sent to the other CTA, its barriers must stand.
     if constexpr (C.cluster > 1) ptx::cluster_sync();
     const int32_t m_tiles = (width(args) + C.features() - 1) / C.features();

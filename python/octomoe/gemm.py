@@ -20,16 +20,26 @@ class PreparedMatrix:
         matrix: a QuantizedMatrix (see :func:`quantize_matrix`).
         device: "cpu", "cuda" or "cuda:1".
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
+        family: CUDA: "automatic", "sm80" or "sm90", as for :class:`MoeLayer`.
     """
 
     __slots__ = ("__weakref__", "_handle", "_info")
 
-    def __init__(self, matrix: QuantizedMatrix, *, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self,
+        matrix: QuantizedMatrix,
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        family: str = "automatic",
+    ) -> None:
         if not isinstance(matrix, QuantizedMatrix):
             raise InvalidArgument(
                 f"matrix: expected a QuantizedMatrix, got {type(matrix).__name__}"
             )
-        self._handle = lib.prepare_matrix(find_cuda_libraries(str(device)), matrix._handle, threads)
+        self._handle = lib.prepare_matrix(
+            find_cuda_libraries(str(device)), matrix._handle, threads, str(family)
+        )
         self._info = dict(lib.prepared_info(self._handle).items())
 
     @property

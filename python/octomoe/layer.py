@@ -30,6 +30,8 @@ class MoeLayer:
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
         fused_gather, fused_activation: CUDA: False runs the step as a kernel of its own, with the
             same result, to measure what the fusion is worth.
+        family: CUDA: "automatic", or "sm80" (mma.sync) or "sm90" (wgmma) for the GEMM kernels of
+            that family alone, with the same result to the bit.
         replays: CUDA: how many calls the layer keeps a CUDA graph of, to replay those that come
             again with the same memory, shapes and stream; 0 to 64.
 
@@ -53,6 +55,7 @@ class MoeLayer:
         threads: int = 0,
         fused_gather: bool = True,
         fused_activation: bool = True,
+        family: str = "automatic",
         replays: int = 16,
     ) -> None:
         if not isinstance(weights, MoeWeights):
@@ -67,6 +70,7 @@ class MoeLayer:
             threads=threads,
             fused_gather=bool(fused_gather),
             fused_activation=bool(fused_activation),
+            family=str(family),
             replays=replays,
         )
         self._handle = lib.make_layer(find_cuda_libraries(str(device)), weights._live(), named)

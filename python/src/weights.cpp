@@ -178,12 +178,14 @@ ffi::Tensor matrix_dequantize(const QuantizedMatrixRef& matrix, std::int64_t thr
   return guarded([&] { return to_ffi(dequantize(*matrix, static_cast<int>(threads))).value(); });
 }
 
-PreparedMatrixRef prepare_matrix(const ffi::String& device, const QuantizedMatrixRef& matrix, std::int64_t threads) {
+PreparedMatrixRef prepare_matrix(const ffi::String& device, const QuantizedMatrixRef& matrix, std::int64_t threads,
+                                 const ffi::String& family) {
   return guarded([&] {
     OptionMap info = describe(*matrix);
     info.Set("device", ffi::String(to_string(Device::parse(device))));
     return PreparedMatrixRef(
-        Prepared{PreparedMatrix(Device::parse(device), *matrix, static_cast<int>(threads)), std::move(info)});
+        Prepared{PreparedMatrix(Device::parse(device), *matrix, static_cast<int>(threads), parse_kernel_family(family)),
+                 std::move(info)});
   });
 }
 

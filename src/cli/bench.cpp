@@ -190,8 +190,7 @@ class Bench {
                                    tokens_.size()));
     }
     report_.device = to_string(device_);
-    if (o_.family == "sm80") family_ = KernelFamily::sm80;
-    if (o_.family == "sm90") family_ = KernelFamily::sm90;
+    if (!o_.family.empty()) family_ = parse_kernel_family(o_.family);
     report_.family = o_.family.empty() ? "automatic" : o_.family;
     report_.graph = o_.graph;
     report_.replay = !o_.no_replay;

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <limits>
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "cuda/stream.h"
@@ -74,15 +73,16 @@ bool rows_are_aligned(const TensorView& t) {
   return aligned;
 }
 
-// Read once: a launch path reads no environment.
+// What KernelFamily::automatic means in this process. Read once: a launch path reads no environment.
 KernelFamily default_family() {
   static const KernelFamily family = [] {
     const char* text = std::getenv("OCTOMOE_KERNEL_FAMILY");
-    const std::string_view name = text == nullptr ? "" : text;
-    if (name.empty() || name == "automatic") return KernelFamily::automatic;
-    if (name == "sm80") return KernelFamily::sm80;
-    if (name == "sm90") return KernelFamily::sm90;
-    bad_argument("OCTOMOE_KERNEL_FAMILY: expected automatic, sm80 or sm90, got \"{}\"", name);
+    if (text == nullptr || *text == 0) return KernelFamily::automatic;
+    try {
+      return parse_kernel_family(text);
+    } catch (const Error& e) {
+      fail(e.code(), "OCTOMOE_KERNEL_FAMILY: {}", e.what());
+    }
   }();
   return family;
 }
@@ -127,20 +127,48 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   const std::string why_not = why_not_wgmma(epilogue, device);
   if (asked && !why_not.empty()) fail(ErrorCode::unsupported, "{}: the sm90 family expects {}", name, why_not);
   const Promotion promotion = promotion_of(m_);
-  if (why_not.empty() && family != KernelFamily::sm80) {
+  const bool automatic = family == KernelFamily::automatic, wgmma = why_not.empty() && family != KernelFamily::sm80;
+  if (wgmma) {
     for (const WgmmaConfig& c : plan::wgmma_configs(promotion, epilogue, block_stages(s))) {
-      kernels_.push_back(
-          {c.block_n, c.features(), c.cluster, true, &load(plan::entry(plan::gemm_id(c)), device.index)});
+      kernels_.push_back({plan::gemm_id(c), c.block_n, c.features(), c.cluster, true,
+                          c.cluster > 1       ? 36
+                          : c.consumers > 1 ? 48
+                                            : 64,
+                          true});
     }
     const ContextGuard context(device);
     weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, epilogue == Epilogue::swiglu);
-  } else {
+  }
+  if (!wgmma || automatic) {
     const bool fine = s.has_blocks() && s.block_k != 128;
     for (const GemmConfig& c :
          plan::gemm_configs(promotion, fine, epilogue, plan::tile_family(device.max_shared_bytes))) {
-      kernels_.push_back({c.block_n, c.features(), 1, false, &load(plan::entry(plan::gemm_id(c)), device.index)});
+      kernels_.push_back({plan::gemm_id(c), c.block_n, c.features(), 1, false, 48, !wgmma});
     }
   }
+  key_ = {.device = device.name,
+          .promotion = promotion,
+          .epilogue = epilogue,
+          .block_k = s.has_blocks() ? s.block_k : 0,
+          .experts = m_.experts,
+          .n = m_.n,
+          .k = m_.k};
+  const std::vector<std::string> tuned = automatic ? plan::tuned_table().kernels(key_) : std::vector<std::string>{};
+  for (Kernel& kernel : kernels_) {
+    const bool in_table = std::find(tuned.begin(), tuned.end(), kernel.id) != tuned.end();
+    tuned_ |= in_table;
+    if (kernel.by_model || in_table) kernel.loaded = &load(plan::entry(kernel.id), device.index);
+  }
+}
+
+void DeviceMatrix::force(const std::string& id) {
+  chosen_ = nullptr;
+  forced_ = nullptr;
+  if (id.empty()) return;
+  const auto at = std::find_if(kernels_.begin(), kernels_.end(), [&](const Kernel& k) { return k.id == id; });
+  if (at == kernels_.end()) bad_argument("id: expected a kernel that can run these weights, got {}", id);
+  if (at->loaded == nullptr) at->loaded = &load(plan::entry(id), m_.values.device().index);
+  forced_ = &*at;
 }
 
 std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& device) const {
@@ -155,9 +183,7 @@ std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& dev
   if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
   if (s.has_blocks()) {
     if (plan::wgmma_configs(promotion_of(m_), epilogue, block_stages(s)).empty()) {
-      return promotion_of(m_) == Promotion::hybrid_flush
-                 ? "weights whose int32 sums need no intermediate float step"
-                 : fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
+      return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
     // A consumer's 128 rows share a scale block; gated, the tile's 128 of each half.
     constexpr std::int64_t kGroup = 128;
@@ -227,27 +253,36 @@ double expected_tiles(double mean, int block) {
 
 }  // namespace
 
-// The tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens
-// more (docs/kernels.md). Remembered: the next call usually has as many rows.
+// What the tuned table says, else the tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens more
+// (docs/kernels.md). Remembered: the next call usually has as many rows.
 const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;
+  chosen_rows_ = rows;
+  if (forced_ != nullptr) return *(chosen_ = forced_);
+  if (tuned_) {
+    if (const plan::TuneChoice* choice = plan::tuned_table().find(key_, rows)) {
+      for (const Kernel& k : kernels_) {
+        if (k.id == choice->kernel && k.loaded != nullptr) return *(chosen_ = &k);
+      }
+    }
+  }
   const double mean = static_cast<double>(rows) / static_cast<double>(m_.experts);
   double least = std::numeric_limits<double>::infinity();
   for (const Kernel& k : kernels_) {
+    if (!k.by_model) continue;
     double cost = 0;
     if (k.wgmma) {
       // As wide as its rows need; CTAs of a cluster share the weights.
       const double tiles = expected_tiles(mean, k.block_n * k.cluster) * k.cluster;
-      cost = mean + std::max(1e-3, tiles) * (k.cluster > 1 ? 36 : 48);
+      cost = mean + std::max(1e-3, tiles) * k.overhead;
     } else {
-      cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + 48);
+      cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + k.overhead);
     }
     if (cost < least) {
       least = cost;
       chosen_ = &k;
     }
   }
-  chosen_rows_ = rows;
   return *chosen_;
 }
 

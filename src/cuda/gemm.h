@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "core/few_args.h"
@@ -9,6 +10,7 @@
 #include "cuda/module.h"
 #include "cuda/observe.h"
 #include "octomoe/weights.h"
+#include "plan/tuned.h"
 
 namespace octomoe::cuda {
 
@@ -90,11 +92,18 @@ class DeviceMatrix {
   void gemm(const Launcher& launcher, const Problem& problem) const;
 
   struct Kernel {
+    std::string id;
     int block_n, features;  // of a tile
     int cluster;
     bool wgmma;
-    const LoadedKernel* loaded;
+    int overhead;                          // of a tile, in tokens
+    bool by_model;                         // the cost model may choose it
+    const LoadedKernel* loaded = nullptr;  // those that may be chosen are
   };
+  const std::vector<Kernel>& candidates() const { return kernels_; }
+  // From now on this candidate, whatever the rows; empty: as before.
+  void force(const std::string& id);
+  const plan::TuneKey& tune_key() const { return key_; }
   const Kernel& choose(std::int64_t rows) const;  // what gemm() launches for that many rows
 
  private:
@@ -107,6 +116,9 @@ class DeviceMatrix {
   std::int64_t blocks_n_ = 0, blocks_k_ = 0, super_groups_ = 0;
   const LoadedKernel* quantizer_ = nullptr;
   std::vector<Kernel> kernels_;
+  const Kernel* forced_ = nullptr;
+  plan::TuneKey key_;
+  bool tuned_ = false;                      // the tuned table is asked
   kernels::TensorMap weight_map_{};         // of the wgmma kernels
   mutable const Kernel* chosen_ = nullptr;  // of the last call; callers hold the layer's lock
   mutable std::int64_t chosen_rows_ = -1;

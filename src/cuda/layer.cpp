@@ -58,7 +58,7 @@ struct Plan {
   int top_k = 0;
   std::int64_t rows = 0;
   WorkspacePlan memory;
-  int offsets = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1, shared_weight = -1;
+  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1, shared_weight = -1;
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
 };
@@ -82,6 +82,7 @@ class CudaLayer final : public LayerBackend {
     const Device where = Device::cuda(device);
     const auto kernel = [&](const char* id) { return &load(plan::entry(id), device); };
     sort_ = kernel("sort");
+    count_ = kernel("count");
     combine_ = kernel("combine");
     if (o.expert_map.defined()) expert_map_ = Tensor::copy_of(o.expert_map, where);
     if (o.shared_expert) shared_.emplace(*o.shared_expert, o, info_, "shared_expert.");
@@ -372,6 +373,7 @@ class CudaLayer final : public LayerBackend {
                    std::numeric_limits<std::int32_t>::max() / 2, tokens, top_k);
     }
     p.offsets = p.memory.add((experts_ + 1) * 4, kSort, kGemm2);
+    if (sort_chunks(p.rows) > 1) p.chunk_counts = p.memory.add(sort_chunks(p.rows) * experts_ * 4, kSort, kSort);
     p.row_token = p.memory.add(p.rows * 4, kSort, kGemm1);
     p.route_row = p.memory.add(p.rows * 4, kSort, kCombine);
     if (weight_on_input_) p.row_factor = p.memory.add(p.rows * 4, kSort, kGemm1);
@@ -387,6 +389,8 @@ class CudaLayer final : public LayerBackend {
     p.memory.place();
     return p;
   }
+
+  static std::int64_t sort_chunks(std::int64_t routes) { return ceil_div(routes, kernels::kSortChunk); }
 
   void sort(const Launcher& launcher, const ForwardArgs& a, const Plan& p, std::uint8_t* base) const {
     const auto ints = [&](int b) {
@@ -408,8 +412,11 @@ class CudaLayer final : public LayerBackend {
         .weights_stride = a.topk_weights.strides()[0],
         .row_factor = reinterpret_cast<float*>(ints(p.row_factor)),
         .token_offsets = ints(p.token_offsets),
+        .chunks = static_cast<std::int32_t>(sort_chunks(p.rows)),
+        .chunk_counts = ints(p.chunk_counts),
     };
-    launcher(*sort_, experts_ + 1, args, false);
+    if (args.chunks > 1) launcher(*count_, args.chunks, args, false);
+    launcher(*sort_, args.chunks, args, false);
   }
 
   void gather(const Launcher& launcher, const Plan& p, const QuantizedRows& from, const QuantizedRows& to,
@@ -486,7 +493,7 @@ class CudaLayer final : public LayerBackend {
   Expert routed_;
   std::optional<Expert> shared_;
   Tensor expert_map_, shared_gate_;
-  const LoadedKernel *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
+  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
                      *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
   Workspaces workspaces_;
   Replays replays_;

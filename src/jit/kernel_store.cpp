@@ -168,7 +168,7 @@ struct KernelStore::Impl {
 KernelStore::KernelStore(Options options) : impl_(std::make_unique<Impl>(std::move(options))) {}
 KernelStore::~KernelStore() = default;
 
-std::vector<std::string> KernelStore::installed_packs() {
+std::vector<std::string> installed_files(const std::string& name) {
   Dl_info info{};
   if (dladdr(reinterpret_cast<const void*>(&KernelStore::shared), &info) == 0 || !info.dli_fname) return {};
   std::error_code ec;
@@ -177,11 +177,13 @@ std::vector<std::string> KernelStore::installed_packs() {
   const fs::path here = file.parent_path();
   std::vector<std::string> out;
   for (const fs::path& root : {here, here.parent_path(), here.parent_path().parent_path()}) {
-    out.push_back((root / "share/octomoe/kernels.pack").string());
+    out.push_back((root / "share/octomoe" / name).string());
   }
-  out.push_back((here / "kernels.pack").string());
+  out.push_back((here / name).string());
   return out;
 }
+
+std::vector<std::string> KernelStore::installed_packs() { return installed_files("kernels.pack"); }
 
 KernelStore& KernelStore::shared() {
   // Never destroyed: kernels may still be asked for while static objects die.

@@ -13,6 +13,10 @@
 
 namespace octomoe::jit {
 
+// Where a file that is installed with the library may be, in order: seen from the library's own file,
+// share/octomoe/NAME below its folder, one and two levels up, and NAME beside it.
+std::vector<std::string> installed_files(const std::string& name);
+
 class KernelStore {
  public:
   struct Options {
@@ -27,8 +31,7 @@ class KernelStore {
   // library; the default cache folder. The environment is read once, at the first call. Error(io, format) if a pack
   // that $OCTOMOE_PACK names is refused; an installed one that is refused is a warning.
   static KernelStore& shared();
-  // Candidates for the installed pack, in order: seen from the library's own file, share/octomoe/kernels.pack below its
-  // folder, one and two levels up, and kernels.pack beside it.
+  // Candidates for the installed pack, in order.
   static std::vector<std::string> installed_packs();
 
   void add_pack(std::shared_ptr<const Pack> pack);  // ahead of those there

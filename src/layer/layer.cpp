@@ -78,6 +78,13 @@ struct PreparedMatrix::Impl {
   mutable std::mutex mutex;
 };
 
+KernelFamily parse_kernel_family(const std::string& text) {
+  if (text == "automatic") return KernelFamily::automatic;
+  if (text == "sm80") return KernelFamily::sm80;
+  if (text == "sm90") return KernelFamily::sm90;
+  bad_argument("family: expected automatic, sm80 or sm90, got \"{}\"", text);
+}
+
 PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads, KernelFamily family) {
   if (threads < 0 || threads > 1024) bad_argument("threads: expected 0..1024, got {}", threads);
   check_matrix(matrix, "b", device);

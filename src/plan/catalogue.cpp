@@ -44,16 +44,14 @@ constexpr Tile kChannel89[] = {
     {128, 64, 128, 3, 2, 2, 1, kSteps}, {128, 128, 64, 4, 2, 4, 1, kSteps},
 };
 constexpr Tile kBlock90[] = {
-    {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 16, 128, 5, 4, 1, 2, kTiles},
-    {128, 32, 128, 4, 4, 1, 2, kTiles},
-    {256, 64, 128, 4, 4, 2, 1, kTiles},
+    {128, 8, 128, 5, 4, 1, 2, kTiles},  {128, 16, 128, 5, 4, 1, 2, kTiles}, {128, 32, 128, 4, 4, 1, 2, kTiles},
+    {128, 64, 128, 4, 2, 2, 2, kTiles}, {128, 80, 128, 3, 2, 2, 2, kTiles},
 };
 constexpr Tile kBlock80[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
     {128, 16, 128, 5, 4, 1, 2, kTiles},
     {128, 32, 128, 4, 4, 1, 2, kTiles},
-    {256, 64, 128, 3, 4, 2, 1, kTiles},
+    {256, 80, 128, 3, 4, 2, 1, kTiles},
 };
 constexpr Tile kBlock89[] = {
     {128, 8, 128, 4, 4, 1, 1, kTiles},
@@ -115,13 +113,26 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
 
 // The SM90 family's kernels (sm90/grouped_gemm.cuh); every one computes tiles of any width up to its block_n.
 constexpr WgmmaConfig kWgmma[] = {
-    {Promotion::channel, Epilogue::store, 128, 4, 1, 1}, {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 1},
-    {Promotion::channel, Epilogue::store, 160, 4, 1, 1}, {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1},
-    {Promotion::channel, Epilogue::store, 128, 4, 1, 2}, {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2},
-    {Promotion::block, Epilogue::store, 128, 4, 1, 1},   {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1},
-    {Promotion::block, Epilogue::store, 128, 4, 2, 1},   {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1},  {Promotion::hybrid, Epilogue::swiglu, 128, 4, 1, 1},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 2, 1},  {Promotion::hybrid, Epilogue::swiglu, 128, 4, 2, 1},
+    {Promotion::channel, Epilogue::store, 128, 4, 1, 1, 2},
+    {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 1, 2},
+    {Promotion::channel, Epilogue::store, 160, 4, 1, 1, 2},
+    {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1, 2},
+    {Promotion::channel, Epilogue::store, 128, 4, 1, 2, 2},
+    {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2, 2},
+    {Promotion::channel, Epilogue::store, 128, 3, 1, 1, 1},
+    {Promotion::channel, Epilogue::swiglu, 128, 3, 1, 1, 1},
+    {Promotion::block, Epilogue::store, 128, 4, 1, 1, 2},
+    {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1, 2},
+    {Promotion::block, Epilogue::store, 128, 4, 2, 1, 2},
+    {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1, 2},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1, 2},
+    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 1, 1, 2},
+    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 1, 1, 2},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 1, 1, 2},
+    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 2, 1, 2},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 2, 1, 2},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 2, 1, 2},
+    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 2, 1, 2},
 };
 
 KernelEntry gemm_entry(const WgmmaConfig& c) {
@@ -130,11 +141,12 @@ KernelEntry gemm_entry(const WgmmaConfig& c) {
   e.header = "sm90/grouped_gemm.cuh";
   e.call = fmt::format(
       "octomoe::sm90::grouped_gemm<octomoe::kernels::WgmmaConfig{{octomoe::kernels::Promotion::{}, "
-      "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}}}>",
+      "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}, {}}}>",
       kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.stages,
-      c.block_stages, c.cluster);
+      c.block_stages, c.cluster, c.consumers);
   e.args_type = "octomoe::kernels::WgmmaArgs";
-  e.threads = WgmmaConfig::kThreads;
+  e.threads = c.threads();
+  e.min_blocks = c.min_blocks();
   e.shared_bytes = c.pipeline_bytes();
   e.archs = {90};
   e.expect = "IGMMA";
@@ -168,7 +180,8 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   all.push_back(simple_entry("activate", "quant/activate_rows.cuh", "activate_rows", "ActivateArgs", 256));
-  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", 1024));
+  all.push_back(simple_entry("count", "route/sort.cuh", "count_routes", "SortArgs", kernels::kSortThreads));
+  all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", kernels::kSortThreads));
   all.push_back(simple_entry("combine", "route/combine.cuh", "combine", "CombineArgs", 256));
   all.push_back(simple_entry("shared_gate", "route/shared_gate.cuh", "shared_gate", "SharedGateArgs", 256));
   all.push_back(simple_entry("group_index", "route/group_index.cuh", "group_index", "GroupIndexArgs", 1024));
@@ -231,9 +244,9 @@ std::string gemm_id(const GemmConfig& c) {
 }
 
 std::string gemm_id(const WgmmaConfig& c) {
-  return fmt::format("sm90_gemm:{}{}:{}:n{}s{}c{}", kPromotions[static_cast<int>(c.promotion)],
+  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}s{}c{}", kPromotions[static_cast<int>(c.promotion)],
                      c.has_blocks() ? std::to_string(c.block_stages * WgmmaConfig::kBlockK) : "",
-                     kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.stages, c.cluster);
+                     kEpilogues[static_cast<int>(c.epilogue)], c.block_m(), c.block_n, c.stages, c.cluster);
 }
 
 std::span<const WgmmaConfig> wgmma_configs(Promotion promotion, Epilogue epilogue, int block_stages) {

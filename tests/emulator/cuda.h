@@ -82,6 +82,11 @@ inline int __dp4a(int a, int b, int c) {
   return static_cast<int>(sum);
 }
 // One thread runs at a time.
+inline int atomicAdd(int* p, int v) {
+  const int before = *p;
+  *p += v;
+  return before;
+}
 inline unsigned atomicMax(unsigned* to, unsigned v) {
   const unsigned old = *to;
   *to = max(old, v);
@@ -128,6 +133,12 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned v) {
   unsigned sum = 0;
   for (int i = 0; i < 32; ++i) sum += all[i].v[0];
   return sum;
+}
+inline int __reduce_max_sync(unsigned mask, int v) {
+  const auto* all = octomoe::emulator::exchange("__reduce_max_sync", mask, {{static_cast<unsigned>(v)}});
+  int top = v;
+  for (int i = 0; i < 32; ++i) top = max(top, static_cast<int>(all[i].v[0]));
+  return top;
 }
 inline unsigned __reduce_max_sync(unsigned mask, unsigned v) {
   const auto* all = octomoe::emulator::exchange("__reduce_max_sync", mask, {{v}});

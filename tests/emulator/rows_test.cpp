@@ -169,18 +169,18 @@ TEST(ActivateRows, EveryActivation) {
 
 // ---- sort ----
 TEST(Sort, RoutesByExpertThenToken) {
-  for (const int tokens : {1, 7, 130, 700}) {
+  for (const int tokens : {1, 7, 130, 700, 2500}) {
     for (const int variant : {0, 1, 2}) {
       SCOPED_TRACE(std::to_string(tokens) + " tokens, variant " + std::to_string(variant));
-      const int top_k = 3, global = 10, experts = variant == 1 ? 4 : global, stride = top_k + 2;
+      const int top_k = 3, global = tokens == 700 ? 700 : 10, experts = variant == 1 ? 4 : global, stride = top_k + 2;
       const bool wide = variant == 2;
       std::mt19937 rng(static_cast<std::uint32_t>(tokens));
       std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens * stride));
       // Also what is no expert.
-      for (std::int32_t& id : ids) id = static_cast<std::int32_t>(rng() % 14) - 2;
+      for (std::int32_t& id : ids) id = static_cast<std::int32_t>(rng() % static_cast<unsigned>(global + 4)) - 2;
       const std::vector<std::int64_t> wide_ids(ids.begin(), ids.end());
       std::vector<std::int32_t> map(global);
-      for (int e = 0; e < global; ++e) map[static_cast<std::size_t>(e)] = e % 3 == 0 ? 3 - e / 3 : -1;
+      for (int e = 0; e < global; ++e) map[static_cast<std::size_t>(e)] = e % 3 == 0 ? 3 - e / 3 % 4 : -1;
       const Tensor weights = testing::random_topk_weights(tokens, stride, 4);
       const auto local = [&](int token, int slot) {
         const std::int32_t id = ids[static_cast<std::size_t>(token * stride + slot)];
@@ -201,6 +201,8 @@ TEST(Sort, RoutesByExpertThenToken) {
       const Memory<std::int32_t> got_offsets(offsets.size()), got_token(row_token.size()), got_row(route_row.size()),
           token_offsets(2);
       const Memory<float> got_factor(row_token.size());
+      const int chunks = (tokens * top_k + kernels::kSortChunk - 1) / kernels::kSortChunk;
+      const Memory<std::int32_t> counts(static_cast<std::size_t>(chunks * experts));
       const kernels::SortArgs args{.topk_ids = wide ? static_cast<const void*>(wide_ids.data()) : ids.data(),
                                    .ids_stride = stride,
                                    .ids_are_64 = wide,
@@ -215,8 +217,11 @@ TEST(Sort, RoutesByExpertThenToken) {
                                    .topk_weights = weights.as<float>(),
                                    .weights_stride = stride,
                                    .row_factor = variant == 1 ? nullptr : got_factor.data(),
-                                   .token_offsets = token_offsets.data()};
-      run(experts + 1, kernels::kSortThreads, [&] { kernels::sort_routes(args); });
+                                   .token_offsets = token_offsets.data(),
+                                   .chunks = chunks,
+                                   .chunk_counts = counts.data()};
+      if (chunks > 1) run(chunks, kernels::kSortThreads, [&] { kernels::count_routes(args); });
+      run(chunks, kernels::kSortThreads, [&] { kernels::sort_routes(args); });
       const auto equal = [](const auto& want, const auto& got) {
         return std::equal(want.begin(), want.end(), got.data());
       };

@@ -22,14 +22,14 @@ void check(GemmCase c, int ctas = 2) {
   const cuda::WeightBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
   problem.check([&](const GemmArgs& args, const Schedule& schedule) {
     const WgmmaArgs all{encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box), args};
-    launch({ctas * C.cluster, WgmmaConfig::kThreads, C.pipeline_bytes(), C.cluster, schedule},
+    launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
            [&] { sm90::grouped_gemm<C>(all); });
   });
 }
 
 constexpr WgmmaConfig config(Promotion promotion, Epilogue epilogue, int block_stages = 1, int block_n = 128,
-                             int cluster = 1) {
-  return {promotion, epilogue, block_n, 4, block_stages, cluster};
+                             int cluster = 1, int consumers = 2) {
+  return {promotion, epilogue, block_n, consumers == 1 ? 3 : 4, block_stages, cluster, consumers};
 }
 constexpr WgmmaConfig kStore = config(Promotion::channel, Epilogue::store);
 constexpr WgmmaConfig kSwiglu = config(Promotion::channel, Epilogue::swiglu);
@@ -134,6 +134,49 @@ TEST(Sm90Gemm, HybridManyShortTiles) {
 }
 TEST(Sm90Gemm, Hybrid128) { check_blocks<Promotion::hybrid, 1>(); }
 TEST(Sm90Gemm, Hybrid256) { check_blocks<Promotion::hybrid, 2>(); }
+
+// Chunks that end with a super group, with flush_blocks, with K.
+template <int kBlockStages>
+void check_flush() {
+  constexpr WgmmaConfig kPlain = config(Promotion::hybrid_flush, Epilogue::store, kBlockStages, 64);
+  constexpr WgmmaConfig kGated = config(Promotion::hybrid_flush, Epilogue::swiglu, kBlockStages, 64);
+  check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 1168, .super_group = 4, .flush_blocks = 3, .seed = 40});
+  check<kPlain>({.rows = {19, 2},
+                 .n = 512,
+                 .k = 784,
+                 .segments = 2,
+                 .super_group = 3,
+                 .flush_blocks = 2,
+                 .out = OutType::f32,
+                 .gather = true,
+                 .bias = true,
+                 .row_factor = true,
+                 .seed = 41});
+  check<kPlain>({.rows = {30}, .n = 96, .k = 656, .super_group = 256, .flush_blocks = 1, .seed = 42});
+  for (const bool up_first : {false, true}) {
+    check<kGated>({.rows = {5, 0, 61, 70},
+                   .n = 2 * 144,
+                   .k = 784,
+                   .super_group = 2,
+                   .flush_blocks = 2,
+                   .up_first = up_first,
+                   .seed = 43u + up_first});
+  }
+}
+TEST(Sm90Gemm, HybridFlush128) { check_flush<1>(); }
+TEST(Sm90Gemm, HybridFlush256) { check_flush<2>(); }
+
+// 128 weight rows a CTA.
+TEST(Sm90Gemm, OneConsumer) {
+  constexpr WgmmaConfig kPlain = config(Promotion::channel, Epilogue::store, 1, 128, 1, 1);
+  constexpr WgmmaConfig kGated = config(Promotion::channel, Epilogue::swiglu, 1, 128, 1, 1);
+  check<kPlain>({.rows = {5, 0, 37, 1, 150}, .n = 288, .k = 784, .seed = 50}, 3);
+  check<kPlain>({.rows = {20, 3, 40}, .n = 160, .k = 144, .out = OutType::fp16, .gather = true, .zero_points = true,
+                 .bias = true, .row_factor = true, .seed = 51});
+  check<kGated>({.rows = {5, 0, 37, 140}, .n = 2 * 144, .k = 272, .seed = 52});
+  check<kGated>({.rows = {20, 3}, .n = 2 * 160, .k = 144, .gather = true, .zero_points = true, .bias = true,
+                 .row_factor = true, .up_first = true, .limit = 2.5f, .seed = 53});
+}
 
 // Pairs of CTAs that share the weights: both work, one has no rows, uneven numbers of tiles.
 TEST(Sm90Gemm, ClustersOfTwo) {

@@ -1,0 +1,89 @@
+// Tables that `octomoe tune` writes: what is read back, which row count answers, what is refused.
+#include "plan/tuned.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "plan/catalogue.h"
+#include "support/errors.h"
+
+namespace octomoe::plan {
+namespace {
+
+using kernels::Epilogue;
+using kernels::Promotion;
+using testing::expect_error;
+
+std::string some_kernel(std::size_t i) {
+  return gemm_id(wgmma_configs(Promotion::channel, Epilogue::swiglu, 1)[i]);
+}
+
+TuneKey key(std::int64_t k = 2048) {
+  return {.device = "GPU", .epilogue = Epilogue::swiglu, .experts = 128, .n = 1536, .k = k};
+}
+
+TEST(TunedTable, SurvivesItsFile) {
+  TunedTable table;
+  table.set(key(), 8192, {some_kernel(0), {{some_kernel(0), 12.5}, {some_kernel(1), 13}}});
+  table.set(key(512), 64, {some_kernel(1), {{some_kernel(1), 3}}});
+  const TunedTable back = TunedTable::parse(table.json().dump(), "file");
+  EXPECT_EQ(back.json(), table.json());
+  ASSERT_NE(back.find(key(), 8192), nullptr);
+  EXPECT_EQ(back.find(key(), 8192)->us.at(some_kernel(1)), 13);
+}
+
+TEST(TunedTable, TheNearestRowsAnswerWithinAFactorOfTwo) {
+  TunedTable table;
+  table.set(key(), 100, {some_kernel(0), {}});
+  table.set(key(), 1000, {some_kernel(1), {}});
+  const auto kernel = [&](std::int64_t rows) {
+    const TuneChoice* c = table.find(key(), rows);
+    return c == nullptr ? "" : c->kernel;
+  };
+  EXPECT_EQ(kernel(100), some_kernel(0));
+  EXPECT_EQ(kernel(50), some_kernel(0));
+  EXPECT_EQ(kernel(49), "");
+  EXPECT_EQ(kernel(200), some_kernel(0));
+  EXPECT_EQ(kernel(201), "");
+  EXPECT_EQ(kernel(499), "");
+  EXPECT_EQ(kernel(500), some_kernel(1));
+  EXPECT_EQ(kernel(2000), some_kernel(1));
+  EXPECT_EQ(table.find(key(1024), 100), nullptr);
+}
+
+TEST(TunedTable, ANewerTableWins) {
+  TunedTable shipped, user;
+  shipped.set(key(), 100, {some_kernel(0), {}});
+  shipped.set(key(), 800, {some_kernel(0), {}});
+  user.set(key(), 100, {some_kernel(1), {}});
+  shipped.merge(user);
+  EXPECT_EQ(shipped.find(key(), 100)->kernel, some_kernel(1));
+  EXPECT_EQ(shipped.find(key(), 800)->kernel, some_kernel(0));
+  EXPECT_EQ(shipped.kernels(key()).size(), 2u);
+}
+
+TEST(TunedTable, KernelsOfOtherVersionsAreLeftOut) {
+  TunedTable table;
+  table.set(key(), 100, {"sm90_gemm:that_was", {}});
+  EXPECT_TRUE(TunedTable::parse(table.json().dump(), "file").empty());
+}
+
+TEST(TunedTable, BadFiles) {
+  const auto refuse = [](const std::string& text, const std::string& why) {
+    expect_error(ErrorCode::format, why, [&] { TunedTable::parse(text, "tuned.json"); });
+  };
+  refuse("", "tuned.json: ");
+  refuse("[]", "tuned.json: ");
+  refuse(R"({"version": 2, "entries": []})", "tuned.json: version: expected 1, got 2");
+  refuse(R"({"version": 1})", "entries");
+  const std::string entry = R"({"version": 1, "entries": [{"device": "G", "promotion": "%", "epilogue": "store",
+    "block_k": 0, "experts": 1, "n": 32, "k": 16, "rows": 0, "kernel": "x", "us": {}}]})";
+  refuse(entry, "tuned.json: promotion: \"%\" is not known");
+  std::string rows = entry;
+  refuse(rows.replace(rows.find('%'), 1, "channel"), "tuned.json: rows: expected a positive number, got 0");
+  expect_error(ErrorCode::io, "/nowhere/tuned.json", [] { TunedTable::read("/nowhere/tuned.json"); });
+}
+
+}  // namespace
+}  // namespace octomoe::plan
