@@ -171,11 +171,26 @@ TEST(Sm90Gemm, OneConsumer) {
   constexpr WgmmaConfig kPlain = config(Promotion::channel, Epilogue::store, 1, 128, 1, 1);
   constexpr WgmmaConfig kGated = config(Promotion::channel, Epilogue::swiglu, 1, 128, 1, 1);
   check<kPlain>({.rows = {5, 0, 37, 1, 150}, .n = 288, .k = 784, .seed = 50}, 3);
-  check<kPlain>({.rows = {20, 3, 40}, .n = 160, .k = 144, .out = OutType::fp16, .gather = true, .zero_points = true,
-                 .bias = true, .row_factor = true, .seed = 51});
+  check<kPlain>({.rows = {20, 3, 40},
+                 .n = 160,
+                 .k = 144,
+                 .out = OutType::fp16,
+                 .gather = true,
+                 .zero_points = true,
+                 .bias = true,
+                 .row_factor = true,
+                 .seed = 51});
   check<kGated>({.rows = {5, 0, 37, 140}, .n = 2 * 144, .k = 272, .seed = 52});
-  check<kGated>({.rows = {20, 3}, .n = 2 * 160, .k = 144, .gather = true, .zero_points = true, .bias = true,
-                 .row_factor = true, .up_first = true, .limit = 2.5f, .seed = 53});
+  check<kGated>({.rows = {20, 3},
+                 .n = 2 * 160,
+                 .k = 144,
+                 .gather = true,
+                 .zero_points = true,
+                 .bias = true,
+                 .row_factor = true,
+                 .up_first = true,
+                 .limit = 2.5f,
+                 .seed = 53});
 }
 
 // Pairs of CTAs that share the weights: both work, one has no rows, uneven numbers of tiles.
