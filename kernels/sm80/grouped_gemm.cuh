@@ -312,7 +312,9 @@ struct GroupedGemm {
       if (c < kPassesW) {
         // Weight rows past the last: the last one once more.
         int32_t row = min(feature + feature_of(c * kRowsPerPass), rows_of_half(args) - 1);
-        if (is_up(c * kRowsPerPass)) row += args.up_first ? -args.n / 2 : args.n / 2;
+        // Which half is a matter of one bit of the row: one of the pass, or of the thread's first row.
+        const bool up = kRowsPerPass > C.warp_m() / 2 ? is_up(first()) : is_up(c * kRowsPerPass);
+        if (up) row += args.up_first ? -args.n / 2 : args.n / 2;
         ptx::cp_async_16_if(active, to + c * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.k,
                             inside);
       } else if (c < kPassesW + kPassesA) {
