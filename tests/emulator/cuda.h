@@ -10,18 +10,20 @@
 #define __device__
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
-// A CTA has an operating system thread to itself while it runs; its dynamic shared memory: machine.cpp. constinit:
-// nothing is to be called before the first use.
-#define __shared__ constinit thread_local
+// A CTA has an operating system thread to itself while it runs.
+#define __shared__ thread_local
+
+// Dynamic shared memory, under the names that kernels declare it by. constinit: nothing is to be called before the
+// first use.
 namespace octomoe {
 namespace sm80 {
-extern __shared__ std::uint8_t shared[];
+extern constinit thread_local std::uint8_t shared[];
 }
 namespace sm90 {
-extern __shared__ std::uint8_t memory[];
+extern constinit thread_local std::uint8_t memory[];
 }
 namespace kernels {
-extern __shared__ float shared_floats[];
+extern constinit thread_local float shared_floats[];
 }
 }  // namespace octomoe
 

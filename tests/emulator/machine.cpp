@@ -18,19 +18,18 @@
 #include "emulator/cuda.h"
 #include "emulator/fiber.h"
 
-// Dynamic shared memory, under the names that kernels declare it by (extern __shared__).
 namespace {
 constexpr int kCanaryBytes = 1024;
 constexpr int kArrayBytes = octomoe::emulator::kMaxSharedBytes + kCanaryBytes;
 }  // namespace
 namespace octomoe::sm80 {
-alignas(1024) thread_local std::uint8_t shared[kArrayBytes];
+alignas(1024) constinit thread_local std::uint8_t shared[kArrayBytes];
 }  // namespace octomoe::sm80
 namespace octomoe::sm90 {
-alignas(1024) thread_local std::uint8_t memory[kArrayBytes];
+alignas(1024) constinit thread_local std::uint8_t memory[kArrayBytes];
 }  // namespace octomoe::sm90
 namespace octomoe::kernels {
-alignas(1024) thread_local float shared_floats[kArrayBytes / 4];
+alignas(1024) constinit thread_local float shared_floats[kArrayBytes / 4];
 }  // namespace octomoe::kernels
 
 OctomoeDim3 threadIdx, blockIdx, gridDim, blockDim;

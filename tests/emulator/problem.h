@@ -7,6 +7,7 @@
 
 #include "emulator/kernels.h"
 #include "quant/numerics.h"
+#include "support/sanitizer.h"
 
 namespace octomoe::emulator {
 
@@ -15,6 +16,7 @@ inline std::string describe(const Schedule& s) {
          " products, seed " + std::to_string(s.seed);
 }
 inline std::vector<Schedule> schedules(std::uint32_t seed) {
+  if (test::kAddressSanitizer) return {{true, true, 2 * seed + 1}};  // ten times slower, and addresses are the same
   return {{true, true, 0},
           {false, false, 2 * seed},
           {true, true, 2 * seed + 1},
@@ -142,7 +144,7 @@ struct GemmProblem {
     width = c.gated ? c.n / 2 : c.n;
     out_rows = rows;
     out = Memory<std::uint8_t>(count(rows, width + 16, elem_bytes()));
-    std::memset(out.data(), 0xa5, out.size());
+    std::fill_n(out.data(), out.size(), std::uint8_t{0xa5});
     args = {.a = a.data(),
             .w = w.data(),
             .a_rows = a_rows,
@@ -261,7 +263,7 @@ struct GemmProblem {
   void check(const Run& run) {
     const std::vector<std::uint8_t> want = expected();
     for (const Schedule& s : schedules(c.seed)) {
-      std::memset(out.data(), 0xa5, out.size());
+      std::fill_n(out.data(), out.size(), std::uint8_t{0xa5});
       try {
         run(args, s);
       } catch (const Fault& fault) {
