@@ -48,13 +48,16 @@ struct GemmConfig {
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
   OCTOMOE_HD constexpr int stage_bytes() const {
-    return (block_m + block_n) * block_k + (scales_per_stage() * block_n * 4 + 127) / 128 * 128;
+    const int scales = scales_per_stage() * block_n * 4 + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);
+    return (block_m + block_n) * block_k + (scales + 127) / 128 * 128;
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
   OCTOMOE_HD constexpr int table_bytes() const { return 16 + (3 * block_n + block_m) * 4; }
-  // Dynamic shared memory. The copy cursor can be as many tiles ahead as there are stages.
+  // Dynamic shared memory: the ring, tables (the copy cursor can be as many tiles ahead as there are stages), the rows
+  // of a that the tile's tokens are, barriers.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (stages + 1) * table_bytes() + (block_n + 127) / 128 * (has_blocks() ? 1024 : 512);
+    return stages * stage_bytes() + (stages + 1) * table_bytes() + (block_n > 128 ? 1024 : 512) +
+           (has_blocks() ? block_m / 8 * 4 : 0) + 2 * stages * 8;
   }
 };
 

@@ -46,6 +46,62 @@ __device__ __forceinline__ int2 load_shared_2(uint32_t shared) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(shared) : "memory");
   return d;
 }
+// kN neighbouring words.
+template <int kN>
+__device__ __forceinline__ void load_shared_n(int32_t (&d)[kN], uint32_t shared) {
+  static_assert(kN == 1 || kN == 2 || kN % 4 == 0);
+  if constexpr (kN == 1) {
+    d[0] = load_shared(shared);
+  } else if constexpr (kN == 2) {
+    const int2 x = load_shared_2(shared);
+    d[0] = x.x;
+    d[1] = x.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kN; i += 4) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(d[i]), "=r"(d[i + 1]), "=r"(d[i + 2]), "=r"(d[i + 3])
+                   : "r"(shared + i * 4)
+                   : "memory");
+    }
+  }
+}
+__device__ __forceinline__ void store_shared(uint32_t shared, int32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
+// Neighbouring words, aligned to their size, to global memory; where `wanted` holds, by predicate. As a C++ vector
+// store the compiler may split it.
+template <int kN>
+__device__ __forceinline__ void store_if(bool wanted, void* global, const uint32_t (&v)[kN]) {
+  static_assert(kN == 1 || kN == 2 || kN == 4);
+  if constexpr (kN == 1) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}" ::"l"(global), "r"(v[0]),
+                 "r"(static_cast<int>(wanted))
+                 : "memory");
+  } else if constexpr (kN == 2) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(global),
+                 "r"(v[0]), "r"(v[1]), "r"(static_cast<int>(wanted))
+                 : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(global),
+        "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(wanted))
+        : "memory");
+  }
+}
+// The same value, about which the compiler knows nothing.
+template <class T>
+__device__ __forceinline__ T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// A value that all lanes hold, known to the compiler as such: it may live in uniform registers.
+__device__ __forceinline__ int32_t uniform(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

@@ -15,6 +15,9 @@
 // K-block: it holds the promoted totals of the whole warp tile, the weight fragments of the whole stage (one K-block),
 // and the partial sums of one token tile only; those enter the totals while the next token tile's mma run.
 //
+// What a tile needs and takes long to find is looked for before the tile's first copies, and all that a stage's copies
+// share is computed once: a copy is then a clamp, a multiply-add and the cp.async (Loader).
+//
 // Shared rows hold weight rows in fragment order: row mt*16 + h*8 + g of a warp's part holds weight row
 // g*(2*MT) + 2*mt + h, so the thread that owns fragment rows g and g+8 of all MT m-tiles owns 2*MT neighbouring output
 // columns and stores them in one instruction. 16-byte chunks of a row are swizzled by row & 7: ldmatrix and cp.async
@@ -53,12 +56,13 @@ struct ScaleElement<false> {
 template <GemmConfig C>
 struct GroupedGemm {
   static constexpr int kThreads = C.threads();
-  static constexpr int kChunks = C.block_k / 16;  // 16-byte chunks of a shared row
-  // The threads that copy: a power of two of them, so that their rows follow a simple rule; of 384 threads, 256.
-  static constexpr int kCopyThreads = kThreads >= 512 ? 512 : kThreads >= 256 ? 256 : kThreads >= 128 ? 128 : 64;
-  static constexpr int kRowsPerPass = kCopyThreads / kChunks;  // rows that one cp.async of every such thread covers
+  static constexpr int kChunks = C.block_k / 16;           // 16-byte chunks of a shared row
+  static constexpr int kRowsPerPass = kThreads / kChunks;  // rows that one cp.async of every thread covers
+  static constexpr int kRowsPerWarp = 32 / kChunks;        // of those, rows that a warp copies
   static constexpr int kPassesW = C.block_m / kRowsPerPass;
   static constexpr int kPassesA = (C.block_n + kRowsPerPass - 1) / kRowsPerPass;
+  // Rows of a that a thread copies, rounded up to what one or two loads from shared memory bring.
+  static constexpr int kSourcesPerThread = kPassesA <= 2 ? kPassesA : kPassesA <= 4 ? 4 : 8;
   static constexpr bool kBlocks = C.has_blocks();
   static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
   static constexpr bool kFloatTotals = C.promotion == Promotion::block;
@@ -74,14 +78,17 @@ struct GroupedGemm {
   static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1, kGroups = kNT / kGroup;
   // A barrier with slack: a warp says that it has read a stage when it has, and asks for the others half a stage later.
   static constexpr bool kSlack = C.stages >= 3 && kNT >= 4 && (C.order == Order::steps || kGroups >= 3);
-  // How a warp learns that a stage has landed: with three stages by an mbarrier of its own, see Ring.
-  static constexpr bool kFullBarriers = kSlack && C.stages == 3;
+  // How a warp learns that a stage has landed, see Ring.
+  static constexpr bool kFullBarriers = kSlack && (C.stages == 3 || C.min_blocks > 1);
+  // Order::tiles: the scales of a stage's weights travel with the stage, one for each kScaleRows rows.
+  static constexpr bool kStageScales = kBlocks && C.order == Order::tiles;
+  static constexpr int kScaleRows = 8;  // neighbouring weight rows share a block row in multiples of this many
 
   static_assert(C.block_k == 64 || C.block_k == 128, "the swizzle is made for rows of 64 or 128 bytes");
   static_assert(C.warp_m() % (C.gated() ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
   static_assert(C.block_m % kRowsPerPass == 0 && C.stages >= 2);
   static_assert((C.warp_m() & (C.warp_m() - 1)) == 0, "feature_of must be a sum over the bits of s");
-  static_assert(C.block_n <= kCopyThreads && kPassesW <= 32);
+  static_assert(kPassesA <= 8 && kRowsPerWarp * kSourcesPerThread <= 32 && C.block_m <= kThreads * kScaleRows);
   static_assert(C.order == Order::steps ? !kBlocks || C.fine_groups : C.block_k == 128 && !C.fine_groups);
 
   // For rows of 64 bytes two rows share a 128-byte line: the line's index takes the part of the row's.
@@ -97,7 +104,7 @@ struct GroupedGemm {
   static __device__ __forceinline__ constexpr int feature_of(int s) {
     const int warp = s / C.warp_m(), mt = s % C.warp_m() / 16, h = s % 16 / 8, g = s % 8;
     return C.gated() ? warp * (C.warp_m() / 2) + g * kMT + 2 * (mt % (kMT / 2)) + h
-                   : warp * C.warp_m() + g * kColumns + 2 * mt + h;
+                     : warp * C.warp_m() + g * kColumns + 2 * mt + h;
   }
   static __device__ __forceinline__ constexpr bool is_up(int s) { return C.gated() && s % C.warp_m() / 16 >= kMT / 2; }
   // Both are sums of what the bits of s contribute, and a thread's rows differ only in bits above kRowsPerPass: the row
@@ -106,19 +113,28 @@ struct GroupedGemm {
 
   // ---- shared memory behind the ring ----
   // A tile's table: what the epilogue needs. Written with the tile's first stage.
+  static constexpr int kTablesAt = C.stages * C.stage_bytes(), kSourcesAt = kTablesAt + kTables * C.table_bytes();
+  static constexpr int kScaleRowsAt = kSourcesAt + kRowsPerPass * kSourcesPerThread * 4;
+  static constexpr int kBarriersAt = kScaleRowsAt + (kStageScales ? (C.block_m / kScaleRows * 4 + 15) / 16 * 16 : 0);
+  static_assert(kBarriersAt % 16 == 0 && kBarriersAt + 2 * C.stages * 8 <= C.pipeline_bytes());
   struct Table {
     Tile tile;
     float a_scale[C.block_n];  // block: unused
     float factor[C.block_n];   // row_factor
     int32_t zero[C.block_n];   // channel: a_zero; hybrid_flush: rows of a
-    float w_scale[C.block_m];  // channel, hybrid: of the tile's weight rows, gated: gate rows before up rows
+    // Of the tile's weight rows, gated: gate rows before up rows. channel: scales. Otherwise of each kScaleRows rows
+    // the block row, and before those, hybrid: scales.
+    float w_scale[C.block_m];
+    __device__ __forceinline__ int32_t& block_row(int i) {
+      return reinterpret_cast<int32_t*>(w_scale)[C.block_m / kScaleRows + i];
+    }
+    __device__ __forceinline__ int32_t block_row(int i) const {
+      return reinterpret_cast<const int32_t*>(w_scale)[C.block_m / kScaleRows + i];
+    }
   };
   static_assert(sizeof(Table) == C.table_bytes());
   static __device__ __forceinline__ Table* tables(uint8_t* shared) {
-    return reinterpret_cast<Table*>(shared + C.stages * C.stage_bytes());
-  }
-  static __device__ __forceinline__ int32_t* sources(uint8_t* shared) {
-    return reinterpret_cast<int32_t*>(shared + C.stages * C.stage_bytes() + kTables * C.table_bytes());
+    return reinterpret_cast<Table*>(shared + kTablesAt);
   }
 
   static __device__ __forceinline__ int rows_of_half(const GemmArgs& args) { return C.gated() ? args.n / 2 : args.n; }
@@ -126,7 +142,8 @@ struct GroupedGemm {
   static __device__ __forceinline__ int weight_row(const GemmArgs& args, int feature, int half) {
     return feature + (C.gated() && half != args.up_first ? args.n / 2 : 0);
   }
-  // The scale block of a weight row: the halves of a w13 restart at a block, also where its two halves are not gated here.
+  // The scale block of a weight row: the halves of a w13 restart at a block, also where its two halves are not gated
+  // here.
   static __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int feature, int half) {
     const int rows = args.n / args.segments, per_segment = (rows + args.block_n - 1) / args.block_n;
     const int row = min(feature, rows_of_half(args) - 1);
@@ -134,95 +151,139 @@ struct GroupedGemm {
     return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
-  // The copy cursor: one stage after another, tile after tile.
+  // The copy cursor: one stage after another, tile after tile. A thread copies one 16-byte chunk of the weight rows
+  // first(), first() + kRowsPerPass, ... and of the tokens first(), ...; for one token, token(), it also reads which
+  // row of a that is, and brings the token's scales.
   struct Loader {
     const GemmArgs& args;
     const TileList& list;
     Table* table;
-    int32_t* source;  // rows of a, by token of the tile
+    uint32_t sources;  // rows of a, kSourcesPerThread for each first()
     int32_t m_tiles, total, index, k_tiles;
+    int32_t thread;
     int32_t k_tile = 0, table_index = 0;
-    const int8_t* w = nullptr;  // the thread's weight row of pass 0 at the stage's column
-    uint32_t w_valid = 0;       // a bit per pass
+    const int8_t* w = nullptr;  // the expert's weights at the thread's chunk of column 0
+    int32_t feature = 0;        // of weight row first() in fragment order
+    int32_t source = 0;         // row of a of token()
     bool active = false;
-    int32_t next_source = 0;  // row of a of the next copy that needs one
+    const int8_t* w_stage = nullptr;
+    const int8_t* a_stage = nullptr;
+    bool inside = false;
+    int32_t q = 0;                                                     // Q_w on its way to the stage
+    uint32_t to = 0;                                                   // the thread's place in the stage
+    int32_t from[kSourcesPerThread < 4 ? kSourcesPerThread : 4] = {};  // rows of a of the next tokens
 
-    static __device__ __forceinline__ int first() { return static_cast<int>(threadIdx.x) / kChunks; }
-    static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
+    __device__ __forceinline__ int first() const { return thread / kChunks; }
+    __device__ __forceinline__ int chunk() const { return thread % kChunks; }
+    __device__ __forceinline__ int token() const {
+      const int l = thread % 32, pass = l % kSourcesPerThread, row = thread / 32 * kRowsPerWarp + l / kSourcesPerThread;
+      return l < kRowsPerWarp * kSourcesPerThread && pass < kPassesA ? row + pass * kRowsPerPass : C.block_n;
+    }
+    __device__ __forceinline__ uint32_t source_place() const {
+      return sources + (thread / 32 * kRowsPerWarp * kSourcesPerThread + thread % 32) * 4;
+    }
 
-    __device__ __forceinline__ void open_tile() {
+    // What a tile needs and takes long to find, half a stage before its first copy.
+    __device__ __forceinline__ void find_next_tile() {
+      if (index >= total) return;
       const Tile t = kernels::find_tile<C.block_n>(list, args, index, m_tiles);
-      const int width = rows_of_half(args), feature = t.m_tile * C.features() + feature_of(first());
-      const int row = weight_row(args, feature, is_up(first()));
-      w = args.w + (static_cast<int64_t>(t.expert) * args.n + row) * args.k + chunk() * 16;
-      w_valid = 0;
-#pragma unroll
-      for (int p = 0; p < kPassesW; ++p) {
-        w_valid |= (feature + feature_of(p * kRowsPerPass) < width ? 1u : 0u) << p;
-      }
-      // A row of a is read by kChunks neighbouring threads, all of one warp.
-      __syncwarp();
-      if (chunk() == 0) {
-#pragma unroll
-        for (int p = 0; p < kPassesA; ++p) {
-          const int r = first() + p * kRowsPerPass;
-          source[r] = source_row(t, r);
-        }
-      }
-      __syncwarp();
-      fill_table(table[table_index], t);
-      if (kBlocks && static_cast<int>(threadIdx.x) < C.block_n) {
-        source[kPassesA * kRowsPerPass + static_cast<int>(threadIdx.x)] = source_row(t, static_cast<int>(threadIdx.x));
-      }
-      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
-    }
-
-    __device__ __forceinline__ int32_t source_row(const Tile& t, int token) const {
-      const int32_t row = t.row_begin + min(token, t.rows - 1);
-      return args.row_source != nullptr ? args.row_source[row] : row;
-    }
-
-    __device__ __forceinline__ void fill_table(Table& to, const Tile& t) {
-      const int r = static_cast<int>(threadIdx.x);
-      if (r == 0) to.tile = t;
+      feature = t.m_tile * C.features() + feature_of(first());
+      w = args.w + (static_cast<int64_t>(t.expert) * args.n + weight_row(args, 0, 0)) * args.k + chunk() * 16;
+      Table& to = table[table_index];
+      if (thread == 0) to.tile = t;
+      const int r = token();
       if (r < C.block_n) {
-        const int32_t row = t.row_begin + min(r, t.rows - 1), from = source_row(t, r);
-        if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
-          ptx::cp_async_4(ptx::shared_address(&to.a_scale[r]), args.a_scale + from, true);
-        }
+        const int32_t row = t.row_begin + min(r, t.rows - 1);
+        source = args.row_source != nullptr ? args.row_source[row] : row;
         if (args.row_factor != nullptr) {
           ptx::cp_async_4(ptx::shared_address(&to.factor[r]), args.row_factor + row, true);
         } else {
           to.factor[r] = 1.0f;
         }
-        if constexpr (C.promotion == Promotion::channel) {
-          if (args.a_zero != nullptr) ptx::cp_async_4(ptx::shared_address(&to.zero[r]), args.a_zero + from, true);
-        } else {
-          to.zero[r] = from;
-        }
       }
-      if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
-        for (int i = r; i < C.block_m; i += kCopyThreads) {
-          const int half = i / C.features(), feature = t.m_tile * C.features() + i % C.features();
-          int64_t at;
-          if constexpr (C.promotion == Promotion::hybrid) {
-            at = static_cast<int64_t>(block_row(args, t.expert, feature, half)) * super_groups(args);
-          } else {
-            at = args.w_scale_per_tensor ? t.expert
-                                         : static_cast<int64_t>(t.expert) * args.n + weight_row(args, feature, half);
-          }
-          if (feature < rows_of_half(args))
+      if constexpr (C.promotion == Promotion::channel) {
+#pragma unroll
+        for (int p = 0; p < (C.block_m + kThreads - 1) / kThreads; ++p) {
+          const int i = p * kThreads + thread;
+          if (C.block_m % kThreads != 0 && i >= C.block_m) break;
+          const int half = i / C.features(), column = t.m_tile * C.features() + i % C.features();
+          const int64_t at = args.w_scale_per_tensor
+                                 ? t.expert
+                                 : static_cast<int64_t>(t.expert) * args.n + weight_row(args, column, half);
+          if (column < rows_of_half(args)) {
             ptx::cp_async_4(ptx::shared_address(&to.w_scale[i]), args.w_scale + at, true);
+          }
+        }
+      } else {
+        static_assert(C.block_m <= 32 * kScaleRows);
+        const int column = thread * kScaleRows;
+        if (column < C.block_m) {
+          const int32_t row =
+              block_row(args, t.expert, t.m_tile * C.features() + column % C.features(), column / C.features());
+          to.block_row(thread) = row;
+          if constexpr (kStageScales) ptx::store_shared(scale_rows() + thread * 4, row);
+          if constexpr (C.promotion == Promotion::hybrid) {
+            ptx::cp_async_4(ptx::shared_address(&to.w_scale[thread]), args.w_scale + static_cast<int64_t>(row), true);
+          }
         }
       }
+    }
+    __device__ __forceinline__ void open_tile() {
+      if (k_tiles == 1) find_next_tile();
+      const int r = token();
+      __syncwarp();  // all lanes have read the sources of the tile before
+      if (r < C.block_n) {
+        ptx::store_shared(source_place(), source);
+        Table& to = table[table_index];
+        if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
+          ptx::cp_async_4(ptx::shared_address(&to.a_scale[r]), args.a_scale + source, true);
+        }
+        if constexpr (C.promotion == Promotion::channel) {
+          if (args.a_zero != nullptr) ptx::cp_async_4(ptx::shared_address(&to.zero[r]), args.a_zero + source, true);
+        } else {
+          to.zero[r] = source;
+        }
+      }
+      __syncwarp();
+      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
     }
 
-    // A stage: begin, its copies in any number of pieces, end.
-    __device__ __forceinline__ void begin() {
-      active = index < total && (kCopyThreads == kThreads || static_cast<int>(threadIdx.x) < kCopyThreads);
-      if (__builtin_expect(active && k_tile == 0, 0)) open_tile();
-      next_source = ptx::load_shared(ptx::shared_address(source + first()));
+    template <class T>
+    static __device__ __forceinline__ T base(T x) {
+      return C.order == Order::steps ? ptx::opaque(x) : x;
     }
+    // A stage: begin, its copies in any number of pieces, end.
+    __device__ __forceinline__ bool begin(uint32_t stage) {
+      if constexpr (kStageScales) thread = static_cast<int32_t>(ptx::opaque(static_cast<uint32_t>(thread)));
+      active = index < total;
+      const bool opens = active && k_tile == 0;
+      if (__builtin_expect(opens, 0)) open_tile();
+      const int32_t column = k_tile * C.block_k;
+      inside = column + chunk() * 16 < args.k;
+      // Opaque: the compiler would take the sums apart again and add their parts for every copy.
+      w_stage = base(w + column);
+      to = base(stage + swizzled(first(), chunk()));
+      if constexpr (kStageScales) begin_scales(stage);
+      return opens;
+    }
+    // Scales of the weights. The hybrid's are bytes, which no copy brings: loaded here, stored at the stage's end.
+    __device__ __forceinline__ void begin_scales(uint32_t stage) {
+      q = 0;
+      if (active && thread < C.block_m / kScaleRows) {
+        const int64_t at = static_cast<int64_t>(ptx::load_shared(scale_rows() + thread * 4)) * args.blocks_k + k_tile;
+        if constexpr (C.promotion == Promotion::block) {
+          ptx::cp_async_4(weight_scales_of(stage) + thread * 4, args.w_scale + at, true);
+        } else {
+          q = args.w_q[at];
+        }
+      }
+    }
+    __device__ __forceinline__ void end_scales(uint32_t stage) {
+      if (C.promotion != Promotion::block && active && thread < C.block_m / kScaleRows) {
+        ptx::store_shared(weight_scales_of(stage) + thread * 4, q);
+      }
+    }
+    __device__ __forceinline__ uint32_t scale_rows() const { return sources + (kScaleRowsAt - kSourcesAt); }
     template <int kPieces>
     __device__ __forceinline__ void copy(int piece, uint32_t stage) {
 #pragma unroll
@@ -230,49 +291,47 @@ struct GroupedGemm {
         if (c * kPieces / kCopies == piece) copy_one(c, stage);
       }
     }
-    // Always commits, so that group counts stay regular.
-    __device__ __forceinline__ void end() {
-      w += C.block_k;
-      if (index < total && ++k_tile == k_tiles) {
+    __device__ __forceinline__ bool end(uint32_t stage) {
+      if constexpr (kStageScales) end_scales(stage);
+      const bool ends = active && ++k_tile == k_tiles;
+      if (__builtin_expect(ends, 0)) {
+        if constexpr (kStageScales) thread = static_cast<int32_t>(ptx::opaque(static_cast<uint32_t>(thread)));
         k_tile = 0;
         index += static_cast<int32_t>(gridDim.x);
+        if (k_tiles > 1) find_next_tile();
       }
-      ptx::cp_async_commit();
+      return ends;
     }
     __device__ __forceinline__ void load_stage(uint32_t stage) {
-      begin();
+      begin(stage);
       copy<1>(0, stage);
-      end();
+      end(stage);
     }
 
     __device__ __forceinline__ void copy_one(int c, uint32_t stage) {
-      const int32_t column = k_tile * C.block_k + chunk() * 16;
-      const bool inside = column < args.k;
       if (c < kPassesW) {
-        const int row =
-            feature_of(c * kRowsPerPass) + (is_up(c * kRowsPerPass) ? (args.up_first ? -args.n / 2 : args.n / 2) : 0);
-        ptx::cp_async_16_if(active, stage + swizzled(first(), chunk()) + c * kRowsPerPass * C.block_k,
-                            w + static_cast<int64_t>(row) * args.k, inside && (w_valid >> c & 1));
+        // Weight rows past the last: the last one once more.
+        int32_t row = min(feature + feature_of(c * kRowsPerPass), rows_of_half(args) - 1);
+        // Which half is a matter of one bit of the row: one of the pass, or of the thread's first row.
+        const bool up = kRowsPerPass > C.warp_m() / 2 ? is_up(first()) : is_up(c * kRowsPerPass);
+        if (up) row += args.up_first ? -args.n / 2 : args.n / 2;
+        ptx::cp_async_16_if(active, to + c * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.k,
+                            inside);
       } else if (c < kPassesW + kPassesA) {
         const int p = c - kPassesW, r = first() + p * kRowsPerPass;
         const bool mine = C.block_n % kRowsPerPass == 0 || r < C.block_n;
-        ptx::cp_async_16_if(active && mine,
-                            stage + swizzled(first(), chunk()) + (C.block_m + p * kRowsPerPass) * C.block_k,
-                            args.a + (static_cast<int64_t>(next_source) * args.k + column), inside);
-        if (p + 1 < kPassesA) {
-          next_source = ptx::load_shared(ptx::shared_address(source + first() + (p + 1) * kRowsPerPass));
-        } else if constexpr (kBlocks) {
-          const int t = static_cast<int>(threadIdx.x);
-          if (t < C.block_n) next_source = ptx::load_shared(ptx::shared_address(source + kPassesA * kRowsPerPass + t));
-        }
+        if (p == 0) a_stage = base(args.a + (k_tile * C.block_k + chunk() * 16));
+        if (p % 4 == 0) ptx::load_shared_n(from, sources + (first() * kSourcesPerThread + p) * 4);
+        ptx::cp_async_16_if(active && mine, to + (C.block_m + p * kRowsPerPass) * C.block_k,
+                            a_stage + static_cast<int64_t>(from[p % 4]) * args.k, inside);
       } else if constexpr (kBlocks) {
-        const int i = c - kPassesW - kPassesA, r = static_cast<int>(threadIdx.x);
+        const int i = c - kPassesW - kPassesA, r = token();
         const int32_t block =
             C.fine_groups ? min((k_tile * C.block_k + i * 32) / args.block_k, args.blocks_k - 1) : k_tile;
         const void* values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
         ptx::cp_async_4_if(active && r < C.block_n,
                            stage + (C.block_m + C.block_n) * C.block_k + (i * C.block_n + r) * 4,
-                           static_cast<const int32_t*>(values) + (block * args.a_rows + next_source));
+                           static_cast<const int32_t*>(values) + (block * args.a_rows + source));
       }
     }
   };
@@ -376,6 +435,12 @@ struct GroupedGemm {
   // a gated tile: block_n is a multiple of 16.
   struct WeightScales {
     int32_t value[kHalves];
+    __device__ __forceinline__ void load(uint32_t stage_scales, int first) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        value[h] = ptx::load_shared(stage_scales + (h * (C.features() / kScaleRows) + first) * 4);
+      }
+    }
   };
   // Walks along K.
   struct WeightScaleCursor {
@@ -406,12 +471,12 @@ struct GroupedGemm {
   // s_a of two tokens (block: with row_factor) or Q_a.
   struct TokenScales {
     int32_t value[2];
-    __device__ __forceinline__ void load(uint32_t stage_scales, const Table& table, int token) {
-      const int2 s = ptx::load_shared_2(stage_scales + token * 4);
+    __device__ __forceinline__ void load(uint32_t stage_scales, const Table& table, uint32_t token_bytes) {
+      const int2 s = ptx::load_shared_2(stage_scales + token_bytes);
       value[0] = s.x;
       value[1] = s.y;
       if constexpr (kFloatTotals) {
-        const int2 f = ptx::load_shared_2(ptx::shared_address(table.factor + token));
+        const int2 f = ptx::load_shared_2(ptx::shared_address(table.factor) + token_bytes);
         value[0] = __float_as_int(__fmul_rn(__int_as_float(s.x), __int_as_float(f.x)));
         value[1] = __float_as_int(__fmul_rn(__int_as_float(s.y), __int_as_float(f.y)));
       }
@@ -501,12 +566,24 @@ struct GroupedGemm {
   // docs/schemes.md section 3: v of the sums, bias included; section 6: swiglu.
   static __device__ __forceinline__ void finish_tile(const GemmArgs& args, const Table& table, const Sums& sums,
                                                      int warp_m, int warp_n) {
+    if (args.bias == nullptr && args.a_zero == nullptr && num::bits(args.limit) == num::kInfBits &&
+        (C.epilogue == Epilogue::swiglu || args.out_type == OutType::bf16)) {
+      finish_tile<true>(args, table, sums, warp_m, warp_n);
+    } else {
+      finish_tile<false>(args, table, sums, warp_m, warp_n);
+    }
+  }
+  // kPlain: no bias, no zero point, no limit, bf16: half the instructions.
+  template <bool kPlain>
+  static __device__ __forceinline__ void finish_tile(const GemmArgs& args, const Table& table, const Sums& sums,
+                                                     int warp_m, int warp_n) {
     const Tile t = table.tile;
     const int width = rows_of_half(args), inside = feature_in_tile(warp_m), column = t.m_tile * C.features() + inside;
     if (column >= width) return;
 
     constexpr bool kScaled = C.promotion == Promotion::channel || C.promotion == Promotion::hybrid;
-    const bool asymmetric = C.promotion == Promotion::channel && args.a_zero != nullptr;
+    const bool asymmetric = !kPlain && C.promotion == Promotion::channel && args.a_zero != nullptr;
+    const bool has_bias = !kPlain && args.bias != nullptr;
     float w_scale[kMT][2], bias[kMT][2];
     int32_t column_sum[kMT][2];
 #pragma unroll
@@ -515,56 +592,76 @@ struct GroupedGemm {
       for (int h = 0; h < 2; ++h) {
         const int half = C.gated() && mt >= kMT / 2, feature = 2 * (C.gated() ? mt % (kMT / 2) : mt) + h;
         const int64_t at = static_cast<int64_t>(t.expert) * args.n + weight_row(args, column + feature, half);
-        w_scale[mt][h] = kScaled ? table.w_scale[half * C.features() + inside + feature] : 0.0f;
+        w_scale[mt][h] = 0.0f;
+        if constexpr (C.promotion == Promotion::channel)
+          w_scale[mt][h] = table.w_scale[half * C.features() + inside + feature];
+        if constexpr (C.promotion == Promotion::hybrid)
+          w_scale[mt][h] = table.w_scale[(half * C.features() + inside) / kScaleRows];
         column_sum[mt][h] = asymmetric ? args.column_sum[at] : 0;
-        bias[mt][h] = args.bias != nullptr ? args.bias[at] : 0.0f;
+        bias[mt][h] = has_bias ? args.bias[at] : 0.0f;
       }
     }
 
+    const int64_t element = C.epilogue != Epilogue::swiglu && args.out_type == OutType::f32 ? 4 : 2;
+    const int64_t row_bytes = args.out_stride * element;
+    uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + token_of(warp_n, 0)) * row_bytes + column * element;
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
+      const int token = token_of(warp_n, nt);
+      if (warp_n * C.warp_n() + nt * 8 >= t.rows) break;
+      float a_scale[2] = {};
+      int32_t zero[2] = {};
+      if constexpr (kScaled) {
+        const float2 a = *reinterpret_cast<const float2*>(table.a_scale + token);
+        const float2 f = *reinterpret_cast<const float2*>(table.factor + token);
+        a_scale[0] = __fmul_rn(a.x, f.x);
+        a_scale[1] = __fmul_rn(a.y, f.y);
+        if (asymmetric) {
+          zero[0] = table.zero[token];
+          zero[1] = table.zero[token + 1];
+        }
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int token = token_of(warp_n, nt) + j;
-        if (token >= t.rows) continue;
-        const float a_scale = kScaled ? __fmul_rn(table.a_scale[token], table.factor[token]) : 0.0f;
-        const int32_t zero = asymmetric ? table.zero[token] : 0;
         const auto v = [&](int mt, int h) {
           const int32_t sum = sums[mt][nt][2 * h + j];
           float x = __int_as_float(sum);
           if constexpr (kScaled) {
-            const int32_t acc = C.promotion == Promotion::channel ? sum - zero * column_sum[mt][h] : sum;
-            x = __fmul_rn(__int2float_rn(acc), __fmul_rn(w_scale[mt][h], a_scale));
+            const int32_t acc = C.promotion == Promotion::channel && !kPlain ? sum - zero[j] * column_sum[mt][h] : sum;
+            x = __fmul_rn(__int2float_rn(acc), __fmul_rn(w_scale[mt][h], a_scale[j]));
           }
-          return args.bias != nullptr ? __fadd_rn(x, bias[mt][h]) : x;
+          return has_bias ? __fadd_rn(x, bias[mt][h]) : x;
         };
         float out[kOutColumns];
 #pragma unroll
         for (int c = 0; c < kOutColumns; ++c) {
           if constexpr (C.epilogue == Epilogue::swiglu) {
-            const float g = num::min_nan(v(c / 2, c % 2), args.limit);
-            const float u = num::clamp(v(kMT / 2 + c / 2, c % 2), -args.limit, args.limit);
+            float g = v(c / 2, c % 2), u = v(kMT / 2 + c / 2, c % 2);
+            if constexpr (!kPlain) {
+              g = num::min_nan(g, args.limit);
+              u = num::clamp(u, -args.limit, args.limit);
+            }
             out[c] = __fmul_rn(num::silu(g), u);
           } else {
             out[c] = v(c / 2, c % 2);
           }
         }
-        store(args, static_cast<int64_t>(t.row_begin + token) * args.out_stride + column, width - column, out);
+        store<kPlain>(args, token + j < t.rows, to + j * row_bytes, width - column, out);
       }
+      to += 8 * row_bytes;
     }
   }
 
   // kOutColumns neighbouring values of one row; a row's width is a multiple of 8, and so is the first column.
-  static __device__ __forceinline__ void store(const GemmArgs& args, int64_t at, int room,
+  template <bool kBf16>
+  static __device__ __forceinline__ void store(const GemmArgs& args, bool wanted, uint8_t* to, int room,
                                                const float (&v)[kOutColumns]) {
-    const OutType type = C.epilogue == Epilogue::swiglu ? OutType::bf16 : args.out_type;
+    const OutType type = kBf16 || C.epilogue == Epilogue::swiglu ? OutType::bf16 : args.out_type;
     if (type == OutType::f32) {
 #pragma unroll
       for (int c = 0; c < kOutColumns; c += 2) {
-        if (c < room) {
-          const float2 pair = make_float2(num::canonical(v[c]), num::canonical(v[c + 1]));
-          *reinterpret_cast<float2*>(static_cast<float*>(args.out) + at + c) = pair;
-        }
+        const uint32_t pair[2] = {num::bits(num::canonical(v[c])), num::bits(num::canonical(v[c + 1]))};
+        ptx::store_if(wanted && c < room, to + c * 4, pair);
       }
       return;
     }
@@ -576,19 +673,7 @@ struct GroupedGemm {
 #pragma unroll
       for (int c = 0; c < kOutColumns; c += 2) packed[c / 2] = num::pack_fp16(v[c], v[c + 1]);
     }
-    uint16_t* dst = static_cast<uint16_t*>(args.out) + at;
-    if constexpr (kOutColumns == 8) {
-      *reinterpret_cast<uint4*>(dst) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-    } else if constexpr (kOutColumns == 4) {
-      *reinterpret_cast<uint2*>(dst) = make_uint2(packed[0], packed[1]);
-    } else if constexpr (kOutColumns == 2) {
-      *reinterpret_cast<uint32_t*>(dst) = packed[0];
-    } else {  // 6 columns: the first column is even
-#pragma unroll
-      for (int c = 0; c < kOutColumns / 2; ++c) {
-        if (2 * c < room) reinterpret_cast<uint32_t*>(dst)[c] = packed[c];
-      }
-    }
+    ptx::store_if(wanted, to, packed);
   }
 
   // ---- the kernel ----
@@ -599,12 +684,19 @@ struct GroupedGemm {
     ptx::grid_dependency_launch();
     kernels::build_tile_list<C.block_n, kThreads>(list, args);
     const int32_t m_tiles = (rows_of_half(args) + C.features() - 1) / C.features();
-    const int32_t total = list.first_tile[args.experts] * m_tiles;
-    const int32_t k_tiles = (args.k + C.block_k - 1) / C.block_k;
-    __shared__ uint64_t barriers[2 * C.stages];
-    Loader loader{args,   list, tables(shared), sources(shared), m_tiles, total, static_cast<int32_t>(blockIdx.x),
-                  k_tiles};
-    Ring ring{loader, ptx::shared_address(shared), ptx::shared_address(barriers)};
+    const int32_t total = ptx::uniform(list.first_tile[args.experts] * m_tiles);
+    const int32_t k_tiles = ptx::uniform((args.k + C.block_k - 1) / C.block_k);
+    const uint32_t begin = ptx::shared_address(shared);
+    Loader loader{args,
+                  list,
+                  tables(shared),
+                  begin + kSourcesAt,
+                  m_tiles,
+                  total,
+                  static_cast<int32_t>(blockIdx.x),
+                  k_tiles,
+                  static_cast<int32_t>(threadIdx.x)};
+    Ring ring{loader, begin};
     ring.open();
     if constexpr (C.order == Order::steps) {
       run_steps(args, ring, shared, total, k_tiles);
@@ -617,6 +709,9 @@ struct GroupedGemm {
   static __device__ __forceinline__ uint32_t scales_of(uint32_t stage) {
     return stage + (C.block_m + C.block_n) * C.block_k;
   }
+  static __device__ __forceinline__ uint32_t weight_scales_of(uint32_t stage) {
+    return scales_of(stage) + C.block_n * 4;
+  }
 
   // Where a warp is in the ring, and what lets it go on.
   //
@@ -625,87 +720,116 @@ struct GroupedGemm {
   // With it: a warp arrives at the slot's mbarrier "empty" when it has read stage s, and waits there half a stage
   // later, before it copies into the slot. So warps may be half a stage apart: those of one scheduler take turns at the
   // tensor core instead of wanting it, and stalling, together. Four stages: a warp arrives only when its own copies of
-  // stage s + 2 have landed as well, and nothing more is needed. Three: there is no time for that; all threads' copies
-  // arrive at a second mbarrier, "full", when they land, and a warp waits there when it needs the stage.
+  // stage s + 2 have landed as well, and nothing more is needed. Three stages have no time for that, and with two CTAs
+  // it is slower: there all threads' copies arrive at a second mbarrier, "full", when they land, and a warp waits there
+  // when it needs the stage.
   struct Ring {
     Loader& loader;
-    uint32_t begin, barriers;
-    int32_t slot = 0, free_slot = C.stages - 1;
-    uint32_t parity = 0;
+    uint32_t begin;
+    int32_t slot = 0;
+    uint32_t parity = 0;  // of how often the ring has gone round
 
     __device__ __forceinline__ uint32_t stage(int32_t s) const {
       return begin + static_cast<uint32_t>(s) * C.stage_bytes();
     }
+    __device__ __forceinline__ int32_t free_slot() const { return slot == 0 ? C.stages - 1 : slot - 1; }
     __device__ __forceinline__ uint32_t here() const { return stage(slot); }
     __device__ __forceinline__ uint32_t next() const { return stage(slot + 1 == C.stages ? 0 : slot + 1); }
-    __device__ __forceinline__ uint32_t free() const { return stage(free_slot); }
+    __device__ __forceinline__ uint32_t free() const { return stage(free_slot()); }
+    __device__ __forceinline__ uint32_t full(int32_t s) const { return begin + kBarriersAt + s * 8; }
+    __device__ __forceinline__ uint32_t empty(int32_t s) const { return begin + kBarriersAt + (C.stages + s) * 8; }
 
     __device__ __forceinline__ void open() {
       if constexpr (kSlack) {
         if (threadIdx.x == 0) {
           for (int i = 0; i < C.stages; ++i) {
-            ptx::barrier_init(barriers + i * 8, kThreads / 32);
-            ptx::barrier_init(barriers + (C.stages + i) * 8, kThreads);
+            ptx::barrier_init(full(i), kThreads + kThreads / 32);
+            ptx::barrier_init(empty(i), kThreads / 32);
           }
         }
         __syncthreads();
-#pragma unroll
+        loader.find_next_tile();
+#pragma unroll 1
         for (int i = 0; i < C.stages - 1; ++i) {
           loader.load_stage(stage(i));
-          if constexpr (kFullBarriers) ptx::cp_async_arrive(barriers + (C.stages + i) * 8);
+          copied(i);
         }
         if constexpr (kFullBarriers) {
-          wait_full(slot, 0);
+          ptx::barrier_wait(full(slot), 0);
         } else {
           ptx::cp_async_wait<C.stages - 3>();
           __syncthreads();
         }
-        arrive(free_slot);
+        arrive(empty(free_slot()));
       } else {
-#pragma unroll
-        for (int i = 0; i < C.stages - 1; ++i) loader.load_stage(stage(i));
+        loader.find_next_tile();
+#pragma unroll 1
+        for (int i = 0; i < C.stages - 1; ++i) {
+          loader.load_stage(stage(i));
+          ptx::cp_async_commit();
+        }
         ptx::cp_async_wait<C.stages - 2>();
         __syncthreads();
       }
     }
-    __device__ __forceinline__ void wait_full(int32_t s, uint32_t phase) const {
-      ptx::barrier_wait(barriers + (C.stages + s) * 8, phase);
-    }
-    __device__ __forceinline__ void arrive(int32_t s) const {
+    __device__ __forceinline__ void arrive(uint32_t barrier) const {
       __syncwarp();
-      if (lane() == 0) ptx::barrier_arrive(barriers + s * 8);
+      if ((kStageScales ? again() & 31 : lane()) == 0) ptx::barrier_arrive(barrier);
+    }
+    // The second arrival is for what was stored, not copied: the tile's table.
+    __device__ __forceinline__ void copied(int32_t s) const {
+      if constexpr (kFullBarriers) {
+        ptx::cp_async_arrive(full(s));
+        arrive(full(s));
+      } else {
+        ptx::cp_async_commit();
+      }
     }
     // Before the first copy of a stage.
-    __device__ __forceinline__ void begin_copies() {
-      if constexpr (kSlack) ptx::barrier_wait(barriers + free_slot * 8, parity);
-      loader.begin();
+    __device__ __forceinline__ bool begin_copies() {
+      if constexpr (kSlack) ptx::barrier_wait(empty(free_slot()), parity);
+      return loader.begin(free());
     }
     // When the stage's last fragments are in registers: afterwards the next stage may be read.
     __device__ __forceinline__ void stage_read() {
       if constexpr (kSlack) {
         if constexpr (!kFullBarriers) ptx::cp_async_wait<C.stages - 4>();
-        arrive(slot);
+        arrive(empty(slot));
         if constexpr (kFullBarriers) {
           const bool wraps = slot + 1 == C.stages;
-          wait_full(wraps ? 0 : slot + 1, parity ^ (wraps ? 1u : 0u));
+          ptx::barrier_wait(full(wraps ? 0 : slot + 1), parity ^ (wraps ? 1u : 0u));
         }
       } else {
-        loader.end();
+        loader.end(free());
+        ptx::cp_async_commit();
         ptx::cp_async_wait<C.stages - 2>();
         __syncthreads();
       }
     }
-    __device__ __forceinline__ void advance() {
+    __device__ __forceinline__ bool advance() {
+      bool found = false;
       if constexpr (kSlack) {
-        loader.end();
-        if constexpr (kFullBarriers) ptx::cp_async_arrive(barriers + (C.stages + free_slot) * 8);
-        if (slot == C.stages - 1) parity ^= 1;
+        found = loader.end(free());
+        copied(free_slot());
       }
-      free_slot = slot;
-      slot = slot + 1 == C.stages ? 0 : slot + 1;
+      if (slot + 1 == C.stages) {
+        slot = 0;
+        parity ^= 1;
+      } else {
+        ++slot;
+      }
+      return found;
     }
   };
 
+  // Computed anew where they are needed, so that they hold no register in the main loop.
+  static __device__ __forceinline__ int again() { return static_cast<int>(ptx::opaque(threadIdx.x)); }
+  static __device__ __forceinline__ int again_m() { return (again() >> 5) % C.warps_m; }
+  static __device__ __forceinline__ int again_n() { return (again() >> 5) / C.warps_m; }
+  static __device__ __forceinline__ int weight_scale_of_thread() {
+    const int t = again();
+    return ((t >> 5) % C.warps_m * (C.features() / C.warps_m) + (t >> 2 & 7) * kOutColumns) / kScaleRows;
+  }
   static __device__ __forceinline__ void promote_last(Sums& totals, const int32_t (&sums)[kMT][kGroup][4],
                                                       const Products (&products)[kGroup]) {
 #pragma unroll
@@ -718,6 +842,7 @@ struct GroupedGemm {
                                                    int32_t k_tiles) {
     const int warp = static_cast<int>(threadIdx.x) >> 5, warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
     const uint32_t weights_at = weight_address(warp_m), tokens_at = TokenFragment::address(warp_n);
+    const uint32_t token_bytes = ptx::opaque(static_cast<uint32_t>(token_of(warp_n, 0)) * 4);
     // Token tiles beside whose mma a stage's copies are issued.
     constexpr int kFirstPiece = kSlack ? kGroups / 2 : 0;
     constexpr int kPieces = kSlack ? 2 : kGroups > 1 ? kGroups - 1 : 1;
@@ -742,36 +867,35 @@ struct GroupedGemm {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) pending[i].clear();
       int32_t rows[kHalves];
-      WeightScales scales, next_scales;
-      WeightScaleCursor cursor;
-      if constexpr (kBlocks) {
+      WeightScales scales;
+      if constexpr (kFlush) {
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
-          rows[h] = block_row(args, table.tile.expert, table.tile.m_tile * C.features() + feature_in_tile(warp_m), h);
+          rows[h] = table.block_row((h * C.features() + feature_in_tile(warp_m)) / kScaleRows);
         }
-        cursor.open(args, rows);
-        cursor.load(next_scales);
       }
 
       uint32_t w[kSteps][kMT][4];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here() + weights_at, step);
       TokenFragment tokens[kGroup];
       TokenScales token_scales[kGroup];
+      const auto load_all = [&](uint32_t stage, int first_token_tile) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        tokens[i].load_half(ring.here() + tokens_at, i, 0);
-        tokens[i].load_half(ring.here() + tokens_at, i, 1);
-        if constexpr (kBlocks) token_scales[i].load(scales_of(ring.here()), table, token_of(warp_n, i));
-      }
+        for (int step = 0; step < kSteps; ++step) load_weights(w[step], stage + weights_at, step);
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          tokens[i].load_half(stage + tokens_at, first_token_tile + i, 0);
+          tokens[i].load_half(stage + tokens_at, first_token_tile + i, 1);
+          if constexpr (kBlocks) {
+            token_scales[i].load(scales_of(stage), table, token_bytes + (first_token_tile + i) * 32);
+          }
+        }
+      };
+      load_all(ring.here(), 0);
+      if constexpr (kBlocks) scales.load(weight_scales_of(ring.here()), weight_scale_of_thread());
 
       for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-        const bool last = k_tile + 1 == k_tiles;
+        [[maybe_unused]] const bool last = k_tile + 1 == k_tiles;
         const uint32_t stage = ring.here(), next = ring.next();
-        if constexpr (kBlocks) {
-          scales = next_scales;
-          if (!last) cursor.load(next_scales);
-        }
         if (!kSlack) ring.begin_copies();
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
@@ -820,10 +944,16 @@ struct GroupedGemm {
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
               pending[i].set(scales, token_scales[i]);
-              token_scales[i].load(scales_of(from), table, token_of(warp_n, first + i));
+              token_scales[i].load(scales_of(from), table, token_bytes + (first + i) * 32);
+            }
+            if (leaving) scales.load(weight_scales_of(next), weight_scale_of_thread());
+          }
+          if constexpr (kSlack) {
+            if (group == kFirstPiece && ring.begin_copies()) {
+              // A tile was opened: what can be read again holds no registers meanwhile.
+              load_all(stage, first);
             }
           }
-          if (kSlack && group == kFirstPiece) ring.begin_copies();
           if (kGroups > 1 && group >= kFirstPiece && group - kFirstPiece < kPieces) {
             ring.loader.template copy<kPieces>(group - kFirstPiece, ring.free());
           }
@@ -844,13 +974,13 @@ struct GroupedGemm {
             chunks.next(args);
           }
         }
-        ring.advance();
+        if (ring.advance()) load_all(ring.here(), 0);
       }
       if constexpr (kBlocks && !kFlush) promote_last(totals, partial[1], pending);
       if constexpr (kFlush) {
-        finish_tile(args, table, values, warp_m, warp_n);
+        finish_tile(args, table, values, again_m(), again_n());
       } else {
-        finish_tile(args, table, totals, warp_m, warp_n);
+        finish_tile(args, table, totals, again_m(), again_n());
       }
     }
   }
@@ -875,7 +1005,7 @@ struct GroupedGemm {
       if constexpr (kBlocks) {
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
-          rows[h] = block_row(args, table.tile.expert, table.tile.m_tile * C.features() + feature_in_tile(warp_m), h);
+          rows[h] = table.block_row((h * C.features() + feature_in_tile(warp_m)) / kScaleRows);
         }
         cursor.open(args, rows);
       }
@@ -901,7 +1031,7 @@ struct GroupedGemm {
               cursor.load(weight_scales);
 #pragma unroll
               for (int nt = 0; nt < kNT; ++nt) {
-                token_scales[nt].load(scales_of(stage) + step * C.block_n * 4, table, token_of(warp_n, nt));
+                token_scales[nt].load(scales_of(stage) + step * C.block_n * 4, table, token_of(warp_n, nt) * 4);
               }
             }
           }

@@ -134,6 +134,12 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned v) {
   for (int i = 0; i < 32; ++i) sum += all[i].v[0];
   return sum;
 }
+inline int __reduce_max_sync(unsigned mask, int v) {
+  const auto* all = octomoe::emulator::exchange("__reduce_max_sync", mask, {{static_cast<unsigned>(v)}});
+  int top = v;
+  for (int i = 0; i < 32; ++i) top = max(top, static_cast<int>(all[i].v[0]));
+  return top;
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned v) {
   const auto* all = octomoe::emulator::exchange("__reduce_max_sync", mask, {{v}});
   unsigned top = 0;

@@ -277,8 +277,8 @@ struct GemmProblem {
         }
       }
       const auto at = static_cast<std::int64_t>(first) / elem_bytes();
-      ASSERT_EQ(wrong, 0u) << describe(s) << ": bytes differ, the first in row " << at / args.out_stride << ", column "
-                           << at % args.out_stride;
+      ASSERT_EQ(wrong, 0u) << "problem " << c.seed << ", " << describe(s) << ": bytes differ, the first in row "
+                           << at / args.out_stride << ", column " << at % args.out_stride;
     }
   }
 };

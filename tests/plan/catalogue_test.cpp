@@ -16,7 +16,7 @@ TEST(Catalogue, TilesFitTheirDevicesSharedMemory) {
         for (const bool fine : {false, true}) {
           const auto promotion = static_cast<kernels::Promotion>(p);
           for (const auto& c : gemm_configs(promotion, fine, static_cast<kernels::Epilogue>(e), family)) {
-            EXPECT_LE(c.pipeline_bytes() + kTileList + 2 * c.stages * 8, limit) << family << " " << gemm_id(c);
+            EXPECT_LE(c.pipeline_bytes() + kTileList, limit) << family << " " << gemm_id(c);
           }
         }
       }
