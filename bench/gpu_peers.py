@@ -128,7 +128,7 @@ class Peers:
     def __init__(self, arguments: argparse.Namespace, report: Report) -> None:
         self.site = str(arguments.peers_dir)
         self.reference = str(arguments.reference_library), str(arguments.reference_dir)
-        self.library = str(arguments.library)
+        self.peer_file = str(arguments.peer_file)
         self.adapters = {}
         for name in arguments.peers:
             unused = ("lmdeploy",) if not arguments.layers else ()
@@ -144,13 +144,13 @@ class Peers:
                 elif name == "hybrid":
                     adapter.load(*self.reference)
                 elif name == "library":
-                    self.variants = adapter.variants(self.library)
+                    self.variants = adapter.variants(self.peer_file)
             except (PeerMissing, ImportError) as error:
                 report.run["missing"][name] = str(error)
                 note(f"gpu_peers: without {name}: {error}")
                 continue
             self.adapters[name] = adapter
-            version = adapter.version(self.library) if name == "library" else adapter.VERSION
+            version = adapter.version(self.peer_file) if name == "library" else adapter.VERSION
             report.run["peers"][name] = version
 
     def layers(self, problem: LayerProblem, arguments: argparse.Namespace) -> dict[str, object]:
@@ -179,7 +179,7 @@ class Peers:
                     for scheme in arguments.schemes[: 1 if problem.uniform else None]:
                         made[scheme] = {scheme: adapter.GroupedGemm(problem, scheme).call}
                 elif name == "library":
-                    made |= self.library_gemms(problem)
+                    made |= self.make_peer_gemms(problem)
                 elif name == "hybrid":
                     gemm = adapter.GroupedGemm(problem, *self.reference)
                     made["reference_hybrid"] = {"reference_hybrid": gemm.call}
@@ -202,14 +202,14 @@ class Peers:
                 note(f"gpu_peers: {name} failed on {problem.case.name}: {error}")
         return made
 
-    def library_gemms(self, problem: GemmProblem) -> dict[str, dict[str, object]]:
+    def make_peer_gemms(self, problem: GemmProblem) -> dict[str, dict[str, object]]:
         """A form is a variant's name up to the first digit."""
         made: dict[str, dict[str, object]] = {}
         for variant, index in self.variants.items():
             if ("batched" in variant) != problem.uniform:
                 continue
             try:
-                gemm = self.adapters["library"].GroupedGemm(problem, self.library, index)
+                gemm = self.adapters["library"].GroupedGemm(problem, self.peer_file, index)
             except RuntimeError as error:
                 note(f"gpu_peers: {variant} on {problem.case.name}: {error}")
                 continue
@@ -462,7 +462,9 @@ def parse() -> argparse.Namespace:
         metavar="T",
         help="search Humming's best tiles from this many tokens on, 0: never",
     )
-    parser.add_argument("--library", type=Path, default=Path(".peers/libcutlass_int8.so"))
+    parser.add_argument(
+        "--library", dest="peer_file", type=Path, default=Path(".peers/libcutlass_int8.so")
+    )
     parser.add_argument("--reference-library", type=Path, default=Path(".peers/libhybrid.so"))
     parser.add_argument("--reference-dir", type=Path, default=Path(".peers/reference"))
     parser.add_argument("--reference-models", type=words(MODELS), default=["qwen3.6-35b"])

@@ -57,7 +57,7 @@ class GroupedGemm:
     """One variant on one problem; its handles live as long as this object."""
 
     def __init__(self, problem: GemmProblem, path: str, variant: int) -> None:
-        self.library, self.problem = load(path), problem
+        self.peer, self.problem = load(path), problem
         self.a, self.a_scale = problem.activations("channel")
         self.weights = problem.weights("channel")
         self.out = torch.empty(
@@ -66,7 +66,7 @@ class GroupedGemm:
         rows = (ctypes.c_int32 * len(problem.counts))(*problem.counts)
         self.handles = []
         for values, scale in self.weights:
-            handle = self.library.peer_prepare(
+            handle = self.peer.peer_prepare(
                 variant,
                 _Problem(
                     len(problem.counts),
@@ -81,18 +81,18 @@ class GroupedGemm:
                 ),
             )
             if not handle:
-                raise RuntimeError(self.library.peer_error().decode())
+                raise RuntimeError(self.peer.peer_error().decode())
             self.handles.append(handle)
 
     def __del__(self) -> None:
         for handle in getattr(self, "handles", ()):
-            self.library.peer_release(handle)
+            self.peer.peer_release(handle)
 
     def call(self, index: int):
         handle = self.handles[index]
 
         def run() -> torch.Tensor:
-            code = self.library.peer_run(handle, torch.cuda.current_stream().cuda_stream)
+            code = self.peer.peer_run(handle, torch.cuda.current_stream().cuda_stream)
             if code:
                 raise RuntimeError(f"peer_run: {code}")
             return self.out

@@ -7,6 +7,18 @@ import dataclasses
 import torch
 
 
+def floor_of(size: float, ops: float, ceilings: dict[str, float]) -> dict[str, float | str]:
+    """The least time that `size` bytes of memory traffic and `ops` operations need."""
+    memory = 1e6 * size / ceilings["read_bytes_per_s"]
+    compute = 1e6 * ops / ceilings["ops_per_s"]
+    return {
+        "floor_us": max(memory, compute),
+        "floor_by": "memory" if memory > compute else "compute",
+        "bytes": size,
+        "ops": ops,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Sizes of one MoE layer; `experts` are those of this GPU, `routed` those that ids name."""
@@ -163,14 +175,7 @@ class LayerProblem:
         routes = [int((i.local_ids >= 0).sum()) for i in inputs]
         size = sum(touched) / len(inputs) * per_expert + 4.0 * tokens * model.hidden
         ops = 2.0 * per_expert * sum(routes) / len(inputs)
-        memory = 1e6 * size / ceilings["read_bytes_per_s"]
-        compute = 1e6 * ops / ceilings["ops_per_s"]
-        return {
-            "floor_us": max(memory, compute),
-            "floor_by": "memory" if memory > compute else "compute",
-            "bytes": size,
-            "ops": ops,
-        }
+        return floor_of(size, ops, ceilings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,11 +277,4 @@ class GemmProblem:
         touched = sum(count > 0 for count in self.counts)
         size = touched * self.n * self.k + self.rows * (self.k + 2.0 * self.n)
         ops = 2.0 * self.rows * self.n * self.k
-        memory = 1e6 * size / ceilings["read_bytes_per_s"]
-        compute = 1e6 * ops / ceilings["ops_per_s"]
-        return {
-            "floor_us": max(memory, compute),
-            "floor_by": "memory" if memory > compute else "compute",
-            "bytes": size,
-            "ops": ops,
-        }
+        return floor_of(size, ops, ceilings)

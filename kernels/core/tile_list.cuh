@@ -65,19 +65,24 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
   __syncthreads();
 }
 
-template <int kBlockN>
-__device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index, int32_t m_tiles) {
-  // Tiles are grouped by expert: expert e owns [first_tile[e], first_tile[e+1]) * m_tiles.
-  const int32_t wanted = index / m_tiles;
-  int32_t lo = 0, hi = args.experts;  // first_tile[lo] <= wanted < first_tile[hi]
+// The expert that a token tile belongs to.
+__device__ __forceinline__ int32_t find_expert(const TileList& list, int32_t experts, int32_t token_tile) {
+  int32_t lo = 0, hi = experts;  // first_tile[lo] <= token_tile < first_tile[hi]
   while (hi - lo > 1) {
     const int32_t mid = (lo + hi) >> 1;
-    if (list.first_tile[mid] <= wanted) {
+    if (list.first_tile[mid] <= token_tile) {
       lo = mid;
     } else {
       hi = mid;
     }
   }
+  return lo;
+}
+
+template <int kBlockN>
+__device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index, int32_t m_tiles) {
+  // Tiles are grouped by expert: expert e owns [first_tile[e], first_tile[e+1]) * m_tiles.
+  const int32_t lo = find_expert(list, args.experts, index / m_tiles);
   const int32_t first = list.first_tile[lo], count = list.first_tile[lo + 1] - first;
   const int32_t local = index - first * m_tiles;
   // Weight tiles outside, token tiles inside: the token tiles of one weight tile run side by side.

@@ -101,16 +101,7 @@ struct GroupedGemm {
   // run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
   static __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index,
                                                    int32_t m_tiles) {
-    const int32_t wanted = index / m_tiles;
-    int32_t lo = 0, hi = args.experts;
-    while (hi - lo > 1) {
-      const int32_t mid = (lo + hi) >> 1;
-      if (list.first_tile[mid] <= wanted) {
-        lo = mid;
-      } else {
-        hi = mid;
-      }
-    }
+    const int32_t lo = kernels::find_expert(list, args.experts, index / m_tiles);
     const int32_t first = list.first_tile[lo], count = list.first_tile[lo + 1] - first;
     const int32_t local = index - first * m_tiles, per_group = kRaster * count;
     const int32_t group = local / per_group, inside = local - group * per_group;

@@ -325,6 +325,11 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
   const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);
   const std::int64_t blocks = token_tiles * ceil_div(columns, kernel.features) * kernel.cluster;
   if (kernel.wgmma) {
+    // The kernel counts a row's place in units of 16 bytes, in 32 bits.
+    if (p.a.rows * m_.k / 16 > std::numeric_limits<std::uint32_t>::max()) {
+      fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows for the sm90 family, got {} x {}", p.a.rows,
+           m_.k);
+    }
     launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args}, true,
              static_cast<unsigned>(kernel.cluster));
   } else {

@@ -7,13 +7,14 @@
 
 namespace octomoe::cuda {
 
-// w: int8 [experts, n, k], 16-byte aligned, k a multiple of 16. A box of the map is 128 rows by 128 columns in the
-// order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
+// How a stack of weights lies, and its boxes, from the fastest dimension.
 struct WeightBoxes {
   std::uint64_t sizes[5], strides[4];  // strides in bytes, of all dimensions but the first
   std::uint32_t box[5];
 };
 WeightBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
+// w: int8 [experts, n, k], 16-byte aligned, k a multiple of 16. A box of the map is 128 rows by 128 columns in the
+// order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
 
 }  // namespace octomoe::cuda
