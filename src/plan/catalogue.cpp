@@ -119,6 +119,8 @@ constexpr WgmmaConfig kWgmma[] = {
     {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1, 2},
     {Promotion::channel, Epilogue::store, 128, 4, 1, 2, 2},
     {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2, 2},
+    {Promotion::channel, Epilogue::store, 160, 4, 1, 2, 2},
+    {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 2, 2},
     {Promotion::channel, Epilogue::store, 128, 3, 1, 1, 1},
     {Promotion::channel, Epilogue::swiglu, 128, 3, 1, 1, 1},
     {Promotion::block, Epilogue::store, 128, 4, 1, 1, 2},
