@@ -13,6 +13,7 @@
 #include "cli/table.h"
 #include "cli/terminal.h"
 #include "cli/tune_bench.h"
+#include "cli/tune_check.h"
 
 namespace octomoe::cli {
 namespace {
@@ -27,7 +28,7 @@ constexpr double kShownLoss = 0.1;
 struct Options : ShapeArguments {
   std::string tokens = kTokens, schemes = kSchemes, device = "cuda", family = "automatic", out, check, json;
   bool all_models = false;
-  int rounds = 5, threads = 0;
+  int rounds = 7, threads = 0;
   std::uint64_t seed = 0;
 };
 
@@ -83,7 +84,8 @@ class Tune {
     } else {
       if (o_.model.empty() && !o_.any_size()) {
         throw UsageError(
-            "give --model, or --experts, --hidden, --intermediate and --top-k, or --all-models (see octomoe tune --help)");
+            "give --model, or --experts, --hidden, --intermediate and --top-k, or --all-models (see octomoe tune "
+            "--help)");
       }
       models_.emplace_back();
       models_.back().shape = shape_of(o_, "", &models_.back().name);
@@ -99,8 +101,9 @@ class Tune {
     family_ = parse_kernel_family(o_.family);
     path_ = o_.out.empty() ? plan::user_tuned_path() : o_.out;
     if (path_.empty()) {
-      throw UsageError("--out: expected a file, since none of OCTOMOE_TUNED, OCTOMOE_CACHE_DIR, XDG_CACHE_HOME and "
-                       "HOME says where your table is");
+      throw UsageError(
+          "--out: expected a file, since none of OCTOMOE_TUNED, OCTOMOE_CACHE_DIR, XDG_CACHE_HOME and "
+          "HOME says where your table is");
     }
     // Everything that can be wrong is found before anything slow begins.
     std::error_code ignored;
@@ -121,9 +124,14 @@ class Tune {
     for (const TunePoint& p : points) {
       found_.set(p.key, p.rows, p.choice);
       const bool same = p.by_cost == p.choice.kernel;
-      table.add({fmt::format("{}", p.tokens), fmt::format("{}", p.rows), p.matrix, short_name(p.choice.kernel),
-                 format_us(p.choice.us.at(p.choice.kernel)), same ? "the same" : short_name(p.by_cost),
-                 {same ? "" : fmt::format("{:.1f} %", 100 * p.loss()), p.loss() > kShownLoss ? Style::warn : Style::plain}});
+      table.add(
+          {fmt::format("{}", p.tokens),
+           fmt::format("{}", p.rows),
+           p.matrix,
+           short_name(p.choice.kernel),
+           format_us(p.choice.us.at(p.choice.kernel)),
+           same ? "the same" : short_name(p.by_cost),
+           {same ? "" : fmt::format("{:.1f} %", 100 * p.loss()), p.loss() > kShownLoss ? Style::warn : Style::plain}});
       worst = std::max(worst, p.loss());
       sum += p.loss();
     }
@@ -155,6 +163,20 @@ class Tune {
   plan::TunedTable found_;
 };
 
+int check(const Options& o) {
+  std::optional<OutputFile> json;
+  if (!o.json.empty()) json.emplace(o.json);
+  const plan::TunedTable table = plan::TunedTable::read(o.check);
+  if (table.empty()) throw Error(ErrorCode::format, o.check + ": expected entries, got none of this version's kernels");
+  const TuneCheck result = check_costs(table);
+  fmt::print("{}", render(result, wants_colour()));
+  if (json) {
+    nlohmann::ordered_json j = to_json(result);
+    json->commit(j.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+  }
+  return kOk;
+}
+
 }  // namespace
 
 void add_tune(CLI::App& app, Action& action) {
@@ -163,7 +185,9 @@ void add_tune(CLI::App& app, Action& action) {
   sub->add_option("--model", o->model, "Shape: " + preset_names());
   add_size_options(*sub, *o);
   sub->add_flag("--all-models", o->all_models, "Every shape that --model knows, one after another");
-  sub->add_option("--tokens", o->tokens, "Token counts, separated by commas; others take what was nearest, up to twice as many or half")->capture_default_str();
+  sub->add_option("--tokens", o->tokens,
+                  "Token counts, separated by commas; others take what was nearest, up to twice as many or half")
+      ->capture_default_str();
   sub->add_option("--schemes,--scheme", o->schemes, "all, or integer schemes separated by commas (docs/schemes.md)")
       ->capture_default_str();
   sub->add_option("--device", o->device, "cuda or cuda:N")->capture_default_str();
@@ -179,7 +203,25 @@ void add_tune(CLI::App& app, Action& action) {
   sub->add_option("--out", o->out,
                   "The table; what it has of other shapes stays (default: OCTOMOE_TUNED, else tuned.json in the kernel "
                   "cache, which layers read)");
-  sub->callback([o, &action] { action = [o] { return Tune(*o).run(); }; });
+  auto* check_option = sub->add_option(
+      "--check", o->check,
+      "Measure nothing: how good the cost model's choices are beside this table's, also with constants fitted to all "
+      "models but the one they choose for. Needs no GPU");
+  sub->add_option("--json", o->json, "With --check: also write the result to this file ('-': standard output)")
+      ->needs(check_option);
+  sub->footer(
+      "Layers take the fastest kernel that a table has for their shape, your table before the shipped one, else what a "
+      "cost model says. The default table is read by every process that starts afterwards.\n\n"
+      "Examples:\n"
+      "  octomoe tune --model qwen3-30b\n"
+      "  octomoe tune --model deepseek-v3 --experts-local 32 --schemes int8_channel --tokens 1,16,128,1024\n"
+      "  octomoe tune --experts 64 --hidden 2560 --intermediate 1536 --top-k 6 --out tuned.json\n"
+      "  octomoe tune --check tuned.json");
+  for (CLI::Option* option : sub->get_options()) {
+    const std::string name = option->get_name();
+    if (name != "--help" && name != "--check" && name != "--json") check_option->excludes(option);
+  }
+  sub->callback([o, &action] { action = [o] { return o->check.empty() ? Tune(*o).run() : check(*o); }; });
 }
 
 }  // namespace octomoe::cli

@@ -41,7 +41,7 @@ struct ExpertRows {
   std::int64_t busy = 0;
 };
 ExpertRows rows_of(const Routes& routes, std::int64_t tokens, std::int64_t top_k, std::int64_t experts,
-                  std::int64_t& begin) {
+                   std::int64_t& begin) {
   std::vector<std::vector<std::int32_t>> tokens_of(static_cast<std::size_t>(experts));
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t j = 0; j < top_k; ++j) {
@@ -175,7 +175,8 @@ class Stack {
     const double expert_bytes = static_cast<double>(n_ * k_);
     const double untouched = std::pow(1 - 1.0 / static_cast<double>(experts_), static_cast<double>(likely_rows));
     const double touched = std::max(1.0, static_cast<double>(experts_) * (1 - untouched));
-    const double us = std::max(touched * expert_bytes / 3e6, 2.0 * static_cast<double>(likely_rows) * expert_bytes / 1e9);
+    const double us =
+        std::max(touched * expert_bytes / 3e6, 2.0 * static_cast<double>(likely_rows) * expert_bytes / 1e9);
     const int for_events = us < 100 ? 8 : us < 400 ? 4 : 2;
     const int count = std::max(gpu_.copies(touched * expert_bytes), for_events);
     // Once all experts have had their turn, the next copy of the weights.
@@ -185,8 +186,10 @@ class Stack {
     for (int i = 0; i < count; ++i) {
       const std::size_t which = static_cast<std::size_t>(i) % (tokens > kFewTokens ? kRoutings : routings_.size());
       const ExpertRows rows = rows_of(routings_[which], tokens, in_.shape.top_k, experts_, begin);
-      Call call{&copy(passed / experts_ % copies), upload(rows.offsets, gpu_.device()),
-                upload(rows.token, gpu_.device()), {}};
+      Call call{&copy(passed / experts_ % copies),
+                upload(rows.offsets, gpu_.device()),
+                upload(rows.token, gpu_.device()),
+                {}};
       passed += rows.busy;
       call.problem.a = a(0);
       call.problem.index = call.offsets.as<std::int32_t>();
@@ -204,9 +207,8 @@ class Stack {
     for (auto& m : copies_) m->force(id);
     std::vector<GpuCall> calls;
     for (const Call& call : calls_) {
-      calls.emplace_back([this, call](Stream stream) {
-        call.matrix->gemm(cuda::Launcher(gpu_.info(), stream), call.problem);
-      });
+      calls.emplace_back(
+          [this, call](Stream stream) { call.matrix->gemm(cuda::Launcher(gpu_.info(), stream), call.problem); });
     }
     Contender c = gpu_.contender(id, std::move(calls), true);
     for (auto& m : copies_) m->force("");

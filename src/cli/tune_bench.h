@@ -17,7 +17,7 @@ struct TuneInput {
   std::vector<Scheme> schemes;  // integer ones
   std::vector<std::int64_t> tokens;
   KernelFamily family = KernelFamily::automatic;  // only its kernels
-  int rounds = 5;                                 // of the kernels that are not hopeless after the first
+  int rounds = 7;                                 // of the kernels that are not hopeless after the first
   int threads = 0;
   std::uint64_t seed = 0;
   std::function<void(double fraction, const std::string& what)> on_step = {};

@@ -244,7 +244,7 @@ const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
   double least = std::numeric_limits<double>::infinity();
   for (const Kernel& k : kernels_) {
     if (!k.by_model) continue;
-    const double cost = plan::cost(k, key_, static_cast<double>(rows));
+    const double cost = plan::cost(k, plan::work_of(k, key_, static_cast<double>(rows)));
     if (best == nullptr || cost < least) {
       least = cost;
       best = &k;

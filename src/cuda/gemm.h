@@ -93,7 +93,7 @@ class DeviceMatrix {
   void gemm(const Launcher& launcher, const Problem& problem) const;
 
   struct Kernel : plan::GemmKernel {
-    bool by_model;                           // the cost model may choose it
+    bool by_model;                         // the cost model may choose it
     const LoadedKernel* loaded = nullptr;  // those that may be chosen are
   };
   const std::vector<Kernel>& candidates() const { return kernels_; }

@@ -47,42 +47,54 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
 
 namespace {
 
-// Token tiles that an expert's rows need on average, where tokens choose experts at random: the rows are Poisson
-// distributed, near enough to a normal distribution. E[ceil(rows / block)] = sum over j of P(rows > j * block).
-double expected_tiles(double mean, int block) {
-  const double spread = std::sqrt(2 * mean) + 1e-9;
-  double tiles = 0;
-  for (int j = 0;; ++j) {
-    const double above = 0.5 * std::erfc((static_cast<double>(j) * block + 0.5 - mean) / spread);
-    if (above < 1e-3) return tiles;
-    tiles += above;
+struct Moments {
+  double mean, variance;
+};
+
+// Of ceil(x / block) for a whole number x that is near normally distributed; more than 0 with probability `busy`.
+// E[c] = sum over j of P(x > j * block), E[c^2] = sum of (2j + 1) P(x > j * block).
+Moments ceil_of(Moments x, double block, double busy) {
+  const double deviation = std::sqrt(x.variance) + 1e-9;
+  const double certain = std::max(0.0, std::floor((x.mean - 5 * deviation) / block));  // P is 1 before
+  double sum = certain, squares = certain * certain;
+  for (double j = certain;; ++j) {
+    const double above = j == 0 ? busy : 0.5 * std::erfc((j * block + 0.5 - x.mean) / (deviation * std::sqrt(2.0)));
+    if (above < 1e-3) break;
+    sum += above;
+    squares += (2 * j + 1) * above;
   }
+  return {sum, std::max(0.0, squares - sum * sum)};
 }
 
 }  // namespace
 
-double cost(const GemmKernel& kernel, const TuneKey& key, double rows, const CostConstants& constants) {
-  const double mean = rows / static_cast<double>(key.experts);
-  if (kernel.wgmma) {
-    // As wide as its rows need; CTAs of a cluster share the weights.
-    const double tiles = expected_tiles(mean, kernel.block_n * kernel.cluster) * kernel.cluster;
-    return mean + std::max(1e-3, tiles) * (kernel.cluster > 1 ? 36 : kernel.resident > 1 ? 64 : constants.tile);
-  }
-  return std::max(1e-3, expected_tiles(mean, kernel.block_n)) * (kernel.block_n + 48);
+GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
+  // Tokens choose experts at random: an expert's rows are Poisson distributed.
+  const auto experts = static_cast<double>(key.experts);
+  const double mean = rows / experts;
+  const Moments of_expert = ceil_of({mean, mean}, kernel.block_n * kernel.cluster, -std::expm1(-mean));
+  const double weight_tiles = std::ceil(static_cast<double>(key.n) / kernel.block_m) * kernel.cluster;
+  const Moments tiles{experts * of_expert.mean * weight_tiles,
+                      experts * of_expert.variance * weight_tiles * weight_tiles};
+  const double ctas = static_cast<double>(key.multiprocessors) * kernel.resident;
+  // A wgmma tile is as wide as its share of the rows, in steps of 16.
+  const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9);
+  return {.rounds = ceil_of(tiles, ctas, 1).mean,
+          .width = kernel.wgmma ? std::clamp(share + 8, 16.0, std::max<double>(16, kernel.block_n)) : kernel.block_n,
+          .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 
-std::size_t cheapest(const std::vector<GemmKernel>& list, const TuneKey& key, double rows,
-                     const CostConstants& constants) {
-  std::size_t best = 0;
-  double least = std::numeric_limits<double>::infinity();
-  for (std::size_t i = 0; i < list.size(); ++i) {
-    const double c = cost(list[i], key, rows, constants);
-    if (c < least) {
-      least = c;
-      best = i;
-    }
+double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
+  // A multiprocessor's tiles of a round have 256 rows, most of them.
+  const double part = kernel.block_m * kernel.resident / 256.0;
+  const bool shared = kernel.resident > 1;
+  if (!kernel.wgmma) {
+    const double stage = shared ? constants.mma_resident : 1;
+    return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
-  return best;
+  const double stage = kernel.cluster > 1 ? constants.pair : shared ? constants.resident : 1;
+  const double epilogue = shared ? constants.resident_epilogue : constants.epilogue;
+  return work.rounds * part * (work.width * (work.stages * stage + epilogue) + constants.opening);
 }
 
 }  // namespace octomoe::plan

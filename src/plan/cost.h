@@ -24,16 +24,28 @@ struct GemmKernel {
 std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k);
 std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k, int family);
 
-// What of the model was measured.
+// The unit of all that follows: the products of one token and one stage (128 columns of K) of a 256-row tile.
+// `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
 struct CostConstants {
-  double tile = 48;
+  // wgmma
+  double opening = 100;            // a tile's, whatever its width
+  double epilogue = 2.5;           // of a token
+  double pair = 1.02;              // a stage of a CTA that shares its weights with another
+  double resident = 1.08;          // a stage where two CTAs share a multiprocessor
+  double resident_epilogue = 2.5;  // of a token there: the other CTA's products hide some of it
+  // mma.sync
+  double mma_opening = 200;
+  double mma_resident = 1.3;  // a stage of two CTAs, whose tiles are smaller
 };
 
-// In no unit: only to be compared.
-double cost(const GemmKernel& kernel, const TuneKey& key, double rows, const CostConstants& constants = {});
+// What a kernel has to do, however long that takes.
+struct GemmWork {
+  double rounds;  // tiles of the CTA that has most of them
+  double width;   // tokens of a tile
+  double stages;  // of K
+};
+GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows);
 
-// The cheapest of `list`, which is not empty; the first of several.
-std::size_t cheapest(const std::vector<GemmKernel>& list, const TuneKey& key, double rows,
-                     const CostConstants& constants = {});
+double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants = {});
 
 }  // namespace octomoe::plan

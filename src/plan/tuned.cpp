@@ -34,6 +34,8 @@ Enum named(const std::string& text, const char* const (&names)[kCount], const st
 
 }  // namespace
 
+const char* to_string(Promotion promotion) { return kPromotions[static_cast<int>(promotion)]; }
+
 TunedTable TunedTable::parse(const std::string& text, const std::string& source) {
   TunedTable table;
   try {
@@ -73,7 +75,7 @@ std::string TunedTable::text() const {
     for (const auto& [rows, choice] : by_rows) {
       const nlohmann::ordered_json entry{{"device", key.device},
                                          {"multiprocessors", key.multiprocessors},
-                                         {"promotion", kPromotions[static_cast<int>(key.promotion)]},
+                                         {"promotion", to_string(key.promotion)},
                                          {"epilogue", kEpilogues[static_cast<int>(key.epilogue)]},
                                          {"block_k", key.block_k},
                                          {"experts", key.experts},

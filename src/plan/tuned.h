@@ -1,5 +1,5 @@
-// Tuned tables: which GEMM kernel was the fastest for a matrix stack and a number of rows on a device, as `octomoe tune`
-// measured it. Where a table has nothing near, the cost model decides (cuda/gemm.cpp).
+// Tuned tables: which GEMM kernel was the fastest for a matrix stack and a number of rows on a device, as `octomoe
+// tune` measured it. Where a table has nothing near, the cost model decides (cuda/gemm.cpp).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 #include "core/gemm_config.h"
 
 namespace octomoe::plan {
+
+const char* to_string(kernels::Promotion promotion);
 
 // What a choice depends on, beside the rows.
 struct TuneKey {
@@ -24,15 +26,15 @@ struct TuneKey {
 };
 
 struct TuneChoice {
-  std::string kernel;               // the catalogue's id
+  std::string kernel;                // the catalogue's id
   std::map<std::string, double> us;  // of every kernel that was measured
 };
 
 class TunedTable {
  public:
-  // {"version": 1, "entries": [{"device", "multiprocessors", "promotion", "epilogue", "block_k", "experts", "n", "k", "rows",
-  // "kernel", "us": {kernel: us}}]}. Error(format) naming `source` and the field. Entries with kernels that the catalogue does not
-  // have (another version's) are left out.
+  // {"version": 1, "entries": [{"device", "multiprocessors", "promotion", "epilogue", "block_k", "experts", "n", "k",
+  // "rows", "kernel", "us": {kernel: us}}]}. Error(format) naming `source` and the field. Entries with kernels that the
+  // catalogue does not have (another version's) are left out.
   static TunedTable parse(const std::string& text, const std::string& source);
   static TunedTable read(const std::string& path);
   std::string text() const;  // the same, a line for each entry
