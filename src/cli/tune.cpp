@@ -49,7 +49,8 @@ class Tune {
   int run() {
     read_arguments();
     GpuBench gpu(device_);
-    fmt::print("{} tokens of {}, {} routing; median of {} rounds\n", tokens_.size(), "?", "uniform", o_.rounds);
+    fmt::print("{}: uniform routing, weights that have left L2, median of {} round{}\n",
+               gpu.describe()["name"].get<std::string>(), o_.rounds, o_.rounds == 1 ? "" : "s");
     for (std::size_t i = 0; i < models_.size(); ++i) {
       const Model& m = models_[i];
       TuneInput in{.shape = m.shape, .schemes = schemes_, .tokens = tokens_, .family = family_, .rounds = o_.rounds};
@@ -105,6 +106,7 @@ class Tune {
           "--out: expected a file, since none of OCTOMOE_TUNED, OCTOMOE_CACHE_DIR, XDG_CACHE_HOME and "
           "HOME says where your table is");
     }
+    if (path_ == "-") throw UsageError("--out: expected a file, got '-': what is there is kept");
     // Everything that can be wrong is found before anything slow begins.
     std::error_code ignored;
     if (o_.out.empty()) fs::create_directories(fs::path(path_).parent_path(), ignored);

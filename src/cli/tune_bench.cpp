@@ -18,6 +18,7 @@ namespace {
 constexpr std::int64_t kFewTokens = 512;  // above them every expert's share is near the mean: few routings are drawn
 constexpr int kRoutings = 4;
 constexpr std::int64_t kRandomRows = 512;  // of activations; more rows repeat them
+constexpr double kEqual = 1.02;            // times the fastest: what another run may turn round
 constexpr double kHopeless = 1.5;          // times the fastest in the first round: measured no further
 
 // One expert's tensors for all of them: what the values are changes nothing as long as they are random.
@@ -119,8 +120,10 @@ class Stack {
       point.choice.us[finalists[i].name] = rounded(timings[i].median_us);
       if (timings[i].median_us < timings[best].median_us) best = i;
     }
-    point.choice.kernel = finalists[best].name;
+    // Between equals the cost model's: it is loaded in any case.
     point.by_cost = copies_.front()->by_cost(point.rows).id;
+    const double least_us = point.choice.us.at(finalists[best].name);
+    point.choice.kernel = point.choice.us.at(point.by_cost) <= kEqual * least_us ? point.by_cost : finalists[best].name;
     return point;
   }
 
@@ -177,7 +180,7 @@ class Stack {
     const double touched = std::max(1.0, static_cast<double>(experts_) * (1 - untouched));
     const double us =
         std::max(touched * expert_bytes / 3e6, 2.0 * static_cast<double>(likely_rows) * expert_bytes / 1e9);
-    const int for_events = us < 100 ? 8 : us < 400 ? 4 : 2;
+    const int for_events = us < 100 ? 8 : us < 400 ? 4 : us < 2000 ? 2 : 1;
     const int count = std::max(gpu_.copies(touched * expert_bytes), for_events);
     // Once all experts have had their turn, the next copy of the weights.
     const std::int64_t copies = gpu_.copies(static_cast<double>(experts_) * expert_bytes);

@@ -8,9 +8,11 @@
 #include <limits>
 #include <set>
 
+#include "cli/machine.h"
 #include "cli/presets.h"
 #include "cli/table.h"
 #include "cli/terminal.h"
+#include "octomoe/version.h"
 
 namespace octomoe::cli {
 namespace {
@@ -252,7 +254,10 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
       rows.back()["left_out_worst_loss"] = rounded(r.left_out.worst);
     }
   }
-  return {{"devices", check.devices},
+  return {{"version", OCTOMOE_VERSION},
+          {"date", date_utc()},
+          {"commit", commit()},
+          {"devices", check.devices},
           {"constants", constants(check.built)},
           {"fitted", constants(check.fitted)},
           {"results", rows}};

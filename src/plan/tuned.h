@@ -26,7 +26,7 @@ struct TuneKey {
 };
 
 struct TuneChoice {
-  std::string kernel;                // the catalogue's id
+  std::string kernel;                // the catalogue's id: the fastest, or another that is as good as that
   std::map<std::string, double> us;  // of every kernel that was measured
 };
 

@@ -115,6 +115,7 @@ TEST_F(Command, TuneUsageErrorsAreTwo) {
   expect_error(run_cli({"tune", "--model", "qwen3-30b", "--rounds", "0"}), 2, "--rounds");
   expect_error(run_cli({"tune", "--model", "qwen3-30b", "--experts-local", "129"}), 2, "--experts-local");
   expect_error(run_cli({"tune", "--model", "qwen3-30b", "--json", "x"}), 2, "--json");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--out", "-"}), 2, "--out: expected a file");
   expect_error(run_cli({"tune", "--model", "qwen3-30b", "--check", "x"}), 2, "--check");
   const RunOptions homeless{
       .environment = {{"OCTOMOE_TUNED", ""}, {"OCTOMOE_CACHE_DIR", ""}, {"XDG_CACHE_HOME", ""}, {"HOME", ""}}};
@@ -139,22 +140,20 @@ TEST_F(Command, TuneFailuresAreOne) {
   expect_error(run_cli({"tune", "--check", folder / "e.json"}), 1, "expected entries");
 }
 
-// A table of two models, made up: in the first the widest tile is always the fastest, in the second the narrowest.
+// A table of two models, the second made up of the first.
 TEST_F(Command, TuneChecksTheCostModel) {
   TempFolder folder;
-  const std::string shipped = OCTOMOE_SOURCE_DIR "/share/tuned.json";
-  Json table = Json::parse(read_file(shipped));
-  std::vector<Json> second;
-  for (Json e : table["entries"]) {
+  Json table = Json::parse(read_file(OCTOMOE_SOURCE_DIR "/share/tuned.json"));
+  const Json all = table["entries"];
+  table["entries"] = Json::array();
+  for (Json e : all) {
+    if (e["experts"] != 128 || !((e["n"] == 1536 && e["k"] == 2048) || (e["n"] == 2048 && e["k"] == 768))) continue;
+    table["entries"].push_back(e);
     e["n"] = e["epilogue"] == "swiglu" ? 1024 : 2048;
     e["k"] = e["epilogue"] == "swiglu" ? 2048 : 512;
     e["experts"] = 256;
-    second.push_back(e);
+    table["entries"].push_back(e);
   }
-  std::erase_if(table["entries"].get_ref<Json::array_t&>(), [](const Json& e) {
-    return !((e["n"] == 1536 && e["k"] == 2048) || (e["n"] == 2048 && e["k"] == 768));
-  });
-  for (const Json& e : second) table["entries"].push_back(e);
   write_file(folder / "two.json", table.dump());
   const Result r = run_cli({"tune", "--check", folder / "two.json", "--json", folder / "check.json"});
   ASSERT_EQ(r.code, 0) << r.err;
@@ -504,7 +503,7 @@ TEST_F(GpuCommand, Tune) {
     const double least = e["us"][e["kernel"].get<std::string>()];
     EXPECT_GT(least, 0.1);
     EXPECT_GE(e["us"].size(), 2u);
-    for (const Json& us : e["us"]) EXPECT_GE(us.get<double>(), least);
+    for (const Json& us : e["us"]) EXPECT_GE(1.02 * us.get<double>(), least);  // less is noise
   }
   const Result second = tune("64,1024");
   ASSERT_EQ(second.code, 0) << second.err;
