@@ -23,7 +23,6 @@ namespace fs = std::filesystem;
 constexpr std::int64_t kMaxTokens = 1 << 20;
 constexpr const char* kTokens = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192";
 constexpr const char* kSchemes = "int8_channel,int8_block,int8_hybrid";
-constexpr double kShownLoss = 0.1;
 
 struct Options : ShapeArguments {
   std::string tokens = kTokens, schemes = kSchemes, device = "cuda", family = "automatic", out, check, json;
@@ -133,7 +132,7 @@ class Tune {
            short_name(p.choice.kernel),
            format_us(p.choice.us.at(p.choice.kernel)),
            same ? "the same" : short_name(p.by_cost),
-           {same ? "" : fmt::format("{:.1f} %", 100 * p.loss()), p.loss() > kShownLoss ? Style::warn : Style::plain}});
+           {same ? "" : fmt::format("{:.1f} %", 100 * p.loss()), p.loss() > kLossGoal ? Style::warn : Style::plain}});
       worst = std::max(worst, p.loss());
       sum += p.loss();
     }

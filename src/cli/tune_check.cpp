@@ -101,6 +101,7 @@ Losses losses(const std::vector<Point>& points, const CostConstants& constants, 
     const double x = loss(p, constants);
     ++count;
     l.mean += x;
+    l.over_goal += x > kLossGoal ? 1 : 0;
     if (x > l.worst) {
       l.worst = x;
       if (worst_at != nullptr) *worst_at = p.where;
@@ -110,7 +111,7 @@ Losses losses(const std::vector<Point>& points, const CostConstants& constants, 
   return l;
 }
 
-// From constants that say nothing, one after another is set to the value with the least loss (mean square), twice
+// From constants that say nothing, one after another is set to the value with the least loss (mean square), four times
 // through; of neighbouring values that are equally good, the middle one.
 template <class Wanted>
 CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wanted) {
@@ -129,7 +130,7 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
                                         {&CostConstants::resident_epilogue, epilogues}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings}, {&CostConstants::mma_resident, factors}};
   CostConstants c{0, 0, 1, 1, 0, 0, 1};
-  for (int sweep = 0; sweep < 2; ++sweep) {
+  for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
       std::vector<double> best;
@@ -190,6 +191,7 @@ TuneCheck check_costs(const plan::TunedTable& table) {
       const Losses& so_far = check.leaves_out ? total.left_out : total.built;
       if (counted.worst >= so_far.worst) total.worst_at = row.model + ", " + row.worst_at;
       total.left_out.worst = std::max(total.left_out.worst, row.left_out.worst);
+      total.left_out.over_goal += row.left_out.over_goal;
       check.rows.push_back(row);
     }
     check.rows.push_back(total);
@@ -198,22 +200,29 @@ TuneCheck check_costs(const plan::TunedTable& table) {
 }
 
 std::string render(const TuneCheck& check, bool colour) {
-  constexpr double kGoal = 0.1;
   Table table({{"model", true},
                {"family", true},
                {"points"},
                {"mean"},
                {"worst"},
+               {"over 10 %"},
                {"left out: mean"},
                {"worst"},
+               {"over 10 %"},
                {"worst at", true}});
   const auto percent = [](double x) {
-    return Table::Cell(fmt::format("{:.1f} %", 100 * x), x > kGoal ? Style::warn : Style::plain);
+    return Table::Cell(fmt::format("{:.1f} %", 100 * x), x > kLossGoal ? Style::warn : Style::plain);
   };
   for (const CheckRow& r : check.rows) {
-    table.add({r.model, r.family, fmt::format("{}", r.points), percent(r.built.mean), percent(r.built.worst),
-               check.leaves_out ? percent(r.left_out.mean) : "-", check.leaves_out ? percent(r.left_out.worst) : "-",
-               r.worst_at});
+    const auto cells = [&](const Losses& l, bool known) -> std::vector<Table::Cell> {
+      if (!known) return {"-", "-", "-"};
+      return {percent(l.mean), percent(l.worst), fmt::format("{}", l.over_goal)};
+    };
+    std::vector<Table::Cell> row = {r.model, r.family, fmt::format("{}", r.points)};
+    for (Table::Cell& c : cells(r.built, true)) row.push_back(std::move(c));
+    for (Table::Cell& c : cells(r.left_out, check.leaves_out)) row.push_back(std::move(c));
+    row.emplace_back(r.worst_at);
+    table.add(std::move(row));
   }
   std::string text = fmt::format("How much longer the cost model's choices take than the fastest kernel, on {}\n\n{}\n",
                                  fmt::join(check.devices, ", "), table.render(colour));
@@ -246,12 +255,15 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
                     {"points", r.points},
                     {"mean_loss", rounded(r.built.mean)},
                     {"worst_loss", rounded(r.built.worst)},
+                    {"over_10_percent", r.built.over_goal},
                     {"left_out_mean_loss", nullptr},
                     {"left_out_worst_loss", nullptr},
+                    {"left_out_over_10_percent", nullptr},
                     {"worst_at", r.worst_at}});
     if (check.leaves_out) {
       rows.back()["left_out_mean_loss"] = rounded(r.left_out.mean);
       rows.back()["left_out_worst_loss"] = rounded(r.left_out.worst);
+      rows.back()["left_out_over_10_percent"] = r.left_out.over_goal;
     }
   }
   return {{"version", OCTOMOE_VERSION},

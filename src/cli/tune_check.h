@@ -14,7 +14,9 @@ namespace octomoe::cli {
 // How much longer the choices take than the fastest kernel, 0.1: 10 %.
 struct Losses {
   double mean = 0, worst = 0;
+  std::size_t over_goal = 0;  // choices that take more than kLossGoal longer
 };
+inline constexpr double kLossGoal = 0.1;
 
 struct CheckRow {
   std::string model;   // of presets.h, else "n x k"
