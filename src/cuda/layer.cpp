@@ -308,6 +308,8 @@ class CudaLayer final : public LayerBackend {
     }
     first.index = ints(p.offsets);
     first.rows = p.rows;
+    // Of a rank: its share of the routes, as `octomoe tune` counts them.
+    first.likely_rows = std::max<std::int64_t>(1, p.rows * experts_ / id_limit_);
     first.row_factor = floats(p.row_factor);
     run_expert(launcher, routed_, p.routed, base, p, first, ints(p.offsets) + experts_, p.rows);
 
