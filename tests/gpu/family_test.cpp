@@ -149,10 +149,10 @@ TEST_F(Family, RandomProblems) {
     c.order = upto(2) ? GateUpOrder::up_gate : GateUpOrder::gate_up;
     c.biases = upto(3) == 0;
     c.top_k = 1 + upto(6);
-    c.experts = c.top_k + upto(10);
+    c.experts = c.top_k + upto(6);
     c.tokens = upto(3) == 0 ? 1 + upto(5) : 1 + upto(upto(4) == 0 ? 300 : 60);
-    c.hidden = 32 * (1 + upto(12));
-    c.intermediate = 32 * (1 + upto(12));
+    c.hidden = 32 * (1 + upto(upto(8) == 0 ? 32 : 8));
+    c.intermediate = 32 * (1 + upto(upto(8) == 0 ? 32 : 8));
     c.seed = random() % 1000003;
     LayerOptions o;
     o.router_weight_on_input = upto(6) == 0;
