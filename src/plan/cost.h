@@ -28,14 +28,14 @@ std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilo
 // `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
 struct CostConstants {
   // wgmma
-  double opening = 100;            // a tile's, whatever its width
-  double epilogue = 2.5;           // of a token
-  double pair = 1.02;              // a stage of a CTA that shares its weights with another
-  double resident = 1.08;          // a stage where two CTAs share a multiprocessor
-  double resident_epilogue = 2.5;  // of a token there: the other CTA's products hide some of it
+  double opening = 400;            // a tile's, whatever its width
+  double epilogue = 2;             // of a token
+  double pair = 0.92;              // a stage of a CTA that shares its weights with another
+  double resident = 1.26;          // a stage where two CTAs share a multiprocessor
+  double resident_epilogue = 3;    // of a token there: the other CTA's products hide some of it
   // mma.sync
-  double mma_opening = 200;
-  double mma_resident = 1.3;  // a stage of two CTAs, whose tiles are smaller
+  double mma_opening = 1200;
+  double mma_resident = 1.1;  // a stage of two CTAs, whose tiles are smaller
 };
 
 // What a kernel has to do, however long that takes.
