@@ -143,10 +143,9 @@ struct GroupedGemm {
     };
     __device__ __forceinline__ Boxes boxes_of(const Tile& t) const {
       const int column = t.m_tile * C.features();
-      // Gated, a column has a row in each half; otherwise a column is a row. Weights that few rows need are read once;
-      // with more rows, evict-first would also throw out the neighbours that L2 fetched along (docs/kernels.md).
+      // Gated, a column has a row in each half; otherwise a column is a row.
       return {t.expert * (args.n / kUnit) + column / kUnit, C.consumers > 1 && column + kGroup < width(args) ? 2 : 1,
-              t.rows <= 32 ? ptx::kEvictFirst : ptx::kEvictNormal};
+              all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
     }
     __device__ __forceinline__ void copy_weights(const Boxes& boxes, int32_t k_tile, int32_t slot) const {
       const uint32_t full = ptx::shared_address(&shared.full[slot]), to = ptx::shared_address(shared.ring[slot]);

@@ -254,7 +254,8 @@ const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
 }
 
 void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
-  const Kernel& kernel = choose(p.likely_rows > 0 ? p.likely_rows : p.rows);
+  const std::int64_t rows = p.likely_rows > 0 ? p.likely_rows : p.rows;
+  const Kernel& kernel = choose(rows);
   const Scheme& s = m_.scheme;
   const kernels::GemmArgs args{
       .a = p.a.q,
@@ -297,7 +298,12 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows for the sm90 family, got {} x {}", p.a.rows,
            m_.k);
     }
-    launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args}, true,
+    // Weights that are read once only pass through L2. With more rows that loses: what L2 fetches along with a line is
+    // then often gone before it is needed. One rule for a launch: where both kinds of lines live in L2, the evict-first
+    // ones are squeezed out at once (docs/kernels.md).
+    constexpr std::int64_t kFewRows = 24;  // of an expert
+    const std::int32_t evict_first = rows <= kFewRows * m_.experts;
+    launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args, evict_first}, true,
              static_cast<unsigned>(kernel.cluster));
   } else {
     launcher(*kernel.loaded, blocks, args);
