@@ -6,10 +6,20 @@
 
 namespace octomoe::kernels {
 
-inline constexpr int kFewTokens = 4, kFewRoutes = 32;
-inline constexpr int kFewThreads = 288;  // two groups of four warps, and the producer's warp
-inline constexpr int kFewStageBytes = 16384, kFewStages = 6;
-inline constexpr int kFewHeaderBytes = 1152;  // shared memory before the ring
+inline constexpr int kFewTokens = 8, kFewRoutes = 64;
+inline constexpr int kFewGateUpWarps = 8, kFewDownWarps = 16;  // that multiply; `down` has one more, which copies
+inline constexpr int kFewGateUpThreads = 32 * kFewGateUpWarps, kFewDownThreads = 32 * (kFewDownWarps + 1);
+// Either takes at most half of a multiprocessor's registers, so that `down` loads weights beside the end of gate_up.
+inline constexpr int kFewMinBlocks = 2;
+inline constexpr int kFewHeaderBytes = 6144;  // shared memory before anything whose size depends on the shape
+inline constexpr int kFewMaxHidden = 8192;
+inline constexpr int kFewMaxStages = 24;
+// Columns of out that lie in one stage of down's ring: one for each warp, but no more than this many bytes.
+inline constexpr int kFewMaxStageBytes = 49152;
+
+// A row of x in shared memory ends with zeros up to a multiple of what a warp multiplies at once.
+inline constexpr int kFewUnit = 1024;
+constexpr int few_x_stride(int hidden) { return (hidden + kFewUnit - 1) / kFewUnit * kFewUnit; }
 
 struct FewRoutes {
   const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
@@ -50,7 +60,9 @@ struct FewDownArgs {
   int64_t out_stride;
   OutType out_type;
   int32_t accumulate;
-  int32_t columns;  // of out that a CTA computes
+  int32_t columns;        // of out that a CTA computes
+  int32_t stage_columns;  // of them in a stage of the ring: at most kFewDownWarps
+  int32_t stages;         // at most kFewMaxStages
 };
 
 }  // namespace octomoe::kernels
