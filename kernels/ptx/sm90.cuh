@@ -36,6 +36,10 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
                           kEvictLast = 0x14f0000000000000;
 
+// `bytes` (a multiple of 16) of global memory -> L2.
+__device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // 16 bytes that are read once, kept neither in L1 nor longer than need be in L2; `to` stays where `wanted` does not hold.
 __device__ __forceinline__ void load_once(int4& to, const void* from, bool wanted) {
   asm volatile(

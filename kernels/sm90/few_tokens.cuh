@@ -10,9 +10,9 @@
 // multiplied its registers are loaded again. Results stay in lanes until a warp is full of them, so that the epilogue's
 // latency is paid once.
 //
-// down gives a CTA some columns of out with all experts, a column to each warp, so that the warp combines it alone. Its
-// weights come by bulk copies into a ring as long as shared memory has room: the last of gate_up, the quantising of h
-// and the streaming of w2 go on at once.
+// down gives a CTA some columns of out with all experts, so that it combines them alone. Its weights come by bulk copies
+// into a ring as long as shared memory has room: the last of gate_up, the quantising of h and the streaming of w2 go on
+// at once.
 //
 // The arithmetic is docs/schemes.md's, so results equal the other kernels' to the bit.
 #pragma once
@@ -39,8 +39,9 @@ using kernels::kFewTokens;
 using kernels::kFewUnit;
 using kernels::OutType;
 
-inline constexpr int kFewDepth = 4;      // units of gate_up in flight: 64 KB a CTA
+inline constexpr int kFewDepth = 5;      // units of gate_up in flight: 80 KB a CTA
 inline constexpr int kFewPieces = kFewUnit / 512;
+inline constexpr int kFewPrefetchBytes = 8192;  // a warp's, ahead of the first loads
 inline constexpr int kFewTogether = 4;   // routes that share a pass over their expert's weights
 inline constexpr int kFewColumns = 256;  // values of a row that a warp quantises at once
 inline constexpr unsigned kFewAll = 0xffffffffu;
@@ -55,6 +56,7 @@ struct FewShared {
   FewEntry entry[kFewRoutes];
   int32_t entries;
   int32_t expert[kFewRoutes];  // of a route; -1: none
+  float weight[kFewRoutes];    // down: the router's, of a route
   // Of quantised rows.
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
@@ -66,7 +68,8 @@ struct FewShared {
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
 
 __device__ __forceinline__ int few_lane() { return static_cast<int>(threadIdx.x) & 31; }
-__device__ __forceinline__ int few_warp() { return static_cast<int>(threadIdx.x) >> 5; }
+// By a shuffle: so the compiler knows that a warp agrees on what follows from it.
+__device__ __forceinline__ int few_warp() { return __shfl_sync(kFewAll, static_cast<int>(threadIdx.x) >> 5, 0); }
 
 // ---- routes ----
 __device__ __forceinline__ int32_t few_expert_of(const FewRoutes& r, int32_t route) {
@@ -152,6 +155,10 @@ struct FewRange {
   }
 };
 
+__device__ __forceinline__ uint32_t few_low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
 struct FewScale {
   float scale, inverse, low, high;
   int32_t zero;
@@ -179,13 +186,13 @@ struct FewScale {
   // rounding commute, and 1.5 * 2^23 added leaves the rounded value in the low bits.
   __device__ __forceinline__ uint2 quantize(const float (&v)[8]) const {
     if (inverse == 0.0f) return make_uint2(0, 0);
-    uint32_t q[2] = {0, 0};
+    uint32_t q[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float t = __fadd_rn(fminf(fmaxf(__fmul_rn(v[i], inverse), low), high), 12582912.0f);
-      q[i / 4] |= (num::bits(t) + static_cast<uint32_t>(zero) & 0xffu) << (8 * (i % 4));
+      const float t = fminf(fmaxf(__fmul_rn(v[i], inverse), low), high);
+      q[i] = num::bits(__fadd_rn(t, 12582912.0f)) + static_cast<uint32_t>(zero);
     }
-    return make_uint2(q[0], q[1]);
+    return make_uint2(few_low_bytes(q[0], q[1], q[2], q[3]), few_low_bytes(q[4], q[5], q[6], q[7]));
   }
 };
 
@@ -227,26 +234,34 @@ struct FewGateUp {
   int8_t* rows;  // of x, quantised
   int32_t lane, warp, width, stride;
 
-  // The maxima of x's pieces of kFewColumns values.
+  // The maxima of x's pieces of kFewColumns values; the loads of some pieces at once.
   __device__ __forceinline__ void measure() const {
-    const int32_t pieces = stride / kFewColumns;
-    for (int32_t i = warp; i < args.routes.tokens * pieces; i += kFewGateUpWarps) {
-      const int32_t token = i / pieces, column = (i - token * pieces) * kFewColumns + lane * 8;
-      FewRange range;
-      if (column < m.k) {
-        float v[8];
-        kernels::load_elems(args.x, token, column, v);
-        range.add(v, m.column_sum != nullptr);
+    constexpr int kAtOnce = 4;
+    const int32_t pieces = stride / kFewColumns, all = args.routes.tokens * pieces;
+    for (int32_t first = warp; first < all; first += kAtOnce * kFewGateUpWarps) {
+      float v[kAtOnce][8] = {};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t i = first + j * kFewGateUpWarps, token = i / pieces;
+        const int32_t column = (i - token * pieces) * kFewColumns + lane * 8;
+        if (i < all && column < m.k) kernels::load_elems(args.x, token, column, v[j]);
       }
-      range.reduce(m.column_sum != nullptr);
-      if (lane == 0) {
-        shared.top[0][i] = range.top;
-        shared.top[1][i] = range.low;
-        shared.top[2][i] = range.high;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int32_t i = first + j * kFewGateUpWarps;
+        if (i >= all) break;
+        FewRange range;
+        range.add(v[j], m.column_sum != nullptr);
+        range.reduce(m.column_sum != nullptr);
+        if (lane == 0) {
+          shared.top[0][i] = range.top;
+          shared.top[1][i] = range.low;
+          shared.top[2][i] = range.high;
+        }
       }
     }
   }
-  // Reads x again: it lies in L1.
+  // Reads x again, from L1. No weights are under way to registers yet: loads return in their order, also those that hit.
   __device__ __forceinline__ void quantize() const {
     const int32_t pieces = stride / kFewColumns;
     for (int32_t i = warp; i < args.routes.tokens * pieces; i += kFewGateUpWarps) {
@@ -312,9 +327,17 @@ struct FewGateUp {
     args.h[static_cast<int64_t>(route) * width + p.column] = static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
   }
 
-  // Up to 32 pairs of this warp, from `first_pair` on. prepare() is called with the first loads under way.
-  template <class Prepare>
-  __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool last, const Prepare& prepare) const {
+  // Has L2 fetch this warp's first rows, while x is quantised: a lane asks for a row.
+  __device__ __forceinline__ void prefetch(int32_t first_pair, int32_t pairs) const {
+    const int32_t pair = lane / 2;
+    if (pair >= min(pairs, max(1, kFewPrefetchBytes / (2 * m.k)))) return;
+    const Place p = place(first_pair + pair * kFewGateUpWarps);
+    const int64_t row = static_cast<int64_t>(shared.entry[p.entry].expert) * m.n + p.column + lane % 2 * width;
+    ptx::prefetch_bulk(m.w + row * m.k, static_cast<uint32_t>(m.k));
+  }
+
+  // Up to 32 pairs of this warp, from `first_pair` on.
+  __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool last) const {
     const int64_t up = static_cast<int64_t>(width) * m.k;
     int4 w[kFewDepth][kFewPieces][2] = {};
     // What is loaded next, and what is multiplied next.
@@ -349,8 +372,6 @@ struct FewGateUp {
       scale[0] = m.scale[m.per_tensor ? expert : row];
       scale[1] = m.scale[m.per_tensor ? expert : row + width];
     }
-    prepare();
-
     int32_t acc[kFewTogether][2] = {}, sum[2] = {}, tag = 0, filled = 0, pair = 0;
     int32_t count = 0;
     uint32_t entry_rows = 0;
@@ -431,165 +452,172 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   const auto begin = static_cast<int32_t>(all * blockIdx.x / gridDim.x);
   const auto end = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x);
   int32_t pair = begin + g.warp, left = max(0, (end - pair + kFewGateUpWarps - 1) / kFewGateUpWarps);
-  bool quantized = false;
+  g.prefetch(pair, left);
+  g.quantize();
+  __syncthreads();
   do {
     const int32_t pairs = min(left, 32);
     left -= pairs;
-    g.run(pair, pairs, left == 0, [&] {
-      if (quantized) return;
-      g.quantize();
-      quantized = true;
-      __syncthreads();
-    });
+    g.run(pair, pairs, left == 0);
     pair += pairs * kFewGateUpWarps;
   } while (left > 0);
 }
 
 // ---- down ----
+// Eight lanes multiply a column: a warp has four of them, of one entry. The warps of an entry's columns are a stream;
+// streams take turns.
 struct FewDown {
   const FewDownArgs& args;
   const FewMatrix& m;
   FewShared& shared;
   uint8_t* ring;
-  int8_t* rows;  // of h, quantised
+  int8_t* rows;    // of h, quantised
+  float* scales;   // of the weight rows, [entry, column]
+  float* y;        // [route, column]
   int32_t lane, warp, first, columns;
 
   __device__ __forceinline__ int32_t sets() const { return (columns + args.stage_columns - 1) / args.stage_columns; }
   __device__ __forceinline__ int32_t columns_of(int32_t set) const {
     return min(args.stage_columns, columns - set * args.stage_columns);
   }
+  __device__ __forceinline__ int32_t warps_of_stream() const { return (args.stage_columns + 3) / 4; }
 
-  // A stage of the ring.
-  struct Stage {
-    int32_t slot = 0;
-    uint32_t phase = 0;
-    __device__ __forceinline__ void advance(int32_t stages) {
-      if (++slot == stages) {
-        slot = 0;
-        phase ^= 1u;
-      }
-    }
-  };
-  __device__ __forceinline__ uint32_t full(const Stage& s) const { return ptx::shared_address(&shared.barrier[0][s.slot]); }
-  __device__ __forceinline__ uint32_t empty(const Stage& s) const { return ptx::shared_address(&shared.barrier[1][s.slot]); }
-  __device__ __forceinline__ uint8_t* place(const Stage& s) const {
-    return ring + s.slot * args.stage_columns * m.k;
-  }
+  __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
+  __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
+  __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.stage_columns * m.k; }
 
   // One thread: an entry's rows of a set's columns are one copy.
-  __device__ __forceinline__ void copy() const {
-    Stage stage;
-    for (int32_t set = 0; set < sets(); ++set) {
-      const int32_t column = first + set * args.stage_columns;
-      const auto bytes = static_cast<uint32_t>(columns_of(set) * m.k);
-      for (int32_t i = 0; i < shared.entries; ++i, stage.advance(args.stages)) {
-        ptx::barrier_wait(empty(stage), stage.phase ^ 1u);
-        ptx::barrier_arrive_expect(full(stage), bytes);
-        ptx::copy_bulk(ptx::shared_address(place(stage)),
-                       m.w + (static_cast<int64_t>(shared.entry[i].expert) * m.n + column) * m.k, bytes, full(stage),
-                       ptx::kEvictFirst);
-      }
-    }
+  __device__ __forceinline__ void copy(int32_t slot, int32_t set, int32_t entry) const {
+    const int32_t column = first + set * args.stage_columns;
+    const auto bytes = static_cast<uint32_t>(columns_of(set) * m.k);
+    ptx::barrier_arrive_expect(full(slot), bytes);
+    ptx::copy_bulk(ptx::shared_address(place(slot)),
+                   m.w + (static_cast<int64_t>(shared.entry[entry].expert) * m.n + column) * m.k, bytes, full(slot),
+                   ptx::kEvictFirst);
   }
 
-  // A row of h; one warp. Of a longer row, what registers cannot keep is read again.
-  __device__ __forceinline__ void quantize(int32_t row) const {
-    constexpr int kKept = 6;
-    const uint16_t* h = args.h + static_cast<int64_t>(row) * m.k;
-    uint4 kept[kKept];
+  // kRows rows of h, kFewDownWarps apart; one warp. Of longer rows, what registers cannot keep is read again.
+  template <int kRows, int kKept>
+  __device__ __forceinline__ void quantize(int32_t first_row, int32_t routes) const {
+    const bool asymmetric = m.column_sum != nullptr;
+    uint4 kept[kRows][kKept];
     float v[8];
-    FewRange range;
-    const auto load = [&](int32_t column) { return *reinterpret_cast<const uint4*>(h + column); };
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      const int32_t column = i * kFewColumns + lane * 8;
-      kept[i] = column < m.k ? load(column) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      few_unpack(kept[i], v);
-      range.add(v, m.column_sum != nullptr);
-    }
-    for (int32_t column = kKept * kFewColumns + lane * 8; column < m.k; column += kFewColumns) {
-      few_unpack(load(column), v);
-      range.add(v, m.column_sum != nullptr);
-    }
-    range.reduce(m.column_sum != nullptr);
-    const FewScale s(m, range);
-    const auto store = [&](int32_t column, const uint4& p) {
-      few_unpack(p, v);
-      *reinterpret_cast<uint2*>(rows + row * m.k + column) = s.quantize(v);
+    const auto wanted = [&](int r) {
+      const int32_t row = first_row + r * kFewDownWarps;
+      return row < routes && shared.expert[row] >= 0;
+    };
+    const auto load = [&](int r, int32_t column) {
+      return *reinterpret_cast<const uint4*>(args.h + (first_row + r * kFewDownWarps) * m.k + column);
     };
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      const int32_t column = i * kFewColumns + lane * 8;
-      if (column < m.k) store(column, kept[i]);
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int32_t column = i * kFewColumns + lane * 8;
+        kept[r][i] = wanted(r) && column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0);
+      }
     }
-    for (int32_t column = kKept * kFewColumns + lane * 8; column < m.k; column += kFewColumns) {
-      store(column, load(column));
-    }
-    if (lane == 0) {
-      shared.scale[row] = s.scale;
-      shared.zero[row] = s.zero;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!wanted(r)) continue;
+      const int32_t row = first_row + r * kFewDownWarps;
+      FewRange range;
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        few_unpack(kept[r][i], v);
+        range.add(v, asymmetric);
+      }
+      for (int32_t column = kKept * kFewColumns + lane * 8; column < m.k; column += kFewColumns) {
+        few_unpack(load(r, column), v);
+        range.add(v, asymmetric);
+      }
+      range.reduce(asymmetric);
+      const FewScale s(m, range);
+      const auto store = [&](int32_t column, const uint4& p) {
+        few_unpack(p, v);
+        *reinterpret_cast<uint2*>(rows + row * m.k + column) = s.quantize(v);
+      };
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int32_t column = i * kFewColumns + lane * 8;
+        if (column < m.k) store(column, kept[r][i]);
+      }
+      for (int32_t column = kKept * kFewColumns + lane * 8; column < m.k; column += kFewColumns) {
+        store(column, load(r, column));
+      }
+      if (lane == 0) {
+        shared.scale[row] = s.scale;
+        shared.zero[row] = s.zero;
+      }
     }
   }
 
-  // Adds this warp's row of a stage times the rows of an entry's routes; lane r keeps the sums of routes r and r + 32.
-  __device__ __forceinline__ void multiply(const uint8_t* w, const FewEntry& entry, int32_t (&sum)[2]) const {
-    int32_t acc[kFewTogether] = {};
-#pragma unroll 2
-    for (int32_t base = 0; base < m.k; base += 512) {
-      const int32_t column = base + lane * 16;
-      const bool inside = column < m.k;
-      const int4 v = inside ? *reinterpret_cast<const int4*>(w + column) : int4{};
+  // y of an entry's routes in this lane's column, of a stage at w.
+  __device__ __forceinline__ void multiply(const uint8_t* w, int32_t set, int32_t at, int32_t column) const {
+    const FewEntry entry = shared.entry[at];
+    const bool works = column < columns_of(set);
+    int32_t acc[kFewTogether] = {}, offset[kFewTogether];
 #pragma unroll
-      for (int i = 0; i < kFewTogether; ++i) {
-        if (i > 0 && i >= entry.count) break;
-        const int4 a =
-            inside ? *reinterpret_cast<const int4*>(rows + few_byte(entry.rows, i) * m.k + column) : int4{};
-        acc[i] = few_dot(v, a, acc[i]);
+    for (int i = 0; i < kFewTogether; ++i) offset[i] = few_byte(entry.rows, i) * m.k;
+    const auto dot = [&](int32_t c, int i) {
+      const int4 v = *reinterpret_cast<const int4*>(w + column * m.k + c);
+      acc[i] = few_dot(v, *reinterpret_cast<const int4*>(rows + offset[i] + c), acc[i]);
+    };
+    if (works) {
+      if (entry.count == 1) {
+#pragma unroll 3
+        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) dot(c, 0);
+      } else {
+        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) {
+#pragma unroll
+          for (int i = 0; i < kFewTogether; ++i) {
+            if (i < entry.count) dot(c, i);
+          }
+        }
       }
     }
+    __syncwarp();
+    int32_t sum = 0;  // of the route that this lane finishes
 #pragma unroll
     for (int i = 0; i < kFewTogether; ++i) {
       if (i > 0 && i >= entry.count) break;
-      const int32_t total = few_sum(acc[i]), route = few_byte(entry.routes, i);
-      if (lane == route) sum[0] = total;
-      if (lane + 32 == route) sum[1] = total;
+      int32_t total = acc[i];
+#pragma unroll
+      for (int by = 1; by < 8; by *= 2) total += __shfl_xor_sync(kFewAll, total, by);
+      if (lane % 8 == i) sum = total;
     }
+    if (!works || lane % 8 >= entry.count) return;
+    const int32_t route = few_byte(entry.routes, lane % 8), c = set * args.stage_columns + column;
+    const float v = few_value(m, static_cast<int64_t>(entry.expert) * m.n + first + c, sum, scales[at * columns + c],
+                              shared.scale[route], shared.zero[route]);
+    y[route * columns + c] = num::bf16_low(num::pack_bf16(v, 0.0f));
   }
 
-  // Lane t: token t's value of a column, from y of all routes in slot order (docs/schemes.md section 4).
-  __device__ __forceinline__ float combine(const float (&y)[2], const float (&weight)[2]) const {
-    const int32_t top_k = args.routes.top_k, token = min(lane, args.routes.tokens - 1);
-    float o = 0.0f;
-    bool begun = false;
+  // In slot order (docs/schemes.md section 4).
+  __device__ __forceinline__ void combine() const {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < args.routes.tokens * columns; i += 32 * kFewDownWarps) {
+      const int32_t token = i / columns, column = i - token * columns;
+      float o = 0.0f;
+      bool begun = false;
 #pragma unroll 4
-    for (int32_t slot = 0; slot < top_k; ++slot) {
-      const int32_t route = token * top_k + slot;
-      const auto of_route = [&](const float(&v)[2]) {
-        const float low = __shfl_sync(kFewAll, v[0], route & 31), high = __shfl_sync(kFewAll, v[1], route & 31);
-        return route < 32 ? low : high;
-      };
-      const float w = of_route(weight), v = of_route(y);
-      if (shared.expert[route] < 0) continue;
-      o = begun ? __fmaf_rn(w, v, o) : __fmul_rn(w, v);
-      begun = true;
-    }
-    return o;
-  }
-  __device__ __forceinline__ void store(int32_t column, float o) const {
-    if (lane >= args.routes.tokens) return;
-    const int64_t at = lane * args.out_stride + column;
-    if (args.out_type == OutType::f32) {
-      float* to = static_cast<float*>(args.out) + at;
-      *to = num::canonical(args.accumulate ? __fadd_rn(*to, o) : o);
-    } else {
-      uint16_t* to = static_cast<uint16_t*>(args.out) + at;
-      if (args.accumulate) {
-        o = __fadd_rn(args.out_type == OutType::bf16 ? num::bf16_low(*to) : num::fp16_to_float(*to), o);
+      for (int32_t slot = 0; slot < args.routes.top_k; ++slot) {
+        const int32_t route = token * args.routes.top_k + slot;
+        const float weight = shared.weight[route], v = y[route * columns + column];
+        if (shared.expert[route] < 0) continue;
+        o = begun ? __fmaf_rn(weight, v, o) : __fmul_rn(weight, v);
+        begun = true;
       }
-      *to = static_cast<uint16_t>(args.out_type == OutType::bf16 ? num::pack_bf16(o, 0.0f) : num::pack_fp16(o, 0.0f));
+      const int64_t at = token * args.out_stride + first + column;
+      if (args.out_type == OutType::f32) {
+        float* to = static_cast<float*>(args.out) + at;
+        *to = num::canonical(args.accumulate ? __fadd_rn(*to, o) : o);
+      } else {
+        uint16_t* to = static_cast<uint16_t*>(args.out) + at;
+        if (args.accumulate) {
+          o = __fadd_rn(args.out_type == OutType::bf16 ? num::bf16_low(*to) : num::fp16_to_float(*to), o);
+        }
+        *to = static_cast<uint16_t>(args.out_type == OutType::bf16 ? num::pack_bf16(o, 0.0f) : num::pack_fp16(o, 0.0f));
+      }
     }
   }
 };
@@ -598,87 +626,88 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   extern __shared__ __align__(128) uint8_t memory[];
   FewShared& shared = *reinterpret_cast<FewShared*>(memory);
   const FewMatrix& m = args.w2;
+  const int32_t routes = args.routes.tokens * args.routes.top_k;
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns;
+  uint8_t* const ring = memory + kFewHeaderBytes;
+  auto* const rows = reinterpret_cast<int8_t*>(ring + args.stages * args.stage_columns * m.k);
+  auto* const scales = reinterpret_cast<float*>(rows + routes * m.k);
   const FewDown d{args,
                   m,
                   shared,
-                  memory + kFewHeaderBytes,
-                  reinterpret_cast<int8_t*>(memory + kFewHeaderBytes + args.stages * args.stage_columns * m.k),
+                  ring,
+                  rows,
+                  scales,
+                  scales + routes * args.columns,
                   few_lane(),
                   few_warp(),
                   begin,
                   min(args.columns, m.n - begin)};
-  const int32_t routes = args.routes.tokens * args.routes.top_k;
   if (threadIdx.x == 0) {
     for (int32_t i = 0; i < args.stages; ++i) {
-      ptx::barrier_init(ptx::shared_address(&shared.barrier[0][i]), 1);
-      ptx::barrier_init(ptx::shared_address(&shared.barrier[1][i]), kFewDownWarps);
+      ptx::barrier_init(d.full(i), 1);
+      ptx::barrier_init(d.empty(i), d.warps_of_stream());
     }
     ptx::barrier_init_fence();
   }
   // The routes were there before gate_up let this kernel start (few_gate_up), and weights always are.
-  if (d.warp == kFewDownWarps) few_group(shared, args.routes, false);
+  if (d.warp == 1) few_group(shared, args.routes, false);
   __syncthreads();
-  if (d.warp == kFewDownWarps) {
-    if (d.lane == 0) d.copy();
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    return;
+  const int32_t entries = shared.entries, all = d.sets() * entries;
+  if (threadIdx.x == 0) {
+    for (int32_t i = 0; i < min(all, args.stages); ++i) d.copy(i, i / entries, i % entries);
   }
-  // Lane r, of routes r and r + 32: router weights, and scales of the weight rows of this warp's column of a set.
-  float weight[2] = {1.0f, 1.0f}, scale[2];
-  int32_t expert[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int32_t route = d.lane + 32 * i;
-    expert[i] = shared.expert[route];
-    if (expert[i] >= 0 && !args.routes.weight_on_input) {
-      const int32_t token = route / args.routes.top_k;
-      weight[i] = args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k];
-    }
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < entries * d.columns; i += 32 * kFewDownWarps) {
+    const int32_t entry = i / d.columns, expert = shared.entry[entry].expert;
+    scales[i] = m.scale[m.per_tensor ? expert : static_cast<int64_t>(expert) * m.n + d.first + i - entry * d.columns];
   }
-  const auto row_of = [&](int i, int32_t set) {
-    return static_cast<int64_t>(expert[i]) * m.n + d.first + set * args.stage_columns + d.warp;
-  };
-  const auto load_scales = [&](int32_t set) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      scale[i] = 0.0f;
-      if (expert[i] >= 0 && set < d.sets() && d.warp < d.columns_of(set)) {
-        scale[i] = m.scale[m.per_tensor ? expert[i] : row_of(i, set)];
-      }
-    }
-  };
-  load_scales(0);
+  if (threadIdx.x < routes) {
+    const auto route = static_cast<int32_t>(threadIdx.x), token = route / args.routes.top_k;
+    shared.weight[route] =
+        args.routes.weight_on_input
+            ? 1.0f
+            : args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k];
+  }
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
-  for (int32_t row = d.warp; row < routes; row += kFewDownWarps) {
-    if (shared.expert[row] >= 0) d.quantize(row);
+  if (m.k <= 3 * kFewColumns) {
+    for (int32_t row = d.warp; row < routes; row += 2 * kFewDownWarps) d.quantize<2, 3>(row, routes);
+  } else {
+    for (int32_t row = d.warp; row < routes; row += kFewDownWarps) d.quantize<1, 4>(row, routes);
   }
-  ptx::named_barrier(1, 32 * kFewDownWarps);
+  __syncthreads();
 
-  FewDown::Stage stage;
-  for (int32_t set = 0; set < d.sets(); ++set) {
-    const bool works = d.warp < d.columns_of(set);
-    int32_t sum[2] = {};
-    for (int32_t i = 0; i < shared.entries; ++i, stage.advance(args.stages)) {
-      ptx::barrier_wait(d.full(stage), stage.phase);
-      if (works) d.multiply(d.place(stage) + d.warp * m.k, shared.entry[i], sum);
-      __syncwarp();
-      if (d.lane == 0) ptx::barrier_arrive(d.empty(stage));
+  // A slot of the ring serves one stream (args.stages): none may wait for a slot's next content but one.
+  const int32_t warps = d.warps_of_stream(), streams = kernels::few_streams(args.stage_columns, args.stages);
+  const int32_t stream = d.warp / warps;
+  const int32_t quarter = d.warp - stream * warps, column = quarter * 4 + d.lane / 8;
+  if (stream < streams) {
+    int32_t set = 0, entry = stream, slot = stream;
+    uint32_t phase = 0;
+    for (int32_t i = stream; i < all; i += streams) {
+      for (; entry >= entries; entry -= entries) ++set;
+      ptx::barrier_wait(d.full(slot), phase);
+      d.multiply(d.place(slot), set, entry, column);
+      // The stage's next content, once all its warps have read this one.
+      if (const int32_t next = i + args.stages; next < all) {
+        __syncwarp();
+        if (d.lane == 0) {
+          ptx::barrier_arrive(d.empty(slot));
+          if (quarter == 0) {
+            ptx::barrier_wait(d.empty(slot), phase);
+            d.copy(slot, next / entries, next % entries);
+          }
+        }
+      }
+      entry += streams;
+      slot += streams;
+      if (slot >= args.stages) {
+        slot = stream;
+        phase ^= 1u;
+      }
     }
-    if (!works) continue;
-    float y[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t route = d.lane + 32 * i;
-      if (expert[i] < 0) continue;
-      const float v = few_value(m, row_of(i, set), sum[i], scale[i], shared.scale[route], shared.zero[route]);
-      y[i] = num::bf16_low(num::pack_bf16(v, 0.0f));
-    }
-    load_scales(set + 1);
-    d.store(d.first + set * args.stage_columns + d.warp, d.combine(y, weight));
   }
+  __syncthreads();
+  d.combine();
 }
 
 }  // namespace octomoe::sm90

@@ -206,17 +206,23 @@ class CudaLayer final : public LayerBackend {
     FewPlan p;
     p.gate_up_shared = kernels::kFewHeaderBytes + tokens * kernels::few_x_stride(static_cast<int>(hidden_));
     p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
-    const std::int64_t most = std::min<std::int64_t>(kernels::kFewDownWarps, kernels::kFewMaxStageBytes / row);
+    const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
     if (most == 0) return {};
     const std::int64_t sets = ceil_div(p.columns, most);
     p.stage_columns = static_cast<int>(ceil_div(p.columns, sets));
-    // Both kernels at once: besides what they ask for, a block has 1 KB of its own.
+    // Both kernels at once: besides what they ask for, a block has 1 KB of its own. `down` keeps, behind its ring, the
+    // quantised rows and two floats for each route and column.
     const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up_shared;
-    const std::int64_t fixed = kernels::kFewHeaderBytes + routes * row, stage = p.stage_columns * row;
-    const std::int64_t fit = (std::min<std::int64_t>(both, few_down_->shared_bytes) - fixed) / stage;
+    const std::int64_t fixed =
+        kernels::kFewHeaderBytes + routes * (row + p.columns * 2 * std::int64_t{sizeof(float)});
+    const std::int64_t stage = p.stage_columns * row;
+    const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - fixed;
+    const std::int64_t fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
     if (fit < 2) return {};
-    p.stages = static_cast<int>(std::min({fit, routes * sets, std::int64_t{kernels::kFewMaxStages}}));
-    p.down_shared = fixed + p.stages * stage;
+    const std::int64_t most_stages = std::min<std::int64_t>(fit, kernels::kFewMaxStages);
+    const std::int64_t streams = kernels::few_streams(p.stage_columns, static_cast<int>(most_stages));
+    p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(routes * sets, streams)) * streams);
+    p.down_shared = std::max<std::int64_t>(fixed + p.stages * stage, kernels::kFewDownMinSharedBytes);
     return p;
   }
 
@@ -251,6 +257,7 @@ class CudaLayer final : public LayerBackend {
     stages.stage("down");
     launch(*few_down_,
            {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},
+            .threads = kernels::kFewDownThreads,
             .shared_bytes = static_cast<int>(few.down_shared),
             .stream = stream,
             .pdl = true},

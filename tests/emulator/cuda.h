@@ -76,6 +76,12 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
 inline int __ffsll(long long x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(x)) + 1; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long all = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned to = 0;
+  for (int i = 0; i < 4; ++i) to |= static_cast<unsigned>(all >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return to;
+}
 inline int __dp4a(int a, int b, int c) {
   auto sum = static_cast<unsigned>(c);
   for (int i = 0; i < 32; i += 8) {

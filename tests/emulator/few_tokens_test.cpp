@@ -15,7 +15,7 @@ struct Options {
   bool weight_on_input = false, accumulate = false, map = false, wide_ids = false;
   float limit = 0;  // 0: none
   int ctas = 5;     // stand for the GPU's multiprocessors
-  int stage_columns = kernels::kFewDownWarps, stages = 3;
+  int stage_columns = kernels::kFewMaxStageColumns, stages = 3;
 };
 
 FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
@@ -60,6 +60,8 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                          .weight_on_input = o.weight_on_input};
   const std::int64_t count = c.tokens * c.top_k, columns = (c.hidden + o.ctas - 1) / o.ctas;
   const std::int64_t stage_columns = std::min<std::int64_t>(columns, o.stage_columns);
+  const int streams = kernels::few_streams(static_cast<int>(stage_columns), o.stages);
+  const int stages = o.stages / streams * streams;
   for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed},
                                    Schedule{true, true, 2 * c.seed + 1}, Schedule{false, true, 2 * c.seed + 3}}) {
     SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " +
@@ -87,7 +89,7 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                     .accumulate = o.accumulate,
                                     .columns = static_cast<std::int32_t>(columns),
                                     .stage_columns = static_cast<std::int32_t>(stage_columns),
-                                    .stages = o.stages};
+                                    .stages = stages};
     try {
       launch({.grid = o.ctas,
               .threads = kernels::kFewGateUpThreads,
@@ -98,7 +100,7 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
       launch({.grid = static_cast<int>((c.hidden + columns - 1) / columns),
               .threads = kernels::kFewDownThreads,
               .shared_bytes = static_cast<int>(kernels::kFewHeaderBytes +
-                                               (count + o.stages * stage_columns) * c.intermediate),
+                                               (count + stages * stage_columns) * c.intermediate + 8 * count * columns),
               .schedule = schedule},
              [&] { sm90::few_down(down); });
     } catch (const Fault& fault) {
@@ -132,7 +134,7 @@ TEST(FewTokens, LongRows) {
 }
 // A stage's columns divide the CTA's, or not; a CTA has fewer columns than others.
 TEST(FewTokens, SetsOfColumns) {
-  for (int stage_columns : {1, 4, 13}) {
+  for (int stage_columns : {1, 4, 13, 19, 42}) {
     check({.hidden = 208, .tokens = 4, .scheme = {}, .seed = static_cast<std::uint32_t>(45 + stage_columns)},
           {.ctas = 5, .stage_columns = stage_columns, .stages = 2});
   }

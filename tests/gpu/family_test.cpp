@@ -72,14 +72,14 @@ TEST_F(Family, AgreeOnEveryTileWidth) {
 
 TEST_F(Family, FewTokensWithEveryOption) {
   std::mt19937 random(5);
-  for (int i = 0; i < 60; ++i) {
+  for (int i = 0; i < 48; ++i) {
     LayerCase c;
     c.scheme = Scheme::parse(kSchemes[i % 4]);
     c.tokens = 1 + i / 4 % 8;
     c.top_k = 1 + static_cast<int>(random() % 8);
     c.experts = c.top_k + static_cast<int>(random() % 9);
-    c.hidden = 32 * (1 + static_cast<int>(random() % 70));
-    c.intermediate = 32 * (1 + static_cast<int>(random() % 50));
+    c.hidden = 32 * (1 + static_cast<int>(random() % 40));
+    c.intermediate = 32 * (1 + static_cast<int>(random() % 25));
     c.order = i % 3 == 0 ? GateUpOrder::up_gate : GateUpOrder::gate_up;
     c.biases = i % 2 == 0;
     c.seed = static_cast<std::uint32_t>(100 + i);

@@ -13,6 +13,7 @@ inline void barrier_init_fence() {}
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 inline void prefetch_tensor_map(const kernels::TensorMap*) {}
 
+inline void prefetch_bulk(const void*, uint32_t) {}
 inline void load_once(int4& to, const void* from, bool wanted) {
   if (!wanted) return;
   if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) throw std::runtime_error("load_once: not aligned");
