@@ -24,6 +24,10 @@ namespace {
 // the GPU (H100, bench/results/host_cost_h100.json): it is not made for calls that come less often than this.
 constexpr int kCallsBeforeGraph = 3;
 
+// Of weights that the kernels for few tokens read at most: they save launches and lose some bandwidth, and from 140 MB
+// on the others are as fast (H100, docs/kernels.md).
+constexpr std::int64_t kFewMostBytes = 128'000'000;
+
 // The steps of a layer, for the lifetimes of its buffers.
 enum Step : int { kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
 // The shared expert runs between kQuantizeX and kGather: its own steps lie inside one of the layer's.
@@ -58,7 +62,8 @@ struct Plan {
   int top_k = 0;
   std::int64_t rows = 0;
   WorkspacePlan memory;
-  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1, shared_weight = -1;
+  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1,
+      shared_weight = -1;
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
 };
@@ -202,7 +207,10 @@ class CudaLayer final : public LayerBackend {
   };
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
-    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes) return {};
+    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
+        routes * 3 * hidden_ * row > kFewMostBytes) {
+      return {};
+    }
     FewPlan p;
     p.gate_up_shared = kernels::kFewHeaderBytes + tokens * kernels::few_x_stride(static_cast<int>(hidden_));
     p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
@@ -213,8 +221,7 @@ class CudaLayer final : public LayerBackend {
     // Both kernels at once: besides what they ask for, a block has 1 KB of its own. `down` keeps, behind its ring, the
     // quantised rows and two floats for each route and column.
     const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up_shared;
-    const std::int64_t fixed =
-        kernels::kFewHeaderBytes + routes * (row + p.columns * 2 * std::int64_t{sizeof(float)});
+    const std::int64_t fixed = kernels::kFewHeaderBytes + routes * (row + p.columns * 2 * std::int64_t{sizeof(float)});
     const std::int64_t stage = p.stage_columns * row;
     const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - fixed;
     const std::int64_t fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
@@ -226,8 +233,7 @@ class CudaLayer final : public LayerBackend {
     return p;
   }
 
-  void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, Stream stream,
-                  std::uint8_t* base) const {
+  void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, Stream stream, std::uint8_t* base) const {
     const kernels::FewRoutes routes{
         .topk_ids = a.topk_ids.data(),
         .ids_stride = a.topk_ids.strides()[0],
@@ -515,8 +521,8 @@ class CudaLayer final : public LayerBackend {
   Expert routed_;
   std::optional<Expert> shared_;
   Tensor expert_map_, shared_gate_;
-  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
-                     *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
+  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr,
+                     *activate_ = nullptr, *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
   Workspaces workspaces_;
   Replays replays_;
   Plan plan_;  // of the last launches

@@ -21,17 +21,19 @@ class Family : public ::testing::Test {
     if (cuda::device_info(0).compute_capability != 90) GTEST_SKIP() << "no SM90 here";
   }
 
-  static Tensor run(const LayerCase& c, LayerOptions o, KernelFamily family, DType out = DType::bfloat16) {
-    o.family = family;
-    return run_layer(kGpu, make_weights(c, c.experts), o, make_input(c), out);
-  }
   static void expect_same(const LayerCase& c, const LayerOptions& o = {}, DType out = DType::bfloat16) {
     SCOPED_TRACE(to_string(c.scheme) + " E" + std::to_string(c.experts) + " H" + std::to_string(c.hidden) + " I" +
                  std::to_string(c.intermediate) + " T" + std::to_string(c.tokens) + " k" + std::to_string(c.top_k) +
                  " " + to_string(c.activation) + " seed " + std::to_string(c.seed));
-    const Tensor want = run_layer(Device::cpu(), make_weights(c, c.experts), o, make_input(c), out);
-    EXPECT_TRUE(same_bits(run(c, o, KernelFamily::sm80, out), want)) << "sm80";
-    EXPECT_TRUE(same_bits(run(c, o, KernelFamily::sm90, out), want)) << "sm90";
+    const MoeWeights weights = make_weights(c, c.experts);
+    const LayerInput in = make_input(c);
+    const Tensor want = run_layer(Device::cpu(), weights, o, in, out);
+    for (const KernelFamily family : {KernelFamily::sm80, KernelFamily::sm90}) {
+      LayerOptions with = o;
+      with.family = family;
+      EXPECT_TRUE(same_bits(run_layer(kGpu, weights, with, in, out), want))
+          << (family == KernelFamily::sm80 ? "sm80" : "sm90");
+    }
   }
 };
 
@@ -72,14 +74,14 @@ TEST_F(Family, AgreeOnEveryTileWidth) {
 
 TEST_F(Family, FewTokensWithEveryOption) {
   std::mt19937 random(5);
-  for (int i = 0; i < 48; ++i) {
+  for (int i = 0; i < 32; ++i) {
     LayerCase c;
     c.scheme = Scheme::parse(kSchemes[i % 4]);
-    c.tokens = 1 + i / 4 % 8;
+    c.tokens = 1 + i / 4;
     c.top_k = 1 + static_cast<int>(random() % 8);
     c.experts = c.top_k + static_cast<int>(random() % 9);
-    c.hidden = 32 * (1 + static_cast<int>(random() % 40));
-    c.intermediate = 32 * (1 + static_cast<int>(random() % 25));
+    c.hidden = 32 * (1 + static_cast<int>(random() % 24));
+    c.intermediate = 32 * (1 + static_cast<int>(random() % 12));
     c.order = i % 3 == 0 ? GateUpOrder::up_gate : GateUpOrder::gate_up;
     c.biases = i % 2 == 0;
     c.seed = static_cast<std::uint32_t>(100 + i);
