@@ -13,7 +13,7 @@ inline constexpr int kFewTokens = 8, kFewRoutes = 64;
 inline constexpr int kFewGateUpWarps = 8, kFewDownWarps = 16;
 inline constexpr int kFewGateUpThreads = 32 * kFewGateUpWarps, kFewDownThreads = 32 * kFewDownWarps;
 inline constexpr int kFewDownBound = kFewDownThreads + 32;  // two CTAs of so many threads: 56 registers each
-// Of down's ring: enough to keep the memory busy while gate_up ends; with more, h would come late behind it.
+// Of down's ring: enough to keep the memory busy while gate_up ends and h is quantised; more gains nothing.
 inline constexpr int kFewRingBytes = 112 * 1024;
 inline constexpr int kFewDownMinSharedBytes = 115 * 1024;
 inline constexpr int kFewHeaderBytes = 6144;  // shared memory before anything whose size depends on the shape

@@ -39,11 +39,11 @@ using kernels::kFewTokens;
 using kernels::kFewUnit;
 using kernels::OutType;
 
-inline constexpr int kFewDepth = 5;      // units of gate_up in flight: 80 KB a CTA
-inline constexpr int kFewPieces = kFewUnit / 512;
+inline constexpr int kFewDepth = 5;  // units of gate_up in flight: 80 KB a CTA
+inline constexpr int kFewPieces = kFewUnit / 512;  // loads of a warp
 inline constexpr int kFewPrefetchBytes = 8192;  // a warp's, ahead of the first loads
-inline constexpr int kFewTogether = 4;   // routes that share a pass over their expert's weights
-inline constexpr int kFewColumns = 256;  // values of a row that a warp quantises at once
+inline constexpr int kFewTogether = 4;          // routes that share a pass over their expert's weights
+inline constexpr int kFewColumns = 256;         // values of a row that a warp quantises at once
 inline constexpr unsigned kFewAll = 0xffffffffu;
 
 // Up to kFewTogether routes of one expert.
