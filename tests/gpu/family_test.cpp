@@ -77,7 +77,7 @@ TEST_F(Family, FewTokensWithEveryOption) {
   for (int i = 0; i < 48; ++i) {
     LayerCase c;
     c.scheme = Scheme::parse(kSchemes[i % 4]);
-    c.tokens = 1 + i % 4;
+    c.tokens = 1 + i / 4;
     c.top_k = 1 + static_cast<int>(random() % 8);
     c.experts = c.top_k + static_cast<int>(random() % 4);
     c.hidden = 32 * (1 + static_cast<int>(random() % (i % 8 == 0 ? 70 : 16)));
