@@ -86,8 +86,8 @@ struct WgmmaConfig {
   // tokens and weight rows; the tile list; where a stage's tile lies; barriers. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return stages * stage_bytes() + (has_blocks() ? stages * 2 * block_n * 4 : 4) +
-           (stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 + ((kMaxExperts + 1) * 8 + 128) +
-           stages * 32 + 64;
+           (stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
+           ((kMaxExperts + 1) * 8 + 128) + stages * 32 + 64;
   }
 };
 
