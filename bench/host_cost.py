@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What one eager layer call on a GPU costs the calling thread, replayed and kernel by kernel.
+"""What one eager layer call on a GPU costs the calling thread, as a graph and kernel by kernel.
 
     python bench/host_cost.py --cli build/octomoe --json host_cost.json
 
@@ -93,36 +93,42 @@ def python_costs(tokens, replays):
 
 
 def graph_costs():
-    """What making a graph costs: MoeLayer's calls one by one, each kind of call five times.
+    """What making a graph costs: MoeLayer's calls one by one, each kind of call (T) six times.
 
-    Sixteen kinds fill each layer's graphs; the rest make the layer release older ones.
+    Sixteen kinds fill each layer's graphs; the rest make the layer release older ones. The last
+    call of a kind has other memory than those before.
     """
     import octomoe
     import torch
 
-    weights, x, ids, topk_weights = problem(4)
+    weights, x, ids, topk_weights = problem(32)
     layers = [octomoe.MoeLayer(weights, device="cuda") for _ in range(32)]
-    outs = [torch.empty_like(x) for _ in range(32)]
-    us = [[] for _ in range(5)]
+    other = [t.clone() for t in (x, ids, topk_weights)]
+    us = [[] for _ in range(6)]
 
-    def calls(outs):
+    def calls(kinds):
         for layer in layers:
-            for out in outs:
-                for i in range(5):
+            for t in kinds:
+                usual, last = [
+                    [*(v[:t] for v in given), torch.empty_like(x[:t])]
+                    for given in ((x, ids, topk_weights), other)
+                ]
+                for i in range(6):
+                    xs, routes, shares, out = last if i == 5 else usual
                     begin = time.perf_counter()
-                    layer(x, ids, topk_weights, out=out)
+                    layer(xs, routes, shares, out=out)
                     us[i].append((time.perf_counter() - begin) * 1e6)
                     torch.cuda.synchronize()
 
     for layer in layers:
         layer(x, ids, topk_weights)  # makes the workspace
     before = torch.cuda.mem_get_info()[0]
-    calls(outs[:16])
+    calls(range(1, 17))
     taken = before - torch.cuda.mem_get_info()[0]
-    us = [[] for _ in range(5)]
-    calls(outs[16:])
-    names = ("first_us", "second_us", "third_makes_the_graph_us", "fourth_us", "fifth_us")
-    times = {name: round(statistics.median(t), 2) for name, t in zip(names, us, strict=True)}
+    us = [[] for _ in range(6)]
+    calls(range(17, 33))
+    names = ("first", "second", "third_makes_the_graph", "fourth", "fifth", "new_memory")
+    times = {f"{n}_us": round(statistics.median(t), 2) for n, t in zip(names, us, strict=True)}
     return {**times, "gpu_mib_per_graph": round(taken / len(layers) / 16 / 2**20, 3)}
 
 

@@ -30,8 +30,8 @@ class MoeLayer:
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
         fused_gather, fused_activation: CUDA: False runs the step as a kernel of its own, with the
             same result, to measure what the fusion is worth.
-        replays: CUDA: how many calls the layer keeps a CUDA graph of, to replay those that come
-            again with the same memory, shapes and stream; 0 to 64.
+        replays: CUDA: how many kinds of calls (T, k, stream) the layer keeps a CUDA graph of, to
+            launch that in place of six kernels; 0 to 64.
 
     Raises:
         InvalidArgument, Unsupported: the weights do not fit together, or the device cannot.

@@ -292,7 +292,7 @@ void add_bench(CLI::App& app, Action& action) {
   sub->add_flag("--graph", o->graph, "CUDA: replay the calls from a CUDA graph");
   sub->add_flag("--no-fused-gather", o->no_fused_gather, "CUDA: gather quantised tokens in a kernel of its own");
   sub->add_flag("--no-fused-activation", o->no_fused_activation, "CUDA: apply the activation in a kernel of its own");
-  sub->add_flag("--no-replay", o->no_replay, "CUDA: launch every kernel of an eager call, repeated or not");
+  sub->add_flag("--no-replay", o->no_replay, "CUDA: launch the kernels of an eager call one by one");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 1024));
   sub->add_option("--routing", o->routing,

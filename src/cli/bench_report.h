@@ -45,7 +45,7 @@ struct BenchReport {
   std::string device = "cpu";
   nlohmann::ordered_json gpu = nullptr;
   bool graph = false;  // GPU: calls were replayed from a CUDA graph
-  bool replay = true;  // GPU: the layer may replay repeated calls from graphs of its own (LayerOptions::replays)
+  bool replay = true;  // GPU: the layer may launch graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;
   std::string model;  // the preset, or "custom"

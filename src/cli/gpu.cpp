@@ -129,7 +129,7 @@ Contender GpuBench::contender(const std::string& name, Work work, bool graph) {
 
 double GpuBench::host_us(const Work& work) {
   const std::vector<Call> calls = upload(work);
-  constexpr int kWarmup = 12, kRounds = 15;  // by then the layer replays what repeats (LayerOptions::replays)
+  constexpr int kWarmup = 12, kRounds = 15;  // by then the layer has its graph (LayerOptions::replays)
   std::vector<double> us;
   for (int i = 0; i < kWarmup + kRounds; ++i) {
     const double round = time_us([&] { call_all(work, calls, impl_->stream); });

@@ -5,26 +5,31 @@
 #include <vector>
 
 #include "core/gemm_config.h"
+#include "cuda/launch_list.h"
 #include "cuda/module.h"
 #include "octomoe/weights.h"
 
 namespace octomoe::cuda {
 
-// Every launch of a call: same stream; kernels wait for their predecessor by themselves (kernels/ptx/grid.cuh).
+// Every launch of a call: same stream; kernels wait for their predecessor by themselves (kernels/ptx/grid.cuh). With a
+// list, it only writes them down.
 class Launcher {
  public:
   Launcher(const DeviceInfo& device, Stream stream) : device_(device), stream_(stream) {}
+  Launcher(const DeviceInfo& device, LaunchList& list) : device_(device), list_(&list) {}
   // At most `blocks`, and no more than are resident at once if `persistent`.
   template <class Args>
   void operator()(const LoadedKernel& kernel, std::int64_t blocks, const Args& args, bool persistent = true) const {
     const std::int64_t resident = std::int64_t{device_.multiprocessors} * kernel.blocks_per_multiprocessor;
     const std::int64_t grid = persistent ? std::min(blocks, resident) : blocks;
+    if (list_ != nullptr) return list_->add(kernel, static_cast<unsigned>(grid), &args, sizeof(Args));
     launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true}, args);
   }
 
  private:
   const DeviceInfo& device_;
-  Stream stream_;
+  Stream stream_ = nullptr;
+  LaunchList* list_ = nullptr;
 };
 
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).

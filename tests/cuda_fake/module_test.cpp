@@ -6,6 +6,7 @@
 
 #include <thread>
 
+#include "cuda/launch_list.h"
 #include "cuda/stream.h"
 #include "cuda_fake/fake_driver.h"
 #include "jit/support.h"
@@ -175,6 +176,54 @@ TEST_F(Module, DevicesThatDoNotFit) {
                [&] { modules_->load(entry_, 4); });
   expect_error("device: expected cuda:0 to cuda:4, got cuda:5", [&] { modules_->load(entry_, 5); });
   expect_error("got cuda:-1", [&] { modules_->load(entry_, -1); });
+}
+
+// One graph for lists that differ in arguments: only the nodes whose arguments have changed are touched.
+TEST_F(Module, GraphsTakeOtherArguments) {
+  state().args_bytes = sizeof(Args);
+  const LoadedKernel& k = modules_->load(entry_, 0);
+  int stream = 0;
+  LaunchList list;
+  const auto write_down = [&](std::initializer_list<int> values, unsigned blocks = 5) {
+    list.clear();
+    for (const int v : values) {
+      const Args args{v, {}};
+      list.add(k, blocks, &args, sizeof(args));
+    }
+  };
+  write_down({1, 2, 3});
+  UpdatableGraph graph(list);
+  EXPECT_TRUE(graph);
+  EXPECT_TRUE(graph.fits(list));
+  graph.launch(list, &stream);
+  EXPECT_EQ(state().node_updates, 0);
+  EXPECT_EQ(state().stream, &stream);
+  const auto expect = [&](int updates, int a, int b, int c) {
+    EXPECT_EQ(state().node_updates, updates);
+    EXPECT_THAT(std::vector<int>(state().node_arguments, state().node_arguments + 3), ::testing::ElementsAre(a, b, c));
+  };
+  expect(0, 1, 2, 3);
+  write_down({1, 7, 3});
+  graph.launch(list, &stream);
+  expect(1, 1, 7, 3);
+  graph.launch(list, &stream);
+  expect(1, 1, 7, 3);
+  write_down({4, 5, 6});
+  graph.launch(list, &stream);
+  expect(4, 4, 5, 6);
+  // A failure in the middle leaves no node with arguments that the graph does not know of.
+  write_down({8, 9, 10});
+  state().fail_next_update = 2;
+  expect_error(ErrorCode::out_of_memory, "cuGraphExecKernelNodeSetParams", [&] { graph.launch(list, &stream); });
+  graph.launch(list, &stream);
+  expect(7, 8, 9, 10);
+  write_down({8, 9});
+  EXPECT_FALSE(graph.fits(list));
+  write_down({8, 9, 10}, 6);
+  EXPECT_FALSE(graph.fits(list));
+  EXPECT_EQ(state().graph_launches, 5);
+  graph = UpdatableGraph(list);
+  EXPECT_TRUE(graph.fits(list));
 }
 
 }  // namespace

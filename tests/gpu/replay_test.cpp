@@ -1,4 +1,4 @@
-// Calls that a layer replays from graphs of its own: the same bits as kernel by kernel, whatever happens in between.
+// Calls that a layer makes by graphs of its own: the same bits as kernel by kernel, whatever happens in between.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -127,7 +127,7 @@ TEST_F(Replay, CanBeSwitchedOff) {
   expect_error("replays: expected 0..64, got 65", [&] { MoeLayer(kGpu, weights_, o); });
 }
 
-TEST_F(Replay, CallsThatDifferInOneThing) {
+TEST_F(Replay, CallsThatDifferInWhatever) {
   MoeLayer layer(kGpu, weights_);
   Call one(problem(9, 2), weights_), other(problem(9, 3), weights_), fewer(problem(5, 4), weights_);
   Call strided(problem(9, 5), weights_);
@@ -154,7 +154,27 @@ TEST_F(Replay, CallsThatDifferInOneThing) {
   EXPECT_EQ(all.as<float>()[7], want);
 }
 
-TEST_F(Replay, MoreCallsThanAreKept) {
+// Nothing waits in between: a graph in flight keeps the arguments that it was launched with.
+TEST_F(SanitizedReplay, OtherMemoryForEachCall) {
+  MoeLayer layer(kGpu, weights_);
+  constexpr std::uint32_t kCalls = 12;
+  std::vector<Call> calls;
+  std::vector<Tensor> memory;
+  for (std::uint32_t i = 0; i < kCalls; ++i) {
+    calls.emplace_back(problem(40, 40 + i), weights_);
+    memory.push_back(Tensor::empty(DType::uint8, {static_cast<std::int64_t>(layer.workspace_bytes(40, 2))}, kGpu));
+  }
+  const cuda::OwnedStream stream;
+  const Launches launches;
+  for (int round = 0; round < 2; ++round) {
+    for (std::uint32_t i = 0; i < kCalls; ++i) calls[i].run(layer, stream, {.workspace = memory[i]});
+  }
+  stream.synchronize();
+  EXPECT_GT(Launches::graphs, 2 * static_cast<int>(kCalls) - 5);
+  for (const Call& c : calls) EXPECT_TRUE(c.right());
+}
+
+TEST_F(Replay, MoreKindsThanAreKept) {
   LayerOptions o;
   o.replays = 3;
   MoeLayer layer(kGpu, weights_, o);
