@@ -31,7 +31,7 @@ def cli_results(cli, tokens, flags):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
         command = [cli, "bench", "--device", "cuda", "--scheme", "int8_channel", *flags]
-        command += ["--graph", "--min-time", "0.2"]
+        command += ["--graph", "--min-time", "0.1"]
         command += ["--tokens", ",".join(map(str, tokens * 3)), "--json", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         report = json.loads(path.read_text())
