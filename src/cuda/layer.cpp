@@ -58,7 +58,8 @@ struct Plan {
   int top_k = 0;
   std::int64_t rows = 0;
   WorkspacePlan memory;
-  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1, shared_weight = -1;
+  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1,
+      shared_weight = -1;
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
 };
@@ -198,15 +199,15 @@ class CudaLayer final : public LayerBackend {
     };
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
     launcher.stage("gate_up");
-    launcher.exactly(*few_gate_up_,
-                     {.grid = {static_cast<unsigned>(info_.multiprocessors)},
-                      .shared_bytes = static_cast<int>(shared.gate_up)},
-                     kernels::FewGateUpArgs{.routes = routes,
-                                            .w13 = routed_.w13.few(),
-                                            .x = row_view(a.x),
-                                            .h = h,
-                                            .up_first = routed_.up_first,
-                                            .limit = limit_});
+    launcher.exactly(
+        *few_gate_up_,
+        {.grid = {static_cast<unsigned>(info_.multiprocessors)}, .shared_bytes = static_cast<int>(shared.gate_up)},
+        kernels::FewGateUpArgs{.routes = routes,
+                               .w13 = routed_.w13.few(),
+                               .x = row_view(a.x),
+                               .h = h,
+                               .up_first = routed_.up_first,
+                               .limit = limit_});
     launcher.stage("down");
     launcher.exactly(*few_down_,
                      {.grid = {static_cast<unsigned>(ceil_div(hidden_, few_columns()))},
@@ -463,8 +464,8 @@ class CudaLayer final : public LayerBackend {
   Expert routed_;
   std::optional<Expert> shared_;
   Tensor expert_map_, shared_gate_;
-  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
-                     *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
+  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr,
+                     *activate_ = nullptr, *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
   Workspaces workspaces_;
   Recent<Kind> recent_;
   LaunchList list_;  // of the last call
