@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""What one eager layer call on a GPU costs the calling thread, replayed and kernel by kernel.
+"""What one eager layer call on a GPU costs the calling thread, as a graph and kernel by kernel.
 
     python bench/host_cost.py --cli build/octomoe --json host_cost.json
 
-C++: `octomoe bench` (host_us: 16 calls with other routes, then a synchronisation, over and over),
-with the time on the GPU beside it, since replaying must not slow the kernels down. PyTorch: the
-custom operator, its module and MoeLayer, four calls between synchronisations, so that the GPU's
-queue is never full; medians. The layer in Python is small: its size does not matter to the host.
+C++: `octomoe bench` (host_us, host_new_us: 16 calls, then a synchronisation, over and over), with
+the time on the GPU beside it, since replaying must not slow the kernels down. PyTorch: the custom
+operator, its module and MoeLayer, four calls between synchronisations, so that the GPU's queue is
+never full; medians. `new_memory`: x, the routes and the result lie elsewhere than in the call
+before. The layer in Python is small: its size does not matter to the host.
 """
 
 import argparse
+import collections
+import itertools
 import json
 import platform
 import statistics
@@ -28,14 +31,22 @@ def cli_results(cli, tokens, flags):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
         command = [cli, "bench", "--device", "cuda", "--scheme", "int8_channel", *flags]
+        command += ["--graph", "--min-time", "0.1"]
         command += ["--tokens", ",".join(map(str, tokens * 3)), "--json", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         report = json.loads(path.read_text())
 
-    def median(t, field):
-        return round(statistics.median(r[field] for r in report["results"] if r["tokens"] == t), 2)
+    def median(t, value):
+        rows = [r for r in report["results"] if r["tokens"] == t]
+        return round(statistics.median(map(value, rows)), 2)
 
-    return {t: {f: median(t, f) for f in ("host_us", "median_us")} for t in tokens}, report
+    values = {
+        "cpp_us": lambda r: r["host_us"],
+        "cpp_new_memory_us": lambda r: r["host_new_us"],
+        "gpu_us": lambda r: r["eager"]["median_us"],
+        "gpu_in_callers_graph_us": lambda r: r["median_us"],
+    }
+    return {t: {name: median(t, v) for name, v in values.items()} for t in tokens}, report
 
 
 def problem(tokens):
@@ -68,6 +79,19 @@ def python_costs(tokens, replays):
     number = octomoe_torch.handle(layer)
     operator = torch.ops.octomoe.fused_moe
     out = torch.empty_like(x)
+    # Other inputs for each call. The operator's results stay for a while: torch cannot give their
+    # memory to the next ones.
+    given = (x, topk_weights, ids, out)
+    moved = itertools.cycle([[t.clone() for t in given] for _ in range(8)])
+    results = collections.deque(maxlen=7)
+
+    def operator_moved():
+        xs, shares, routes, _ = next(moved)
+        results.append(operator(xs, number, shares, routes))
+
+    def layer_moved():
+        xs, shares, routes, to = next(moved)
+        layer(xs, routes, shares, out=to)
 
     def measure(call):
         us = []
@@ -81,8 +105,10 @@ def python_costs(tokens, replays):
 
     costs = {
         "torch_operator_us": measure(lambda: operator(x, number, topk_weights, ids)),
+        "torch_operator_new_memory_us": measure(operator_moved),
         "torch_module_us": measure(lambda: module(x, topk_weights, ids)),
         "moe_layer_us": measure(lambda: layer(x, ids, topk_weights, out=out)),
+        "moe_layer_new_memory_us": measure(layer_moved),
         "torch_add_us": measure(lambda: torch.add(x, x, out=out)),  # for comparison
     }
     with torch.inference_mode():
@@ -93,36 +119,42 @@ def python_costs(tokens, replays):
 
 
 def graph_costs():
-    """What making a graph costs: MoeLayer's calls one by one, each kind of call five times.
+    """What making a graph costs: MoeLayer's calls one by one, each kind of call (T) six times.
 
-    Sixteen kinds fill each layer's graphs; the rest make the layer release older ones.
+    Sixteen kinds fill each layer's graphs; the rest make the layer release older ones. The last
+    call of a kind has other memory than those before.
     """
     import octomoe
     import torch
 
-    weights, x, ids, topk_weights = problem(4)
+    weights, x, ids, topk_weights = problem(32)
     layers = [octomoe.MoeLayer(weights, device="cuda") for _ in range(32)]
-    outs = [torch.empty_like(x) for _ in range(32)]
-    us = [[] for _ in range(5)]
+    other = [t.clone() for t in (x, ids, topk_weights)]
+    us = [[] for _ in range(6)]
 
-    def calls(outs):
+    def calls(kinds):
         for layer in layers:
-            for out in outs:
-                for i in range(5):
+            for t in kinds:
+                usual, last = [
+                    [*(v[:t] for v in given), torch.empty_like(x[:t])]
+                    for given in ((x, ids, topk_weights), other)
+                ]
+                for i in range(6):
+                    xs, routes, shares, out = last if i == 5 else usual
                     begin = time.perf_counter()
-                    layer(x, ids, topk_weights, out=out)
+                    layer(xs, routes, shares, out=out)
                     us[i].append((time.perf_counter() - begin) * 1e6)
                     torch.cuda.synchronize()
 
     for layer in layers:
         layer(x, ids, topk_weights)  # makes the workspace
     before = torch.cuda.mem_get_info()[0]
-    calls(outs[:16])
+    calls(range(1, 17))
     taken = before - torch.cuda.mem_get_info()[0]
-    us = [[] for _ in range(5)]
-    calls(outs[16:])
-    names = ("first_us", "second_us", "third_makes_the_graph_us", "fourth_us", "fifth_us")
-    times = {name: round(statistics.median(t), 2) for name, t in zip(names, us, strict=True)}
+    us = [[] for _ in range(6)]
+    calls(range(17, 33))
+    names = ("first", "second", "third_makes_the_graph", "fourth", "fifth", "new_memory")
+    times = {f"{n}_us": round(statistics.median(t), 2) for n, t in zip(names, us, strict=True)}
     return {**times, "gpu_mib_per_graph": round(taken / len(layers) / 16 / 2**20, 3)}
 
 
@@ -130,7 +162,7 @@ def main():
     """Measure everything and print or write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cli", required=True, help="the octomoe executable")
-    parser.add_argument("--tokens", default="1,64")
+    parser.add_argument("--tokens", default="1,16,256")
     parser.add_argument("--commit", help="instead of the one that the executable finds")
     parser.add_argument("--before", help="another such JSON, of an older commit, to put beside")
     parser.add_argument("--json", help="output; default: stdout")
@@ -139,20 +171,9 @@ def main():
 
     tokens = [int(t) for t in options.tokens.split(",")]
     results = []
-    in_graph, _ = cli_results(options.cli, tokens, ["--graph"])
     for way, replays in WAYS.items():
         cli, report = cli_results(options.cli, tokens, [] if replays else ["--no-replay"])
-        results += [
-            {
-                "tokens": t,
-                "way": way,
-                "cpp_us": cli[t]["host_us"],
-                **python_costs(t, replays),
-                "gpu_us": cli[t]["median_us"],
-                "gpu_in_callers_graph_us": in_graph[t]["median_us"],
-            }
-            for t in tokens
-        ]
+        results += [{"tokens": t, "way": way, **cli[t], **python_costs(t, replays)} for t in tokens]
     document = {
         "date": report["date"],
         "commit": options.commit or report["commit"],

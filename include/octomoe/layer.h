@@ -37,9 +37,9 @@ struct LayerOptions {
   // their own, same results, to measure what the fusion is worth.
   bool fused_gather = true, fused_activation = true;
   KernelFamily family = KernelFamily::automatic;  // CUDA
-  // CUDA: calls that repeat are replayed. From the third call on with the same addresses, shapes, options and stream,
-  // whatever the contents, the host launches a graph that the layer has made of it, instead of its kernels. Graphs of
-  // this many calls are kept, the latest (about 0.11 MiB of GPU memory each, once made); 0: none, at most 64. Replayed
+  // CUDA: from the third call on with the same T, k and stream, the host launches a graph that the layer has made,
+  // instead of its kernels, and sets the arguments in which the call differs from the one before. Graphs of this many
+  // kinds of calls are kept, the latest (about 0.11 MiB of GPU memory each, once made); 0: none, at most 64. Replayed
   // kernels have the stream's priority, but not what else a stream may have: an access policy window, a green context.
   int replays = 16;
 };

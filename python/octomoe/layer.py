@@ -32,8 +32,8 @@ class MoeLayer:
             same result, to measure what the fusion is worth.
         family: CUDA: "automatic", or "sm80" (mma.sync) or "sm90" (wgmma) for the GEMM kernels of
             that family alone, with the same result to the bit.
-        replays: CUDA: how many calls the layer keeps a CUDA graph of, to replay those that come
-            again with the same memory, shapes and stream; 0 to 64.
+        replays: CUDA: how many kinds of calls (T, k, stream) the layer keeps a CUDA graph of, to
+            launch that in place of its kernels; 0 to 64.
 
     Raises:
         InvalidArgument, Unsupported: the weights do not fit together, or the device cannot.

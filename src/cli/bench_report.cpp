@@ -92,7 +92,7 @@ std::string render(const BenchBlock& b, bool colour) {
   const bool on_gpu = b.read.has_value();
   const bool eager = !b.rows.empty() && b.rows.front().eager.has_value();
   if (eager) columns.push_back({"eager"});
-  if (on_gpu) columns.insert(columns.end(), {{"host"}, {"SM clock"}});
+  if (on_gpu) columns.insert(columns.end(), {{"host"}, {"host new"}, {"SM clock"}});
   columns.push_back({"workspace"});
   Table table(columns);
   for (const BenchRow& r : b.rows) {
@@ -113,7 +113,7 @@ std::string render(const BenchBlock& b, bool colour) {
     ratio(peer);
     if (eager) cells.emplace_back(r.eager ? format_us(r.eager->median_us) : "-");
     if (on_gpu) {
-      cells.emplace_back(r.host_us ? format_us(*r.host_us) : "-");
+      for (const auto& us : {r.host_us, r.host_new_us}) cells.emplace_back(us ? format_us(*us) : "-");
       cells.emplace_back(fmt::format("{:.0f} MHz", quantile(r.clocks_mhz, 0.5)));
     }
     std::string workspace = r.workspace_bytes ? format_bytes(*r.workspace_bytes) : "-";
@@ -170,6 +170,7 @@ Json to_json(const BenchReport& r) {
                          {"weight_copies", row.weight_copies},
                          {"eager", row.eager ? timing_json(*row.eager) : Json(nullptr)},
                          {"host_us", or_null(row.host_us)},
+                         {"host_new_us", or_null(row.host_new_us)},
                          {"read_bytes_per_s", b.read ? Json(b.read_bytes_per_s()) : Json(nullptr)},
                          {"clock_mhz", clock(0.5)},
                          {"clock_low_mhz", clock(0.0)},

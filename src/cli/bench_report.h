@@ -26,11 +26,12 @@ struct BenchRow {
   double weight_bytes = 0;
   std::optional<double> workspace_bytes = {};
   // GPU
-  std::optional<double> live_bytes = {};  // the most of the workspace that is alive at once: no plan can need less
-  std::optional<Timing> eager = {};       // with a graph: the same calls, made one by one
-  std::optional<double> host_us = {};     // what an eager call costs the host
-  std::vector<double> clocks_mhz = {};    // right behind the calls of each round
-  int weight_copies = 1;                  // that calls take turns with, so that weights are not found in L2
+  std::optional<double> live_bytes = {};   // the most of the workspace that is alive at once: no plan can need less
+  std::optional<Timing> eager = {};        // with a graph: the same calls, made one by one
+  std::optional<double> host_us = {};      // what an eager call costs the host, with the same tensors every time
+  std::optional<double> host_new_us = {};  // with every call's elsewhere in memory
+  std::vector<double> clocks_mhz = {};     // right behind the calls of each round
+  int weight_copies = 1;                   // that calls take turns with, so that weights are not found in L2
 
   double gb_per_s() const { return bytes / timing.median_us / 1e3; }
   double tops() const { return ops / timing.median_us / 1e6; }
@@ -60,7 +61,7 @@ struct BenchReport {
   nlohmann::ordered_json gpu = nullptr;
   std::string family = "automatic";  // GPU: LayerOptions::family
   bool graph = false;                // GPU: calls were replayed from a CUDA graph
-  bool replay = true;  // GPU: the layer may replay repeated calls from graphs of its own (LayerOptions::replays)
+  bool replay = true;                // GPU: the layer may launch graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;
   std::string model;  // the preset, or "custom"

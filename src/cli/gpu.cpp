@@ -185,7 +185,7 @@ GpuCall GpuBench::empty_call() const {
 }
 
 double GpuBench::host_us(const std::vector<GpuCall>& calls) const {
-  constexpr int kWarmup = 12, kRounds = 15;  // by then the layer replays what repeats (LayerOptions::replays)
+  constexpr int kWarmup = 12, kRounds = 15;  // by then the layer has its graph (LayerOptions::replays)
   std::vector<double> us;
   for (int i = 0; i < kWarmup + kRounds; ++i) {
     const double round = time_us([&] {

@@ -86,6 +86,17 @@ struct CuLaunchConfig {
   unsigned attribute_count;
 };
 
+struct CuKernelNodeParams {  // CUDA_KERNEL_NODE_PARAMS_v2
+  CuFunction function;
+  unsigned grid_x, grid_y, grid_z;
+  unsigned block_x, block_y, block_z;
+  unsigned shared_bytes;
+  void** parameters;
+  void** extra;
+  void* kernel;  // CUkernel
+  CuContext context;
+};
+
 enum CuEventFlags : unsigned { kEventDefault = 0, kEventNoTiming = 2 };
 enum CuStreamFlags : unsigned { kStreamDefault = 0, kStreamNonBlocking = 1 };
 enum CuCaptureMode : int { kCaptureGlobal = 0, kCaptureThreadLocal = 1, kCaptureRelaxed = 2 };
@@ -147,6 +158,9 @@ enum CuMemoryType : int { kMemoryHost = 1, kMemoryDevice = 2 };
   REQUIRED(cuThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode, (int*))                          \
   REQUIRED(cuGraphInstantiate, cuGraphInstantiateWithFlags, (CuGraphExec*, CuGraph, unsigned long long))          \
   REQUIRED(cuGraphGetNodes, cuGraphGetNodes, (CuGraph, CuGraphNode*, std::size_t*))                               \
+  REQUIRED(cuGraphKernelNodeGetParams, cuGraphKernelNodeGetParams_v2, (CuGraphNode, CuKernelNodeParams*))         \
+  REQUIRED(cuGraphExecKernelNodeSetParams, cuGraphExecKernelNodeSetParams_v2,                                     \
+           (CuGraphExec, CuGraphNode, const CuKernelNodeParams*))                                                 \
   REQUIRED(cuGraphLaunch, cuGraphLaunch, (CuGraphExec, CuStream))                                                 \
   REQUIRED(cuGraphDestroy, cuGraphDestroy, (CuGraph))                                                             \
   REQUIRED(cuGraphExecDestroy, cuGraphExecDestroy, (CuGraphExec))                                                 \

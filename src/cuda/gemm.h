@@ -7,6 +7,7 @@
 
 #include "core/few_args.h"
 #include "core/gemm_config.h"
+#include "cuda/launch_list.h"
 #include "cuda/module.h"
 #include "cuda/observe.h"
 #include "octomoe/weights.h"
@@ -14,17 +15,27 @@
 
 namespace octomoe::cuda {
 
-// Every launch of a call: same stream; kernels wait for their predecessor by themselves (kernels/ptx/grid.cuh).
+// Every launch of a call: same stream; kernels wait for their predecessor by themselves (kernels/ptx/grid.cuh). With a
+// list, it only writes them down, and nobody watches.
 class Launcher {
  public:
   Launcher(const DeviceInfo& device, Stream stream) : device_(device), stream_(stream), observer_(stage_observer) {}
+  Launcher(const DeviceInfo& device, LaunchList& list) : device_(device), list_(&list) {}
   // At most `blocks`, and no more than are resident at once if `persistent`.
   template <class Args>
   void operator()(const LoadedKernel& kernel, std::int64_t blocks, const Args& args, bool persistent = true,
                   unsigned cluster = 1) const {
     const std::int64_t resident = std::int64_t{device_.multiprocessors} * kernel.blocks_per_multiprocessor;
     const std::int64_t grid = persistent ? std::min(blocks, resident / cluster * cluster) : blocks;
-    launch(kernel, {.grid = {static_cast<unsigned>(grid)}, .stream = stream_, .pdl = true, .cluster = cluster}, args);
+    exactly(kernel, {.grid = {static_cast<unsigned>(grid)}, .cluster = cluster}, args);
+  }
+  // With this grid, block and shared memory.
+  template <class Args>
+  void exactly(const LoadedKernel& kernel, Launch how, const Args& args) const {
+    how.stream = stream_;
+    how.pdl = true;
+    if (list_ != nullptr) return list_->add(kernel, how, &args, sizeof(Args));
+    launch(kernel, how, args);
   }
   // The launches that follow, for whoever watches (cuda/observe.h).
   void stage(const char* name) const {
@@ -35,8 +46,9 @@ class Launcher {
 
  private:
   const DeviceInfo& device_;
-  Stream stream_;
-  StageObserver* observer_;
+  Stream stream_ = nullptr;
+  LaunchList* list_ = nullptr;
+  StageObserver* observer_ = nullptr;
 };
 
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).

@@ -20,8 +20,8 @@
 namespace octomoe::cuda {
 namespace {
 
-// To make a graph and to release it one day costs the host 28 us, what it saves in two or three calls, and 0.11 MiB on
-// the GPU (H100, bench/results/host_cost_h100.json): it is not made for calls that come less often than this.
+// Calls of a kind before it gets a graph. To make one and to release it one day costs the host 28 us, what it saves in
+// two or three calls, and 0.11 MiB on the GPU (H100, bench/results/host_cost_h100.json).
 constexpr int kCallsBeforeGraph = 3;
 
 // Of weights that the kernels for few tokens read at most: they save launches and lose some bandwidth, and from 140 MB
@@ -83,7 +83,7 @@ class CudaLayer final : public LayerBackend {
         id_limit_(o.expert_map.defined() ? o.expert_map.elems() : weights.experts()),
         routed_(std::move(weights), o, info_, ""),
         workspaces_(device),
-        replays_(o.replays) {
+        recent_(o.replays) {
     const Device where = Device::cuda(device);
     const auto kernel = [&](const char* id) { return &load(plan::entry(id), device); };
     sort_ = kernel("sort");
@@ -115,7 +115,7 @@ class CudaLayer final : public LayerBackend {
   ~CudaLayer() override {
     // At the end of the process the driver may be gone already: no check, no throw.
     if (driver().cuCtxPushCurrent(info_.primary) != 0) return;
-    replays_.clear();
+    recent_.clear();
     CuContext popped = nullptr;
     driver().cuCtxPopCurrent(&popped);
   }
@@ -136,68 +136,43 @@ class CudaLayer final : public LayerBackend {
   }
 
   void forward(const ForwardArgs& a) override {
-    if (a.x.dim(0) == 0) return;
+    const std::int64_t tokens = a.x.dim(0);
+    if (tokens == 0) return;
     const ContextGuard context(info_);
-    if (!replays_.enabled() || is_capturing(a.stream) || stage_observer != nullptr) {
-      return launch_all(a, a.stream, workspaces_.choose(a.workspace, plan_of(a).memory.bytes(), a.stream));
+    const int top_k = static_cast<int>(a.topk_ids.dim(1));
+    if (!recent_.enabled() || is_capturing(a.stream) || stage_observer != nullptr) {
+      if (plan_.tokens != tokens || plan_.top_k != top_k) plan_ = plan(tokens, top_k);
+      return launch_all(a, plan_, Launcher(info_, a.stream));
     }
-    Replays::Call& call = replays_.find(key_of(a));
-    if (call.workspace_bytes == 0) call.workspace_bytes = plan_of(a).memory.bytes();
-    void* workspace = workspaces_.choose(a.workspace, call.workspace_bytes, a.stream);
-    if (workspace != call.workspace) {  // reserve() moved it
-      call.graph = {};
-      call.count = 0;
-      call.workspace = workspace;
+    Kind& kind = recent_.find({tokens, top_k, a.stream});
+    if (kind.plan.tokens < 0) kind.plan = plan(tokens, top_k);
+    list_.clear();
+    launch_all(a, kind.plan, Launcher(info_, list_));
+    if (!kind.graph.take(list_) && (++kind.calls < kCallsBeforeGraph || !make_graph(kind))) {
+      return list_.launch(a.stream);
     }
-    if (!call.graph && (++call.count < kCallsBeforeGraph || !record(call, a))) {
-      return launch_all(a, a.stream, workspace);
-    }
-    call.graph.launch(a.stream);
+    kind.graph.launch(a.stream);
   }
 
  private:
-  static CallKey key_of(const ForwardArgs& a) {
-    return {.x = a.x.data(),
-            .ids = a.topk_ids.data(),
-            .weights = a.topk_weights.data(),
-            .out = a.out.data(),
-            .workspace = a.workspace.data(),
-            .stream = a.stream,
-            .tokens = a.x.dim(0),
-            .x_stride = a.x.strides()[0],
-            .ids_stride = a.topk_ids.strides()[0],
-            .weights_stride = a.topk_weights.strides()[0],
-            .out_stride = a.out.strides()[0],
-            .top_k = static_cast<int>(a.topk_ids.dim(1)),
-            .x_type = a.x.dtype(),
-            .ids_type = a.topk_ids.dtype(),
-            .out_type = a.out.dtype(),
-            .accumulate = a.accumulate};
-  }
+  struct Kind {
+    Plan plan;
+    int calls = 0;  // without a graph
+    UpdatableGraph graph;
+  };
 
-  // Makes call.graph by capturing the launches on a stream of its own. False, once and for all, if the driver has no
-  // memory for it.
-  bool record(Replays::Call& call, const ForwardArgs& a) {
+  // False, once and for all, if the driver cannot make a graph of list_: it has no memory, or is an unknown one.
+  bool make_graph(Kind& kind) {
     try {
-      const OutsideCaptures outside;
-      const OwnedStream stream;
-      call.graph = Graph::capture(stream, [&] { launch_all(a, stream, call.workspace); });
+      kind.graph = UpdatableGraph(list_);
       return true;
     } catch (const Error& e) {
-      if (e.code() != ErrorCode::out_of_memory) throw;
-      log(LogLevel::warning, fmt::format("a layer on {} launches its kernels one by one from now on: no memory for a "
-                                         "graph of them: {}",
+      if (e.code() != ErrorCode::out_of_memory && e.code() != ErrorCode::unsupported) throw;
+      log(LogLevel::warning, fmt::format("a layer on {} launches its kernels one by one from now on: no graph: {}",
                                          to_string(Device::cuda(info_.index)), e.what()));
-      replays_.disable();
+      recent_.disable();
       return false;
     }
-  }
-
-  const Plan& plan_of(const ForwardArgs& a) {
-    const std::int64_t tokens = a.x.dim(0);
-    const int top_k = static_cast<int>(a.topk_ids.dim(1));
-    if (plan_.tokens != tokens || plan_.top_k != top_k) plan_ = plan(tokens, top_k);
-    return plan_;
   }
 
   // How the kernels for few tokens run; stages 0: the call is none for them.
@@ -233,7 +208,8 @@ class CudaLayer final : public LayerBackend {
     return p;
   }
 
-  void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, Stream stream, std::uint8_t* base) const {
+  void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, const Launcher& launcher,
+                  std::uint8_t* base) const {
     const kernels::FewRoutes routes{
         .topk_ids = a.topk_ids.data(),
         .ids_stride = a.topk_ids.strides()[0],
@@ -247,48 +223,41 @@ class CudaLayer final : public LayerBackend {
         .weight_on_input = weight_on_input_,
     };
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
-    const Launcher stages(info_, stream);
-    stages.stage("gate_up");
-    launch(*few_gate_up_,
-           {.grid = {static_cast<unsigned>(info_.multiprocessors)},
-            .shared_bytes = static_cast<int>(few.gate_up_shared),
-            .stream = stream,
-            .pdl = true},
-           kernels::FewGateUpArgs{.routes = routes,
-                                  .w13 = routed_.w13.few(),
-                                  .x = row_view(a.x),
-                                  .h = h,
-                                  .up_first = routed_.up_first,
-                                  .limit = limit_});
-    stages.stage("down");
-    launch(*few_down_,
-           {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},
-            .threads = kernels::kFewDownThreads,
-            .shared_bytes = static_cast<int>(few.down_shared),
-            .stream = stream,
-            .pdl = true},
-           kernels::FewDownArgs{.routes = routes,
-                                .w2 = routed_.w2.few(),
-                                .h = h,
-                                .out = a.out.data(),
-                                .out_stride = a.out.strides()[0],
-                                .out_type = out_type(a.out.dtype()),
-                                .accumulate = a.accumulate,
-                                .columns = few.columns,
-                                .stage_columns = few.stage_columns,
-                                .stages = few.stages});
-    stages.stage(nullptr);
+    launcher.stage("gate_up");
+    launcher.exactly(
+        *few_gate_up_,
+        {.grid = {static_cast<unsigned>(info_.multiprocessors)}, .shared_bytes = static_cast<int>(few.gate_up_shared)},
+        kernels::FewGateUpArgs{.routes = routes,
+                               .w13 = routed_.w13.few(),
+                               .x = row_view(a.x),
+                               .h = h,
+                               .up_first = routed_.up_first,
+                               .limit = limit_});
+    launcher.stage("down");
+    launcher.exactly(*few_down_,
+                     {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},
+                      .threads = kernels::kFewDownThreads,
+                      .shared_bytes = static_cast<int>(few.down_shared)},
+                     kernels::FewDownArgs{.routes = routes,
+                                          .w2 = routed_.w2.few(),
+                                          .h = h,
+                                          .out = a.out.data(),
+                                          .out_stride = a.out.strides()[0],
+                                          .out_type = out_type(a.out.dtype()),
+                                          .accumulate = a.accumulate,
+                                          .columns = few.columns,
+                                          .stage_columns = few.stage_columns,
+                                          .stages = few.stages});
+    launcher.stage(nullptr);
   }
 
-  void launch_all(const ForwardArgs& a, Stream stream, void* workspace) {
-    const Plan& p = plan_of(a);
-    const Launcher launcher(info_, stream);
+  void launch_all(const ForwardArgs& a, const Plan& p, const Launcher& launcher) {
+    auto* base = static_cast<std::uint8_t*>(workspaces_.choose(a.workspace, p.memory.bytes(), a.stream));
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     if (const FewPlan few = plan_few(p.tokens, p.top_k); few.stages > 0) {
-      return launch_few(a, p, few, stream, static_cast<std::uint8_t*>(workspace));
+      return launch_few(a, p, few, launcher, base);
     }
     const std::int64_t tokens = p.tokens;
-    auto* base = static_cast<std::uint8_t*>(workspace);
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
     };
@@ -526,8 +495,9 @@ class CudaLayer final : public LayerBackend {
   const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr,
                      *activate_ = nullptr, *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
   Workspaces workspaces_;
-  Replays replays_;
-  Plan plan_;  // of the last launches
+  Recent<Kind> recent_;
+  LaunchList list_;  // of the last call
+  Plan plan_;        // of the last call that was not of a kept kind
   struct Size {
     std::int64_t tokens = -1;
     int top_k = 0;

@@ -1,69 +1,60 @@
-// Graphs of a layer's recent calls. A call that repeats an earlier one launches a graph instead of six kernels: the
-// host pays a quarter of the time (docs/design.md, "Host cost of a call").
+// A layer's recent kinds of calls, each with what it takes to make it once more (layer.cpp).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "cuda/stream.h"
 #include "octomoe/layer.h"
 
 namespace octomoe::cuda {
 
-// Whatever of a call's arguments its launches depend on, so that equal calls launch the same: addresses, not contents.
-struct CallKey {
-  const void *x, *ids, *weights, *out;
-  const void* workspace;  // the caller's; null: the layer's own
-  Stream stream;
-  std::int64_t tokens, x_stride, ids_stride, weights_stride, out_stride;
+// Calls of one kind launch the same kernels on the same grids. They differ in arguments at most.
+struct CallKind {
+  std::int64_t tokens;
   int top_k;
-  DType x_type, ids_type, out_type;
-  bool accumulate;
-  bool operator==(const CallKey&) const = default;
+  Stream stream;  // a graph runs once at a time: a stream has its own
+  bool operator==(const CallKind&) const = default;
 };
 
-class Replays {
+template <class State>
+class Recent {
  public:
-  struct Call {
-    CallKey key;
-    std::size_t workspace_bytes = 0;  // 0: the call is new here
-    void* workspace = nullptr;        // where the graph's lies
-    int count = 0;                    // calls since there is no graph
-    Graph graph;
-    std::uint64_t used = 0;
-  };
-
-  explicit Replays(int most) : most_(static_cast<std::size_t>(most)) {}
+  explicit Recent(int most) : most_(static_cast<std::size_t>(most)) {}
   bool enabled() const { return most_ > 0; }
-  // The call's entry; a new one takes the place of the one that was not used for longest, whose graph is released (the
-  // driver keeps what is in flight until it has run). Valid until the next find().
-  Call& find(const CallKey& key) {
-    Call* oldest = nullptr;
-    for (Call& c : calls_) {
-      if (c.key == key) {
-        c.used = ++clock_;
-        return c;
+  // What is kept for calls of this kind. A new kind gets State() and takes the place of the one that was not used for
+  // longest. Valid until the next find().
+  State& find(const CallKind& kind) {
+    Entry* oldest = nullptr;
+    for (Entry& e : entries_) {
+      if (e.kind == kind) {
+        e.used = ++clock_;
+        return e.state;
       }
-      if (oldest == nullptr || c.used < oldest->used) oldest = &c;
+      if (oldest == nullptr || e.used < oldest->used) oldest = &e;
     }
-    if (calls_.size() < most_) oldest = &calls_.emplace_back();
-    *oldest = Call{};
-    oldest->key = key;
+    if (entries_.size() < most_) oldest = &entries_.emplace_back();
+    oldest->kind = kind;
     oldest->used = ++clock_;
-    return *oldest;
+    oldest->state = State();
+    return oldest->state;
   }
-  std::size_t size() const { return calls_.size(); }
-  void clear() { calls_.clear(); }
+  std::size_t size() const { return entries_.size(); }
+  void clear() { entries_.clear(); }
   void disable() {
     clear();
     most_ = 0;
   }
 
  private:
+  struct Entry {
+    CallKind kind{};
+    std::uint64_t used = 0;
+    State state;
+  };
   std::size_t most_;
   std::uint64_t clock_ = 0;
-  std::vector<Call> calls_;
+  std::vector<Entry> entries_;
 };
 
 }  // namespace octomoe::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <utility>
+#include <vector>
 
 #include "cuda/driver.h"
 #include "octomoe/layer.h"
@@ -115,13 +116,13 @@ class Graph {
     if (exec_.get() == nullptr) return;
     const OutsideCaptures outside;
     exec_.reset();
+    graph_.reset();
   }
   Graph(Graph&&) noexcept = default;
   Graph& operator=(Graph&&) noexcept = default;
   template <class Work>
   static Graph capture(Stream stream, const Work& work) {
     Graph g;
-    detail::Handle<CuGraph, &Driver::cuGraphDestroy> graph;
     OCTOMOE_CUDA(cuStreamBeginCapture, cu_stream(stream), kCaptureThreadLocal);
     try {
       work();
@@ -130,20 +131,28 @@ class Graph {
       if (driver().cuStreamEndCapture(cu_stream(stream), &broken) == 0 && broken) driver().cuGraphDestroy(broken);
       throw;
     }
-    OCTOMOE_CUDA(cuStreamEndCapture, cu_stream(stream), graph.out());
-    std::size_t nodes = 0;
-    OCTOMOE_CUDA(cuGraphGetNodes, graph.get(), nullptr, &nodes);
-    g.nodes_ = nodes;
-    OCTOMOE_CUDA(cuGraphInstantiate, g.exec_.out(), graph.get(), 0);
+    OCTOMOE_CUDA(cuStreamEndCapture, cu_stream(stream), g.graph_.out());
+    OCTOMOE_CUDA(cuGraphInstantiate, g.exec_.out(), g.graph_.get(), 0);
     return g;
   }
   void launch(Stream stream) const { OCTOMOE_CUDA(cuGraphLaunch, exec_.get(), cu_stream(stream)); }
-  std::size_t nodes() const { return nodes_; }
+  std::size_t nodes() const {
+    std::size_t count = 0;
+    OCTOMOE_CUDA(cuGraphGetNodes, graph_.get(), nullptr, &count);
+    return count;
+  }
+  std::vector<CuGraphNode> node_list() const {
+    std::size_t count = nodes();
+    std::vector<CuGraphNode> list(count);
+    OCTOMOE_CUDA(cuGraphGetNodes, graph_.get(), list.data(), &count);
+    return list;
+  }
+  CuGraphExec exec() const { return exec_.get(); }
   explicit operator bool() const { return exec_.get() != nullptr; }
 
  private:
+  detail::Handle<CuGraph, &Driver::cuGraphDestroy> graph_;  // names the nodes of exec_
   detail::Handle<CuGraphExec, &Driver::cuGraphExecDestroy> exec_;
-  std::size_t nodes_ = 0;
 };
 
 // Whether work that is launched there now is recorded instead of run: nothing may allocate or synchronise then.

@@ -443,6 +443,7 @@ TEST_F(GpuCommand, BenchWritesEveryNumber) {
     EXPECT_GT(row["median_us"].get<double>(), 0);
     EXPECT_GT(row["eager"]["median_us"].get<double>(), 0);
     EXPECT_GT(row["host_us"].get<double>(), 0);
+    EXPECT_GT(row["host_new_us"].get<double>(), 0);
     EXPECT_GT(row["read_bytes_per_s"].get<double>(), 1e8);
     EXPECT_GT(row["clock_mhz"].get<double>(), 100);
     EXPECT_LE(row["clock_low_mhz"].get<double>(), row["clock_high_mhz"].get<double>());

@@ -27,6 +27,12 @@ static_assert(offsetof(CuLaunchConfig, shared_bytes) == offsetof(CUlaunchConfig,
 static_assert(offsetof(CuLaunchConfig, stream) == offsetof(CUlaunchConfig, hStream));
 static_assert(offsetof(CuLaunchConfig, attributes) == offsetof(CUlaunchConfig, attrs));
 static_assert(offsetof(CuLaunchConfig, attribute_count) == offsetof(CUlaunchConfig, numAttrs));
+static_assert(sizeof(CuKernelNodeParams) == sizeof(CUDA_KERNEL_NODE_PARAMS_v2));
+static_assert(offsetof(CuKernelNodeParams, grid_x) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, gridDimX));
+static_assert(offsetof(CuKernelNodeParams, shared_bytes) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, sharedMemBytes));
+static_assert(offsetof(CuKernelNodeParams, parameters) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, kernelParams));
+static_assert(offsetof(CuKernelNodeParams, kernel) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, kern));
+static_assert(offsetof(CuKernelNodeParams, context) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, ctx));
 
 #define OCTOMOE_SAME(ours, theirs) static_assert(static_cast<int>(ours) == static_cast<int>(theirs))
 OCTOMOE_SAME(kLaunchCooperative, CU_LAUNCH_ATTRIBUTE_COOPERATIVE);

@@ -2,64 +2,61 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+
+#include "cuda/launch_list.h"
+
 namespace octomoe::cuda {
 namespace {
 
-CallKey key(std::int64_t tokens) {
-  CallKey k{};
-  k.tokens = tokens;
-  return k;
+TEST(Recent, KeepsTheLatestKinds) {
+  Recent<int> recent(3);
+  const auto find = [&](std::int64_t tokens) -> int& { return recent.find({tokens, 2, nullptr}); };
+  EXPECT_TRUE(recent.enabled());
+  for (const int tokens : {1, 2, 3}) find(tokens) = tokens;
+  EXPECT_EQ(find(1), 1);
+  EXPECT_EQ(find(4), 0);  // in the place of 2
+  EXPECT_EQ(recent.size(), 3u);
+  EXPECT_EQ(find(1), 1);
+  EXPECT_EQ(find(3), 3);
+  EXPECT_EQ(find(2), 0);
+  EXPECT_EQ(find(4), 0);
+  recent.disable();
+  EXPECT_FALSE(recent.enabled());
+  EXPECT_EQ(recent.size(), 0u);
+  EXPECT_FALSE(Recent<int>(0).enabled());
 }
 
-TEST(Replays, KeepsTheLatestCalls) {
-  Replays replays(3);
-  EXPECT_TRUE(replays.enabled());
-  for (const std::int64_t tokens : {1, 2, 3}) replays.find(key(tokens)).count = static_cast<int>(tokens);
-  EXPECT_EQ(replays.find(key(1)).count, 1);
-  EXPECT_EQ(replays.find(key(4)).count, 0);  // in the place of 2
-  EXPECT_EQ(replays.size(), 3u);
-  EXPECT_EQ(replays.find(key(1)).count, 1);
-  EXPECT_EQ(replays.find(key(3)).count, 3);
-  EXPECT_EQ(replays.find(key(2)).count, 0);
-  EXPECT_EQ(replays.find(key(4)).count, 0);
-  replays.disable();
-  EXPECT_FALSE(replays.enabled());
-  EXPECT_EQ(replays.size(), 0u);
-  EXPECT_FALSE(Replays(0).enabled());
+TEST(Recent, TokensTopKAndStreamMakeAKind) {
+  int stream = 0;
+  Recent<int> recent(4);
+  recent.find({1, 2, nullptr}) = 7;
+  EXPECT_EQ(recent.find({3, 2, nullptr}), 0);
+  EXPECT_EQ(recent.find({1, 3, nullptr}), 0);
+  EXPECT_EQ(recent.find({1, 2, &stream}), 0);
+  EXPECT_EQ(recent.find({1, 2, nullptr}), 7);
 }
 
-// A call whose launches would differ in anything is another call.
-TEST(Replays, EveryArgumentCounts) {
-  int memory[2];
-  const CallKey base{.x = memory,
-                     .ids = memory,
-                     .weights = memory,
-                     .out = memory,
-                     .workspace = nullptr,
-                     .stream = nullptr,
-                     .tokens = 1,
-                     .x_stride = 8,
-                     .ids_stride = 2,
-                     .weights_stride = 2,
-                     .out_stride = 8,
-                     .top_k = 2,
-                     .x_type = DType::bfloat16,
-                     .ids_type = DType::int32,
-                     .out_type = DType::bfloat16,
-                     .accumulate = false};
-  std::vector<CallKey> others(16, base);
-  others[0].x = others[1].ids = others[2].weights = others[3].out = others[4].workspace = memory + 1;
-  others[5].stream = memory;
-  others[6].tokens = others[7].x_stride = others[8].ids_stride = others[9].weights_stride = others[10].out_stride = 3;
-  others[11].top_k = 3;
-  others[12].x_type = others[13].out_type = DType::float16;
-  others[14].ids_type = DType::int64;
-  others[15].accumulate = true;
-  Replays replays(17);
-  replays.find(base).count = 1;
-  for (const CallKey& other : others) EXPECT_EQ(replays.find(other).count, 0);
-  EXPECT_EQ(replays.size(), 17u);
-  EXPECT_EQ(replays.find(base).count, 1);
+TEST(LaunchList, HoldsArguments) {
+  LoadedKernel one, two;
+  const double a = 1.5;
+  const char b = 'b';
+  LaunchList list;
+  for (int round = 0; round < 2; ++round) {
+    list.clear();
+    list.add(one, {.grid = {3}}, &b, sizeof(b));
+    list.add(two, {.grid = {0}}, &a, sizeof(a));  // an empty grid starts nothing
+    list.add(two, {.grid = {4}, .threads = 64, .cluster = 2}, &a, sizeof(a));
+    ASSERT_EQ(list.items().size(), 2u);
+    EXPECT_EQ(*list.args(list.items()[0]), std::byte{'b'});
+    EXPECT_EQ(std::memcmp(list.args(list.items()[1]), &a, sizeof(a)), 0);
+    EXPECT_EQ(list.items()[1].offset % alignof(double), 0u);
+    EXPECT_EQ(list.items()[1].how.grid.x, 4u);
+    EXPECT_EQ(list.items()[1].how.threads, 64);
+    EXPECT_EQ(list.items()[1].how.cluster, 2u);
+  }
+  EXPECT_FALSE(list.items()[0].same_launch(list.items()[1]));
+  EXPECT_TRUE(list.items()[1].same_launch(list.items()[1]));
 }
 
 }  // namespace

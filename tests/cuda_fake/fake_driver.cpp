@@ -1,6 +1,8 @@
 #include "cuda_fake/fake_driver.h"
 
 #include <atomic>
+#include <cstring>
+#include <deque>
 #include <mutex>
 #include <vector>
 
@@ -16,6 +18,16 @@ FakeCudaState state;
 std::mutex mutex;
 thread_local std::vector<CuContext> stack;
 char contexts[kDevices];
+
+// A captured launch. Its argument struct has state.args_bytes.
+struct FakeNode {
+  CuFunction function;
+  unsigned grid_x, block_x, shared_bytes;
+  std::vector<char> args;
+  void* parameters[1];
+};
+bool capturing = false;
+std::deque<FakeNode> nodes;  // of the last capture; the executable graph's too
 
 template <class T>
 T handle(void* p) {
@@ -99,10 +111,17 @@ FAKE CuResult cuFuncGetParamInfo(CuFunction, std::size_t, std::size_t* offset, s
   return *offset = 0, *bytes = state.args_bytes, 0;
 }
 FAKE CuResult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, CuFunction, int, std::size_t) { return *n = 2, 0; }
-FAKE CuResult cuLaunchKernelEx(const CuLaunchConfig* c, CuFunction, void** parameters, void**) {
+FAKE CuResult cuLaunchKernelEx(const CuLaunchConfig* c, CuFunction f, void** parameters, void**) {
   const std::lock_guard lock(mutex);
   ++state.launches;
   if (const int rc = state.fail_next_launch) return state.fail_next_launch = 0, rc;
+  if (capturing) {
+    const char* args = static_cast<const char*>(parameters[0]);
+    FakeNode& node =
+        nodes.emplace_back(FakeNode{f, c->grid_x, c->block_x, c->shared_bytes, {args, args + state.args_bytes}, {}});
+    node.parameters[0] = node.args.data();
+    return 0;
+  }
   state.grid[0] = c->grid_x, state.grid[1] = c->grid_y, state.grid[2] = c->grid_z;
   state.block[0] = c->block_x, state.block[1] = c->block_y, state.block[2] = c->block_z;
   state.shared_bytes = c->shared_bytes;
@@ -118,6 +137,47 @@ FAKE CuResult cuLaunchKernelEx(const CuLaunchConfig* c, CuFunction, void** param
   state.context = stack.empty() ? nullptr : stack.back();
   return 0;
 }
+
+FAKE CuResult cuStreamCreate(CuStream* s, unsigned) { return *s = handle<CuStream>(&nodes), 0; }
+FAKE CuResult cuStreamDestroy_v2(CuStream) { return 0; }
+FAKE CuResult cuThreadExchangeStreamCaptureMode(int*) { return 0; }
+FAKE CuResult cuStreamBeginCapture_v2(CuStream, int) { return nodes.clear(), capturing = true, 0; }
+FAKE CuResult cuStreamEndCapture(CuStream, CuGraph* g) { return capturing = false, *g = handle<CuGraph>(&nodes), 0; }
+FAKE CuResult cuGraphInstantiateWithFlags(CuGraphExec* e, CuGraph, unsigned long long) {
+  return *e = handle<CuGraphExec>(&nodes), 0;
+}
+FAKE CuResult cuGraphGetNodes(CuGraph, CuGraphNode* out, std::size_t* n) {  // in an order of its own
+  *n = nodes.size();
+  for (std::size_t i = 0; out != nullptr && i < *n; ++i) out[i] = handle<CuGraphNode>(&nodes[*n - 1 - i]);
+  return 0;
+}
+FAKE CuResult cuGraphKernelNodeGetParams_v2(CuGraphNode node, CuKernelNodeParams* p) {
+  auto* n = reinterpret_cast<FakeNode*>(node);
+  *p = {};
+  p->function = n->function;
+  p->grid_x = n->grid_x;
+  p->parameters = n->parameters;
+  return 0;
+}
+FAKE CuResult cuGraphExecKernelNodeSetParams_v2(CuGraphExec, CuGraphNode node, const CuKernelNodeParams* p) {
+  if (const int rc = state.fail_next_update) return state.fail_next_update = 0, rc;
+  auto* n = reinterpret_cast<FakeNode*>(node);
+  if (p->function != n->function || p->grid_x != n->grid_x || p->grid_y != 1 || p->grid_z != 1 ||
+      p->block_x != n->block_x || p->block_y != 1 || p->block_z != 1 || p->shared_bytes != n->shared_bytes) {
+    return kCudaInvalidValue;
+  }
+  std::memcpy(n->args.data(), p->parameters[0], n->args.size());
+  return ++state.node_updates, 0;
+}
+FAKE CuResult cuGraphLaunch(CuGraphExec, CuStream s) {
+  ++state.graph_launches;
+  state.stream = s;
+  for (std::size_t i = 0; i < nodes.size(); ++i)
+    std::memcpy(&state.node_arguments[i], nodes[i].args.data(), sizeof(int));
+  return 0;
+}
+FAKE CuResult cuGraphDestroy(CuGraph) { return 0; }
+FAKE CuResult cuGraphExecDestroy(CuGraphExec) { return 0; }
 
 // NVRTC looks for a driver too and asks it this without a check for null.
 FAKE CuResult cuGetExportTable(const void** table, const void*) { return *table = nullptr, 801; }
@@ -144,21 +204,11 @@ STUB(cuMemsetD8_v2);
 STUB(cuMemsetD8Async);
 STUB(cuMemsetD32Async);
 STUB(cuPointerGetAttribute);
-STUB(cuStreamCreate);
-STUB(cuStreamDestroy_v2);
 STUB(cuStreamSynchronize);
 STUB(cuStreamQuery);
 STUB(cuStreamGetCtx);
 STUB(cuStreamWaitEvent);
-STUB(cuStreamBeginCapture_v2);
-STUB(cuStreamEndCapture);
 STUB(cuStreamIsCapturing);
-STUB(cuThreadExchangeStreamCaptureMode);
-STUB(cuGraphInstantiateWithFlags);
-STUB(cuGraphGetNodes);
-STUB(cuGraphLaunch);
-STUB(cuGraphDestroy);
-STUB(cuGraphExecDestroy);
 STUB(cuEventCreate);
 STUB(cuEventDestroy_v2);
 STUB(cuEventRecord);

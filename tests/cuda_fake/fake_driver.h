@@ -17,6 +17,10 @@ struct FakeCudaState {
   bool pdl = false;
   int first_argument = 0;
   void* context = nullptr;  // current at the launch
+  // Graphs: of the one that was captured last.
+  int graph_launches = 0, node_updates = 0;
+  int fail_next_update = 0;    // result of the next cuGraphExecKernelNodeSetParams
+  int node_arguments[8] = {};  // the first argument of each node, in the order of capture, at the last graph launch
 };
 
 extern "C" FakeCudaState* fake_cuda_state();

@@ -6,6 +6,7 @@
 
 #include <thread>
 
+#include "cuda/launch_list.h"
 #include "cuda/stream.h"
 #include "cuda_fake/fake_driver.h"
 #include "jit/support.h"
@@ -175,6 +176,78 @@ TEST_F(Module, DevicesThatDoNotFit) {
                [&] { modules_->load(entry_, 4); });
   expect_error("device: expected cuda:0 to cuda:4, got cuda:5", [&] { modules_->load(entry_, 5); });
   expect_error("got cuda:-1", [&] { modules_->load(entry_, -1); });
+}
+
+// One graph for lists that differ in arguments: only the nodes whose arguments have changed are touched.
+TEST_F(Module, GraphsTakeOtherArguments) {
+  state().args_bytes = sizeof(Args);
+  const LoadedKernel& k = modules_->load(entry_, 0);
+  int stream = 0;
+  LaunchList list;
+  // The second launch has a block and shared memory of its own.
+  const auto write_down = [&](std::initializer_list<int> values,
+                              Launch second = {.grid = {1}, .threads = 64, .shared_bytes = 32}) {
+    list.clear();
+    for (const int v : values) {
+      const Args args{v, {}};
+      Launch how = list.items().size() == 1 ? second : Launch{};
+      how.grid.x += 4;
+      list.add(k, how, &args, sizeof(args));
+    }
+  };
+  write_down({1, 2, 3});
+  EXPECT_FALSE(UpdatableGraph().take(list));
+  UpdatableGraph graph(list);
+  EXPECT_TRUE(graph);
+  const auto expect = [&](int updates, int a, int b, int c) {
+    ASSERT_TRUE(graph.take(list));
+    graph.launch(&stream);
+    EXPECT_EQ(state().node_updates, updates);
+    EXPECT_THAT(std::vector<int>(state().node_arguments, state().node_arguments + 3), ::testing::ElementsAre(a, b, c));
+  };
+  expect(0, 1, 2, 3);
+  EXPECT_EQ(state().stream, &stream);
+  write_down({1, 7, 3});
+  expect(1, 1, 7, 3);
+  expect(1, 1, 7, 3);
+  write_down({4, 5, 6});
+  expect(4, 4, 5, 6);
+
+  // Other launches are no matter of arguments.
+  write_down({4, 5});
+  EXPECT_FALSE(graph.take(list));
+  for (const Launch& other :
+       {Launch{.grid = {2}, .threads = 64, .shared_bytes = 32}, Launch{.grid = {1}, .threads = 96, .shared_bytes = 32},
+        Launch{.grid = {1}, .threads = 64, .shared_bytes = 48},
+        Launch{.grid = {1}, .threads = 64, .shared_bytes = 32, .cluster = 2}}) {
+    write_down({4, 5, 6}, other);
+    EXPECT_FALSE(graph.take(list));
+  }
+  EXPECT_TRUE(graph);
+  EXPECT_EQ(state().node_updates, 4);
+
+  // A refusal in the middle: nobody launches what the nodes hold then.
+  write_down({8, 9, 10});
+  state().fail_next_update = 2;
+  EXPECT_FALSE(graph.take(list));
+  EXPECT_FALSE(graph);
+  EXPECT_FALSE(graph.take(list));
+  EXPECT_EQ(state().graph_launches, 4);
+  graph = UpdatableGraph(list);
+  expect(4, 8, 9, 10);
+  write_down({8, 9, 11});
+  expect(5, 8, 9, 11);
+}
+
+// Which node is whose launch would be a guess.
+TEST_F(Module, GraphsOfEqualLaunchesAreRefused) {
+  state().args_bytes = sizeof(Args);
+  const LoadedKernel& k = modules_->load(entry_, 0);
+  const Args args{1, {}};
+  LaunchList list;
+  for (int i = 0; i < 2; ++i) list.add(k, {}, &args, sizeof(args));
+  expect_error(ErrorCode::unsupported, "expected its launch once in a captured graph, got it more than once",
+               [&] { UpdatableGraph graph(list); });
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// Calls that a layer replays from graphs of its own: the same bits as kernel by kernel, whatever happens in between.
+// Calls that a layer makes by graphs of its own: the same bits as kernel by kernel, whatever happens in between.
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <memory>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "cuda/memory.h"
 #include "cuda/stream.h"
@@ -16,34 +18,45 @@ namespace {
 const Device kGpu = Device::cuda(0);
 constexpr int kRepeats = 20;  // more than enough calls for a layer to make a graph
 
-// Counts the driver's launches while it lives.
+// Counts the driver's launches and node updates while it lives.
 class Launches {
  public:
   Launches() : driver_(const_cast<cuda::Driver&>(cuda::driver())) {
     kernel_ = driver_.cuLaunchKernelEx;
     graph_ = driver_.cuGraphLaunch;
-    kernels = graphs = 0;
+    kernels = clusters = graphs = updates = 0;
     driver_.cuLaunchKernelEx = [](const cuda::CuLaunchConfig* c, cuda::CuFunction f, void** p, void** extra) {
       ++kernels;
+      for (unsigned i = 0; i < c->attribute_count; ++i) clusters += c->attributes[i].id == cuda::kLaunchCluster;
       return kernel_(c, f, p, extra);
     };
     driver_.cuGraphLaunch = [](cuda::CuGraphExec g, cuda::CuStream s) {
       ++graphs;
       return graph_(g, s);
     };
+    update_ = driver_.cuGraphExecKernelNodeSetParams;
+    driver_.cuGraphExecKernelNodeSetParams = [](cuda::CuGraphExec g, cuda::CuGraphNode n,
+                                                const cuda::CuKernelNodeParams* p) {
+      ++updates;
+      return update_result != 0 ? update_result.load() : update_(g, n, p);
+    };
   }
   ~Launches() {
     driver_.cuLaunchKernelEx = kernel_;
     driver_.cuGraphLaunch = graph_;
+    driver_.cuGraphExecKernelNodeSetParams = update_;
+    update_result = 0;
   }
   Launches(const Launches&) = delete;
   Launches& operator=(const Launches&) = delete;
-  static inline std::atomic<int> kernels, graphs;
+  static inline std::atomic<int> kernels, clusters, graphs, updates;
+  static inline std::atomic<int> update_result = 0;  // of cuGraphExecKernelNodeSetParams, in the driver's place
 
  private:
   cuda::Driver& driver_;
   static inline decltype(cuda::Driver::cuLaunchKernelEx) kernel_;
   static inline decltype(cuda::Driver::cuGraphLaunch) graph_;
+  static inline decltype(cuda::Driver::cuGraphExecKernelNodeSetParams) update_;
 };
 
 // A call's tensors on the GPU, and what the CPU makes of them.
@@ -127,7 +140,7 @@ TEST_F(Replay, CanBeSwitchedOff) {
   expect_error("replays: expected 0..64, got 65", [&] { MoeLayer(kGpu, weights_, o); });
 }
 
-TEST_F(Replay, CallsThatDifferInOneThing) {
+TEST_F(Replay, CallsThatDifferInWhatever) {
   MoeLayer layer(kGpu, weights_);
   Call one(problem(9, 2), weights_), other(problem(9, 3), weights_), fewer(problem(5, 4), weights_);
   Call strided(problem(9, 5), weights_);
@@ -154,7 +167,139 @@ TEST_F(Replay, CallsThatDifferInOneThing) {
   EXPECT_EQ(all.as<float>()[7], want);
 }
 
-TEST_F(Replay, MoreCallsThanAreKept) {
+// Nothing waits in between: a graph in flight keeps the arguments that it was launched with.
+TEST_F(SanitizedReplay, OtherMemoryForEachCall) {
+  MoeLayer layer(kGpu, weights_);
+  constexpr std::uint32_t kCalls = 12;
+  std::vector<Call> calls;
+  std::vector<Tensor> memory;
+  for (std::uint32_t i = 0; i < kCalls; ++i) {
+    calls.emplace_back(problem(40, 40 + i), weights_);
+    memory.push_back(Tensor::empty(DType::uint8, {static_cast<std::int64_t>(layer.workspace_bytes(40, 2))}, kGpu));
+  }
+  const cuda::OwnedStream stream;
+  const Launches launches;
+  for (int round = 0; round < 2; ++round) {
+    for (std::uint32_t i = 0; i < kCalls; ++i) calls[i].run(layer, stream, {.workspace = memory[i]});
+  }
+  stream.synchronize();
+  EXPECT_GT(Launches::graphs, 2 * static_cast<int>(kCalls) - 5);
+  for (const Call& c : calls) EXPECT_TRUE(c.right());
+}
+
+// The driver refuses some updates: the graph is made anew, and no call runs with what the old one held.
+TEST_F(Replay, UpdatesThatFail) {
+  MoeLayer layer(kGpu, weights_);
+  Call one(problem(9, 2), weights_), other(problem(9, 3), weights_);
+  const cuda::OwnedStream stream;
+  const Launches launches;
+  for (int i = 0; i < kRepeats; ++i) {
+    for (const Call* c : {&one, &other}) cuda::fill_zero(c->out.view().data(), c->out.bytes(), 0);
+    Launches::update_result = i % 3 == 2 ? cuda::kCudaInvalidValue : 0;
+    one.run(layer, stream);
+    other.run(layer, stream);
+    stream.synchronize();
+    ASSERT_TRUE(one.right() && other.right()) << i;
+  }
+  EXPECT_GT(Launches::updates, kRepeats);
+  EXPECT_EQ(Launches::graphs, 2 * kRepeats - 2);
+}
+
+// Calls of one layer that have nothing in common but T, k and the stream, against a layer without graphs. Nothing waits
+// in between.
+class OtherTensors {
+ public:
+  OtherTensors(const LayerCase& c, const MoeWeights& w, LayerOptions o) : kept_(kGpu, w, o) {
+    o.replays = 0;
+    MoeLayer plain(kGpu, w, o);
+    for (std::uint32_t i = 0; i < kKinds; ++i) {
+      LayerCase other = c;
+      other.seed = 70 + i;
+      const LayerInput in = make_input(other, kTypes[i % 3]);
+      Given g;
+      g.x = on(kGpu, in.x);
+      g.weights = on(kGpu, in.weights);
+      g.ids = on(kGpu, i % 2 == 0 ? in.ids : wide(in.ids));
+      const std::int64_t stride = c.hidden * (i == 3 ? 2 : 1);
+      for (Tensor* t : {&g.out, &g.want}) *t = Tensor::zeros(kTypes[(i + 1) % 3], {c.tokens, stride}, kGpu);
+      g.shape = {c.tokens, c.hidden};
+      g.accumulate = i >= 3;
+      if (i == 1 || i == 4) {
+        g.memory =
+            Tensor::empty(DType::uint8, {static_cast<std::int64_t>(kept_.workspace_bytes(c.tokens, c.top_k))}, kGpu);
+      }
+      given_.push_back(g);
+    }
+    for (int round = 0; round < kRounds; ++round) {
+      for (const Given& g : given_) g.run(plain, g.want, stream_);
+    }
+    stream_.synchronize();
+  }
+  void run() {
+    for (int round = 0; round < kRounds; ++round) {
+      for (const Given& g : given_) g.run(kept_, g.out, stream_);
+    }
+    stream_.synchronize();
+    for (const Given& g : given_) {
+      EXPECT_TRUE(same_bits(Tensor::copy_of(g.out), Tensor::copy_of(g.want))) << &g - given_.data();
+    }
+  }
+  static constexpr int kRounds = 4, kKinds = 5;
+
+ private:
+  struct Given {
+    Tensor x, ids, weights, out, want, memory;
+    Shape shape;
+    bool accumulate = false;
+    void run(MoeLayer& layer, const Tensor& to, Stream stream) const {
+      const TensorView rows(to.view().data(), to.dtype(), shape, {to.view().strides()[0], 1}, kGpu);
+      layer.forward(x, ids, weights, rows, {.accumulate = accumulate, .workspace = memory}, stream);
+    }
+  };
+  static constexpr DType kTypes[] = {DType::bfloat16, DType::float16, DType::float32};
+  static Tensor wide(const Tensor& ids) {
+    const Tensor out = Tensor::empty(DType::int64, ids.view().shape());
+    for (std::int64_t i = 0; i < ids.elems(); ++i) out.as<std::int64_t>()[i] = ids.as<std::int32_t>()[i];
+    return out;
+  }
+  MoeLayer kept_;
+  const cuda::OwnedStream stream_;
+  std::vector<Given> given_;
+};
+
+TEST_F(Replay, EveryKernelTakesOtherTensors) {
+  struct Kind {
+    const char* scheme;
+    std::int64_t tokens;
+    KernelFamily family = KernelFamily::automatic;
+    bool fused = true, shared = false;
+  };
+  int clusters = 0;
+  for (const Kind& k : {Kind{"int8_channel", 1}, Kind{"int8_channel", 4}, Kind{"int8_channel", 40},
+                        Kind{"int8_channel", 40, KernelFamily::sm80}, Kind{"int8_channel:asymmetric", 40},
+                        Kind{"int8_channel", 3000}, Kind{"int8_channel", 40, KernelFamily::automatic, false},
+                        Kind{"int8_block", 40}, Kind{"int8_hybrid", 40, KernelFamily::automatic, true, true}}) {
+    SCOPED_TRACE(std::string(k.scheme) + " T" + std::to_string(k.tokens) + (k.fused ? "" : " unfused") +
+                 (k.family == KernelFamily::sm80 ? " sm80" : "") + (k.shared ? " shared" : ""));
+    LayerCase c = problem(k.tokens);
+    c.scheme = Scheme::parse(k.scheme);
+    c.intermediate = 256;
+    LayerOptions o;
+    o.family = k.family;
+    o.fused_gather = o.fused_activation = k.fused;
+    if (k.shared) o.shared_expert = make_weights(c, 1);
+    OtherTensors calls(c, make_weights(c, 8), o);
+    const Launches launches;
+    calls.run();
+    EXPECT_EQ(Launches::graphs, OtherTensors::kRounds * OtherTensors::kKinds - 2);
+    EXPECT_GE(Launches::updates, 2 * (Launches::graphs - 1));
+    clusters += Launches::clusters;
+  }
+  // Their attributes are not arguments: nodes must keep them.
+  EXPECT_EQ(clusters > 0, cuda::device_info(0).compute_capability == 90);
+}
+
+TEST_F(Replay, MoreKindsThanAreKept) {
   LayerOptions o;
   o.replays = 3;
   MoeLayer layer(kGpu, weights_, o);

@@ -65,7 +65,7 @@ def test_two_streams_and_a_graph():
 
 @pytest.mark.parametrize("lends", [True, False])
 def test_repeated_calls(lends, monkeypatch):
-    """Replays: other contents in the same memory, other memory, a capture in between."""
+    """Graphs of the layer's own: other contents, other memory, a capture in between."""
     if not lends:  # as PyTorch before 2.10
         monkeypatch.setattr(octomoe_torch, "_lends_allocator", False)
     weights, x, topk_weights, ids = problem()
