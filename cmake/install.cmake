@@ -31,6 +31,8 @@ endif()
 include(CMakePackageConfigHelpers)
 set(OCTOMOE_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/octomoe)
 
+# Kernels that were the fastest where they were measured (octomoe tune).
+install(FILES share/tuned.json DESTINATION ${CMAKE_INSTALL_DATADIR}/octomoe COMPONENT runtime)
 install(TARGETS octomoe EXPORT octomoeTargets
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT runtime NAMELINK_COMPONENT development)
 if(TARGET octomoe_cli)

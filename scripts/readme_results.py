@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Writes README.md's results tables from the committed result files, bench/results/*.json.
 
-Files are those of `octomoe run --json` (a checkpoint's error and speed in each scheme) and of
-`octomoe bench --json` (one layer's times at several numbers of tokens).
+Files are those of `octomoe run --json` (a checkpoint's error and speed in each scheme), of
+`octomoe bench --json` (one layer's times at several numbers of tokens) and bench/gpu_peers.py's
+peers_layers*.json. Those whose names begin with a family of kernels (sm80_, sm90_) are left out:
+docs/performance.md and docs/kernels.md speak of them.
 
     scripts/readme_results.py            rewrite the part of README.md between its markers
     scripts/readme_results.py --check    exit 1 if that would change it
@@ -47,7 +49,7 @@ def run_table(data: dict, name: str) -> str:
             "yes" if result["bit_equal"] else f"{result['error_vs_quantised_worst']:.1e}",
             f"{result['weight_bytes'] / 2**20:.1f} MiB",
             microseconds(result["us_per_token"]),
-            f"{result['speedup_over_bf16']:.2f}x",
+            f"{speedup:.2f}x" if (speedup := result["speedup_over_bf16"]) else "-",
         ]
         for result in data["results"]
     ]
@@ -84,20 +86,67 @@ def bench_table(data: dict, name: str) -> str:
     )
 
 
+def peers_table(data: dict, name: str) -> str:
+    """OctoMoE's int8_channel beside the fastest peer of each size, in the same run."""
+    own = "int8_channel"
+    parts = []
+    for model in dict.fromkeys(result["model"] for result in data["results"]):
+        times: dict[int, dict[str, float]] = {}
+        for result in data["results"]:
+            if result["model"] == model:
+                times.setdefault(result["tokens"], {})[result["name"]] = result["median_us"]
+        rows = [
+            [f"`{model}`", "OctoMoE `int8_channel`"],
+            ["", "Triton (lmdeploy)"],
+            ["", "Humming"],
+            ["", "fastest peer / OctoMoE"],
+        ]
+        for t in sorted(times):
+            at = times[t]
+            humming = min(
+                (us for peer, us in at.items() if peer.startswith("humming")), default=None
+            )
+            peers = [us for peer, us in at.items() if not peer.startswith("int8_")]
+            rows[0].append(microseconds(at[own]))
+            rows[1].append(microseconds(at["lmdeploy"]) if "lmdeploy" in at else "-")
+            rows[2].append(microseconds(humming) if humming else "-")
+            rows[3].append(f"**{min(peers) / at[own]:.2f}x**" if peers else "-")
+        header = ["model", "", *(f"T = {t}" for t in sorted(times))]
+        parts.append(table(header, rows))
+    versions = {peer: v for run in data["runs"] for peer, v in run["peers"].items()}
+    listed = ", ".join(f"{peer} {v}" for peer, v in versions.items() if peer != "octomoe")
+    return (
+        f"Whole layers beside their peers in the same run ({listed}; all in "
+        f"[docs/peers.md](docs/peers.md)). {data['gpu']['name']}, CUDA graph, weights and inputs "
+        f"cold, {data['runs'][-1]['date'][:10]} ([{Path(name).name}]({name})).\n\n"
+        + "\n".join(parts)
+    )
+
+
 def results() -> str:
     parts = []
+    peers = []
+    gpu = []
     for path in sorted((ROOT / "bench/results").glob("*.json")):
         data = json.loads(path.read_text())
-        if not isinstance(data, dict) or "results" not in data or "_no_fused_" in path.name:
+        if (
+            not isinstance(data, dict)
+            or "results" not in data
+            or path.name.startswith(("sm80_", "sm90_"))
+        ):
             continue
         name = str(path.relative_to(ROOT))
         if "checkpoint" in data:
             parts.insert(0, run_table(data, name))
-        elif "problem" in data:
+        elif path.name.startswith("peers_layers"):
+            peers.append(peers_table(data, name))
+        elif path.name.startswith("layers_"):
+            gpu.append(bench_table(data, name))
+        elif "problem" in data and path.name.startswith("cpu_"):
             parts.append(bench_table(data, name))
-    if not parts:
+    if not (peers or gpu or parts):
         return "No result file is committed yet: `make demo` prints this machine's.\n"
-    return "\n".join(parts)
+    return "\n".join([*peers, *gpu, *parts])
 
 
 def main() -> int:

@@ -133,6 +133,7 @@ struct GemmArgs {
 struct WgmmaArgs {
   TensorMap weights;  // src/cuda/tensor_map.h
   GemmArgs gemm;
+  int32_t evict_first;  // weights pass through L2: their lines are the first to go
 };
 
 }  // namespace octomoe::kernels

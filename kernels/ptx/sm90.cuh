@@ -36,6 +36,21 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
                           kEvictLast = 0x14f0000000000000;
 
+// `bytes` (a multiple of 16) of global memory -> L2.
+__device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+// 16 bytes that are read once, kept neither in L1 nor longer than need be in L2; `to` stays where `wanted` does not
+// hold.
+__device__ __forceinline__ void load_once(int4& to, const void* from, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, "
+      "%3}, "
+      "[%4], %6;\n}"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(from), "r"(static_cast<int>(wanted)), "l"(kEvictFirst));
+}
+
 // A box of a 5-D tensor -> shared; its bytes complete at `barrier`. Bytes outside the tensor arrive as zeros.
 __device__ __forceinline__ void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1,
                                             int32_t c2, int32_t c3, int32_t c4, uint32_t barrier, uint64_t hint) {

@@ -50,7 +50,6 @@ struct GroupedGemm {
   static constexpr int kSums = kBlockN / 2;  // of a thread and m64 block
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
-  // 65536 registers over 384 threads, in steps of 8.
   // 65536 registers over the multiprocessor's threads, in steps of 8.
   static constexpr int kConsumerRegisters = C.consumers == 1 ? 200 : kBlocks ? 216 : 224;
   static constexpr int kProducerRegisters = C.consumers == 2 && kBlocks ? 72 : 56;
@@ -151,10 +150,9 @@ struct GroupedGemm {
     };
     __device__ __forceinline__ Boxes boxes_of(const Tile& t) const {
       const int column = t.m_tile * C.features();
-      // Gated, a column has a row in each half; otherwise a column is a row. An expert with few rows reads its weights
-      // once.
+      // Gated, a column has a row in each half; otherwise a column is a row.
       return {t.expert * (args.n / kUnit) + column / kUnit, C.consumers > 1 && column + kGroup < width(args) ? 2 : 1,
-              t.rows <= kBlockN / 2 ? ptx::kEvictFirst : ptx::kEvictNormal};
+              all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
     }
     __device__ __forceinline__ void copy_weights(const Boxes& boxes, int32_t k_tile, int32_t slot) const {
       const uint32_t full = ptx::shared_address(&shared.full[slot]), to = ptx::shared_address(shared.ring[slot]);

@@ -17,6 +17,7 @@
 #include "cli/presets.h"
 #include "cli/problem.h"
 #include "cli/profile.h"
+#include "cli/shape_arguments.h"
 #include "cli/study.h"
 #include "cli/table.h"
 #include "cli/terminal.h"
@@ -29,10 +30,9 @@ namespace {
 constexpr std::int64_t kMaxTokens = 1 << 20;
 constexpr double kBusySpread = 0.3;  // a quiet machine stays below a tenth
 
-struct Options {
-  std::string model, tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, study, json, plot;
-  std::int64_t experts = 0, experts_local = 0, hidden = 0, intermediate = 0;
-  int top_k = 0, threads = 0;
+struct Options : ShapeArguments {
+  std::string tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, study, json, plot;
+  int threads = 0;
   std::uint64_t seed = 0;
   bool graph = false, profile = false, no_fused_gather = false, no_fused_activation = false,
        no_fused_requantize = false, no_replay = false;
@@ -42,33 +42,6 @@ struct Options {
 
 constexpr const char *kCpuModel = "qwen3-30b", *kCpuTokens = "1,16,128,1024";
 constexpr const char *kCudaModel = "qwen3.6-35b", *kCudaTokens = "8192";  // where neither is given
-
-// The preset, with single sizes replaced by what was given.
-ProblemShape shape_of(const Options& o, const char* default_model, std::string* model) {
-  const bool custom = o.experts > 0 && o.hidden > 0 && o.intermediate > 0 && o.top_k > 0;
-  const bool any = o.experts > 0 || o.hidden > 0 || o.intermediate > 0 || o.top_k > 0;
-  ProblemShape s{o.experts, o.experts_local, o.hidden, o.intermediate, o.top_k};
-  *model = "custom";
-  if (!custom) {
-    if (any && o.model.empty()) {
-      throw UsageError("give all of --experts, --hidden, --intermediate and --top-k, or --model to take the rest from");
-    }
-    const Preset& p = find_preset(o.model.empty() ? default_model : o.model);
-    if (s.experts == 0) s.experts = p.experts;
-    if (s.hidden == 0) s.hidden = p.hidden;
-    if (s.intermediate == 0) s.intermediate = p.intermediate;
-    if (s.top_k == 0) s.top_k = p.top_k;
-    *model = any ? fmt::format("{} (changed)", p.name) : p.name;
-  }
-  if (s.experts_local == 0) s.experts_local = s.experts;
-  if (s.top_k > s.experts)
-    throw UsageError(fmt::format("--top-k: expected at most {} (the experts), got {}", s.experts, s.top_k));
-  if (s.experts_local > s.experts) {
-    throw UsageError(
-        fmt::format("--experts-local: expected at most {} (the experts), got {}", s.experts, s.experts_local));
-  }
-  return s;
-}
 
 // Everything is held at once, so that rounds can interleave; the scheme in the making is held twice while it is packed.
 double needed_bytes(const ProblemShape& s, const std::vector<Scheme>& schemes, std::int64_t tokens, bool peer) {
@@ -408,18 +381,10 @@ class Bench {
 void add_bench(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("bench", "Time one MoE layer of a model's shape with random weights");
   auto o = std::make_shared<Options>();
-  const auto size = CLI::Range(1, 1 << 20);
   sub->add_option("--model", o->model,
                   "Shape: " + preset_names() +
                       " (default: qwen3-30b; on CUDA with neither model, sizes nor tokens given qwen3.6-35b)");
-  sub->add_option("--experts", o->experts, "Experts")->check(CLI::Range(1, 65536));
-  sub->add_option(
-         "--experts-local", o->experts_local,
-         "Hold only the first N experts, as one rank of an expert-parallel group; routes to the others are skipped")
-      ->check(CLI::Range(1, 65536));
-  sub->add_option("--hidden", o->hidden, "Hidden size")->check(size);
-  sub->add_option("--intermediate", o->intermediate, "Intermediate size of an expert")->check(size);
-  sub->add_option("--top-k", o->top_k, "Experts of a token")->check(CLI::Range(1, 65536));
+  add_size_options(*sub, *o);
   sub->add_option("--tokens", o->tokens,
                   "Token counts, separated by commas (default: 1,16,128,1024; on CUDA with neither model, sizes nor "
                   "tokens given 8192)");

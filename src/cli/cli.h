@@ -18,6 +18,7 @@ void add_doctor(CLI::App& app, Action& action);
 void add_run(CLI::App& app, Action& action);
 void add_quantize(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
+void add_tune(CLI::App& app, Action& action);
 void add_pack(CLI::App& app, Action& action);
 
 }  // namespace octomoe::cli

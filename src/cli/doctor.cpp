@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "cli/cli.h"
 #include "cli/cuda_probe.h"
@@ -13,6 +14,7 @@
 #include "octomoe/error.h"
 #include "octomoe/packs.h"
 #include "octomoe/version.h"
+#include "plan/tuned.h"
 
 namespace octomoe::cli {
 namespace {
@@ -26,6 +28,20 @@ Json packs() {
     for (const std::string& p : kernel_packs()) list.push_back(p);
   } catch (const Error& e) {
     list.push_back(std::string("refused: ") + e.what());
+  }
+  return list;
+}
+
+// Tuned tables that the library would use, or why not; how many of their entries are for GPUs of this machine.
+Json tables(const CudaProbe& cuda) {
+  Json list = Json::array();
+  for (const plan::TunedFile& f : plan::tuned_files()) {
+    std::set<std::string> names;
+    for (const Gpu& g : cuda.gpus) names.insert(g.name);
+    std::size_t here = 0;
+    for (const std::string& name : names) here += f.table.count(name);
+    list.push_back({{"path", f.path}, {"entries", f.table.size()}, {"entries_for_gpus", here}});
+    if (!f.problem.empty()) list.back()["problem"] = f.problem;
   }
   return list;
 }
@@ -48,7 +64,7 @@ Json describe(const Machine& machine, const CudaProbe& cuda) {
           {"machine", to_json(machine, machine.threads)},
           {"engines",
            {{"cpu", {{"available", true}, {"isa", machine.isa}, {"threads", machine.threads}}},
-            {"cuda", {{"available", !cuda.gpus.empty()}, {"kernel_packs", packs()}}}}},
+            {"cuda", {{"available", !cuda.gpus.empty()}, {"kernel_packs", packs()}, {"tuned_tables", tables(cuda)}}}}},
           {"cuda", {{"gpus", gpus}, {"libraries", libraries}, {"folders", cuda.folders}}}};
 }
 
@@ -114,6 +130,17 @@ int doctor(bool as_json) {
     fmt::print("  kernel packs: none; kernels are compiled by NVRTC when they are first used and kept in the cache\n");
   }
   for (const Json& p : found) fmt::print("  kernel pack: {}\n", p.get<std::string>());
+  const Json tuned = tables(cuda);
+  if (tuned.empty()) fmt::print("  tuned tables: none; a cost model chooses kernels (octomoe tune measures them)\n");
+  for (const Json& t : tuned) {
+    const std::string path = t["path"];
+    if (t.contains("problem")) {
+      fmt::print("  tuned table: {}\n", styled("not used: " + t["problem"].get<std::string>(), Style::warn, colour));
+    } else {
+      fmt::print("  tuned table: {} ({} entries, {} for GPUs here)\n", path, t["entries"].get<std::size_t>(),
+                 t["entries_for_gpus"].get<std::size_t>());
+    }
+  }
   fmt::print("\n");
   title("NVIDIA libraries (nothing above needs them)");
   for (const Gpu& g : cuda.gpus) {

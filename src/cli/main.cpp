@@ -1,5 +1,5 @@
 // octomoe: the command line of the library. One file per subcommand (doctor.cpp, run.cpp, quantize.cpp, bench.cpp,
-// pack.cpp).
+// tune.cpp, pack.cpp).
 //   octomoe --help
 #include <unistd.h>
 
@@ -22,6 +22,7 @@ constexpr const char* kFooter =
     "  octomoe run --checkpoint data/tiny-qwen3-moe --scheme all  error and speed of every scheme\n"
     "  octomoe quantize model model-int8 --scheme int8_channel    write a quantised checkpoint\n"
     "  octomoe bench --model qwen3-30b --tokens 1,128             time one layer with random weights\n"
+    "  octomoe tune --model qwen3-30b                             find the fastest kernels on this GPU\n"
     "\n"
     "Exit codes: 0 ok, 1 failure, 2 bad argument. NO_COLOR=1 switches colours off.\n"
     "'octomoe COMMAND --help' explains the options of a command.";
@@ -49,6 +50,7 @@ int parse_and_run(int argc, char** argv) {
   add_run(app, action);
   add_quantize(app, action);
   add_bench(app, action);
+  add_tune(app, action);
   if (!catalogue().empty()) add_pack(app, action);  // nothing to pack before there are kernels
   try {
     app.parse(argc, argv);
@@ -58,7 +60,7 @@ int parse_and_run(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     return fail(std::string(e.what()) + " (see octomoe --help)", kUsage);
   }
-  if (!action) return fail("no command given: doctor, run, quantize or bench (see octomoe --help)", kUsage);
+  if (!action) return fail("no command given: doctor, run, quantize, bench or tune (see octomoe --help)", kUsage);
   const int code = action();
   if (std::fflush(stdout) != 0 || std::ferror(stdout)) return fail("cannot write to standard output", kFailure);
   return code;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <utility>
@@ -63,6 +64,7 @@ OutputFile::~OutputFile() {
 }
 
 void OutputFile::commit(const std::string& content) {
+  if (path_ == "-") std::fflush(stdout);  // what was printed before comes first
   const std::string& name = direct_ ? target_ : temporary_;
   const int flags = O_WRONLY | O_TRUNC | O_CLOEXEC | (direct_ ? 0 : O_CREAT);
   const int fd = path_ == "-" ? ::dup(STDOUT_FILENO) : ::open(name.c_str(), flags, 0666);

@@ -55,6 +55,7 @@ enum CuFunctionAttribute : int {
   kFunctionLocalBytes = 3,
   kFunctionRegisters = 4,
   kFunctionMaxDynamicShared = 8,
+  kFunctionSharedCarveout = 9,  // percent of L1
   kFunctionNonPortableCluster = 14,
 };
 

@@ -1,7 +1,6 @@
 #include "cuda/gemm.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <string>
@@ -17,9 +16,7 @@ namespace octomoe::cuda {
 namespace {
 
 using kernels::Epilogue;
-using kernels::GemmConfig;
 using kernels::Promotion;
-using kernels::WgmmaConfig;
 
 Promotion promotion_of(const QuantizedMatrix& m) {
   switch (m.scheme.kind) {
@@ -37,12 +34,6 @@ int row_scheme_of(const Scheme& s) {  // kernels::RowScheme
   if (s.kind == SchemeKind::int8_hybrid) return 4;
   if (s.asymmetric) return 2;
   return s.activation_scale == ActivationScale::static_ ? 1 : 0;
-}
-
-// Of 128 columns in a K-block, as WgmmaConfig counts them; 0: not a whole number.
-int block_stages(const Scheme& s) {
-  if (!s.has_blocks()) return 1;
-  return s.block_k % WgmmaConfig::kBlockK == 0 ? s.block_k / WgmmaConfig::kBlockK : 0;
 }
 
 Tensor upload(const Tensor& t, Device device) {
@@ -125,38 +116,35 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   const bool asked = family == KernelFamily::sm90;
   if (family == KernelFamily::automatic) family = default_family();
   const Promotion promotion = promotion_of(m_);
-  if (epilogue_ == Epilogue::swiglu_block && (family == KernelFamily::sm80 || !why_not_wgmma(device).empty() ||
-                                              plan::wgmma_configs(promotion, epilogue_, block_stages(s)).empty())) {
+  if (epilogue_ == Epilogue::swiglu_block &&
+      (family == KernelFamily::sm80 || !why_not_wgmma(device).empty() ||
+       plan::wgmma_kernels(promotion, epilogue_, s.has_blocks() ? s.block_k : 0).empty())) {
     epilogue_ = Epilogue::swiglu;
   }
   const std::string why_not = why_not_wgmma(device);
   if (asked && !why_not.empty()) fail(ErrorCode::unsupported, "{}: the sm90 family expects {}", name, why_not);
   const bool automatic = family == KernelFamily::automatic, wgmma = why_not.empty() && family != KernelFamily::sm80;
-  if (wgmma) {
-    for (const WgmmaConfig& c : plan::wgmma_configs(promotion, epilogue_, block_stages(s))) {
-      kernels_.push_back({plan::gemm_id(c), c.block_n, c.features(), c.cluster, true,
-                          c.cluster > 1       ? 36
-                          : c.consumers > 1 ? 48
-                                            : 64,
-                          true});
-    }
-    const ContextGuard context(device);
-    weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, gated());
-  }
-  if (!wgmma || automatic) {
-    const bool fine = s.has_blocks() && s.block_k != 128;
-    for (const GemmConfig& c :
-         plan::gemm_configs(promotion, fine, epilogue_, plan::tile_family(device.max_shared_bytes))) {
-      kernels_.push_back({plan::gemm_id(c), c.block_n, c.features(), 1, false, 48, !wgmma});
-    }
-  }
   key_ = {.device = device.name,
+          .multiprocessors = device.multiprocessors,
           .promotion = promotion,
           .epilogue = epilogue_,
           .block_k = s.has_blocks() ? s.block_k : 0,
           .experts = m_.experts,
           .n = m_.n,
           .k = m_.k};
+  if (wgmma) {
+    for (plan::GemmKernel& k : plan::wgmma_kernels(promotion, epilogue_, key_.block_k)) {
+      kernels_.push_back({std::move(k), true});
+    }
+    const ContextGuard context(device);
+    weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, gated());
+  }
+  if (!wgmma || automatic) {
+    const int tiles = plan::tile_family(device.max_shared_bytes);
+    for (plan::GemmKernel& k : plan::mma_kernels(promotion, epilogue_, key_.block_k, tiles)) {
+      kernels_.push_back({std::move(k), !wgmma});
+    }
+  }
   const std::vector<std::string> tuned = automatic ? plan::tuned_table().kernels(key_) : std::vector<std::string>{};
   for (Kernel& kernel : kernels_) {
     const bool in_table = std::find(tuned.begin(), tuned.end(), kernel.id) != tuned.end();
@@ -185,7 +173,7 @@ std::string DeviceMatrix::why_not_wgmma(const DeviceInfo& device) const {
   const std::int64_t rows = gated() ? m_.n / 2 : m_.n, unit = gated() ? 16 : 32;
   if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
   if (s.has_blocks()) {
-    if (plan::wgmma_configs(promotion_of(m_), epilogue_, block_stages(s)).empty()) {
+    if (plan::wgmma_kernels(promotion_of(m_), epilogue_, s.block_k).empty()) {
       return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
     // A consumer's 128 rows share a scale block; gated, the tile's 128 of each half.
@@ -240,24 +228,7 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 
-namespace {
-
-// Token tiles that an expert's rows need on average, where tokens choose experts at random: the rows are Poisson
-// distributed, near enough to a normal distribution. E[ceil(rows / block)] = sum over j of P(rows > j * block).
-double expected_tiles(double mean, int block) {
-  const double spread = std::sqrt(2 * mean) + 1e-9;
-  double tiles = 0;
-  for (int j = 0;; ++j) {
-    const double above = 0.5 * std::erfc((static_cast<double>(j) * block + 0.5 - mean) / spread);
-    if (above < 1e-3) return tiles;
-    tiles += above;
-  }
-}
-
-}  // namespace
-
-// What the tuned table says, else the tile with the least work: a token tile costs its width and, for opening and storing it, as much as some tokens more
-// (docs/kernels.md). Remembered: the next call usually has as many rows.
+// Remembered: the next call usually has as many rows.
 const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;
   chosen_rows_ = rows;
@@ -269,28 +240,26 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
       }
     }
   }
-  const double mean = static_cast<double>(rows) / static_cast<double>(m_.experts);
+  return *(chosen_ = &by_cost(rows));
+}
+
+const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
+  const Kernel* best = nullptr;
   double least = std::numeric_limits<double>::infinity();
   for (const Kernel& k : kernels_) {
     if (!k.by_model) continue;
-    double cost = 0;
-    if (k.wgmma) {
-      // As wide as its rows need; CTAs of a cluster share the weights.
-      const double tiles = expected_tiles(mean, k.block_n * k.cluster) * k.cluster;
-      cost = mean + std::max(1e-3, tiles) * k.overhead;
-    } else {
-      cost = std::max(1e-3, expected_tiles(mean, k.block_n)) * (k.block_n + k.overhead);
-    }
-    if (cost < least) {
+    const double cost = plan::cost(k, plan::work_of(k, key_, static_cast<double>(rows)));
+    if (best == nullptr || cost < least) {
       least = cost;
-      chosen_ = &k;
+      best = &k;
     }
   }
-  return *chosen_;
+  return *best;
 }
 
 void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
-  const Kernel& kernel = choose(p.rows);
+  const std::int64_t rows = p.likely_rows > 0 ? p.likely_rows : p.rows;
+  const Kernel& kernel = choose(rows);
   const Scheme& s = m_.scheme;
   const kernels::GemmArgs args{
       .a = p.a.q,
@@ -335,7 +304,12 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows for the sm90 family, got {} x {}", p.a.rows,
            m_.k);
     }
-    launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args}, true,
+    // Weights that are read once only pass through L2. With more rows that loses: what L2 fetches along with a line is
+    // then often gone before it is needed. One rule for a launch: where both kinds of lines live in L2, the evict-first
+    // ones are squeezed out at once (docs/kernels.md).
+    constexpr std::int64_t kFewRows = 24;  // of an expert
+    const std::int32_t evict_first = rows <= kFewRows * m_.experts;
+    launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args, evict_first}, true,
              static_cast<unsigned>(kernel.cluster));
   } else {
     launcher(*kernel.loaded, blocks, args);

@@ -10,7 +10,7 @@
 #include "cuda/module.h"
 #include "cuda/observe.h"
 #include "octomoe/weights.h"
-#include "plan/tuned.h"
+#include "plan/cost.h"
 
 namespace octomoe::cuda {
 
@@ -81,6 +81,7 @@ class DeviceMatrix {
     const std::int32_t* index;     // offsets [E + 1] or counts [E], written two launches ago or earlier
     std::int64_t masked_rows = 0;  // rows of an expert; 0: offsets
     std::int64_t rows;             // most rows there can be in all
+    std::int64_t likely_rows = 0;  // what the kernel is chosen for; 0: rows
     const std::int32_t* row_source = nullptr;
     const float* row_factor = nullptr;
     const float* bias = nullptr;  // null: the matrix's own
@@ -94,12 +95,7 @@ class DeviceMatrix {
   };
   void gemm(const Launcher& launcher, const Problem& problem) const;
 
-  struct Kernel {
-    std::string id;
-    int block_n, features;  // of a tile
-    int cluster;
-    bool wgmma;
-    int overhead;                          // of a tile, in tokens
+  struct Kernel : plan::GemmKernel {
     bool by_model;                         // the cost model may choose it
     const LoadedKernel* loaded = nullptr;  // those that may be chosen are
   };
@@ -107,7 +103,8 @@ class DeviceMatrix {
   // From now on this candidate, whatever the rows; empty: as before.
   void force(const std::string& id);
   const plan::TuneKey& tune_key() const { return key_; }
-  const Kernel& choose(std::int64_t rows) const;  // what gemm() launches for that many rows
+  const Kernel& choose(std::int64_t rows) const;   // what gemm() launches for that many rows
+  const Kernel& by_cost(std::int64_t rows) const;  // the same without tuned tables
 
  private:
   std::string why_not_wgmma(const DeviceInfo& device) const;  // empty: it can

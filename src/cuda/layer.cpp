@@ -24,6 +24,10 @@ namespace {
 // the GPU (H100, bench/results/host_cost_h100.json): it is not made for calls that come less often than this.
 constexpr int kCallsBeforeGraph = 3;
 
+// Of weights that the kernels for few tokens read at most: they save launches and lose some bandwidth, and from 140 MB
+// on the others are as fast (H100, docs/kernels.md).
+constexpr std::int64_t kFewMostBytes = 128'000'000;
+
 // The steps of a layer, for the lifetimes of its buffers.
 enum Step : int { kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
 // The shared expert runs between kQuantizeX and kGather: its own steps lie inside one of the layer's.
@@ -66,7 +70,8 @@ struct Plan {
   int top_k = 0;
   std::int64_t rows = 0;
   WorkspacePlan memory;
-  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1, shared_weight = -1;
+  int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1,
+      shared_weight = -1;
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
 };
@@ -104,10 +109,14 @@ class CudaLayer final : public LayerBackend {
     const KernelFamily family = o.family == KernelFamily::automatic ? default_family() : o.family;
     const auto is_channel = [](const DeviceMatrix& m) { return m.scheme().kind == SchemeKind::int8_channel; };
     if (info_.compute_capability == 90 && family != KernelFamily::sm80 && routed_.fused && fused_gather_ && !shared_ &&
-        is_channel(routed_.w13) && is_channel(routed_.w2) && 2 * hidden_ <= kernels::kFewStageBytes &&
-        routed_.intermediate <= kernels::kFewStageBytes) {
+        is_channel(routed_.w13) && is_channel(routed_.w2) && hidden_ <= kernels::kFewMaxHidden) {
       few_gate_up_ = kernel("sm90_few:gate_up");
       few_down_ = kernel("sm90_few:down");
+      // A multiprocessor runs kernels beside each other only if they divide its L1 alike.
+      const ContextGuard context(info_);
+      for (const LoadedKernel* k : {few_gate_up_, few_down_}) {
+        OCTOMOE_CUDA(cuFuncSetAttribute, k->function, kFunctionSharedCarveout, 100);
+      }
     }
   }
 
@@ -199,24 +208,40 @@ class CudaLayer final : public LayerBackend {
     return plan_;
   }
 
-  // Shared memory of the kernels for few tokens; 0: the call is none for them.
-  struct FewShared {
-    std::int64_t gate_up = 0, down = 0;
+  // How the kernels for few tokens run; stages 0: the call is none for them.
+  struct FewPlan {
+    std::int64_t gate_up_shared = 0, down_shared = 0;
+    int columns = 0, stage_columns = 0, stages = 0;
   };
-  int few_columns() const { return static_cast<int>(ceil_div(hidden_, info_.multiprocessors)); }
-  FewShared few_shared(std::int64_t tokens, int top_k) const {
-    const std::int64_t routes = tokens * top_k;
-    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes) return {};
-    constexpr int kRing = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
-    // Behind the ring: quantised rows; then a scale for each weight row of the CTA, and for `down` y as well.
-    const std::int64_t pairs = ceil_div(routes * routed_.intermediate, info_.multiprocessors);
-    const FewShared shared{kRing + tokens * hidden_ + pairs * 2 * std::int64_t{sizeof(float)},
-                           kRing + routes * (routed_.intermediate + few_columns() * 2 * std::int64_t{sizeof(float)})};
-    return std::max(shared.gate_up, shared.down) <= plan::kFewSharedBytes ? shared : FewShared{};
+  FewPlan plan_few(std::int64_t tokens, int top_k) const {
+    const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
+    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
+        routes * 3 * hidden_ * row > kFewMostBytes) {
+      return {};
+    }
+    FewPlan p;
+    p.gate_up_shared = kernels::kFewHeaderBytes + tokens * kernels::few_x_stride(static_cast<int>(hidden_));
+    p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
+    const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
+    if (most == 0) return {};
+    const std::int64_t sets = ceil_div(p.columns, most);
+    p.stage_columns = static_cast<int>(ceil_div(p.columns, sets));
+    // Both kernels at once: besides what they ask for, a block has 1 KB of its own. `down` keeps, behind its ring, the
+    // quantised rows and two floats for each route and column.
+    const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up_shared;
+    const std::int64_t fixed = kernels::kFewHeaderBytes + routes * (row + p.columns * 2 * std::int64_t{sizeof(float)});
+    const std::int64_t stage = p.stage_columns * row;
+    const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - fixed;
+    const std::int64_t fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
+    if (fit < 2) return {};
+    const std::int64_t most_stages = std::min<std::int64_t>(fit, kernels::kFewMaxStages);
+    const std::int64_t streams = kernels::few_streams(p.stage_columns, static_cast<int>(most_stages));
+    p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(routes * sets, streams)) * streams);
+    p.down_shared = std::max<std::int64_t>(fixed + p.stages * stage, kernels::kFewDownMinSharedBytes);
+    return p;
   }
 
-  void launch_few(const ForwardArgs& a, const Plan& p, const FewShared& shared, Stream stream,
-                  std::uint8_t* base) const {
+  void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, Stream stream, std::uint8_t* base) const {
     const kernels::FewRoutes routes{
         .topk_ids = a.topk_ids.data(),
         .ids_stride = a.topk_ids.strides()[0],
@@ -234,7 +259,7 @@ class CudaLayer final : public LayerBackend {
     stages.stage("gate_up");
     launch(*few_gate_up_,
            {.grid = {static_cast<unsigned>(info_.multiprocessors)},
-            .shared_bytes = static_cast<int>(shared.gate_up),
+            .shared_bytes = static_cast<int>(few.gate_up_shared),
             .stream = stream,
             .pdl = true},
            kernels::FewGateUpArgs{.routes = routes,
@@ -245,8 +270,9 @@ class CudaLayer final : public LayerBackend {
                                   .limit = limit_});
     stages.stage("down");
     launch(*few_down_,
-           {.grid = {static_cast<unsigned>(ceil_div(hidden_, few_columns()))},
-            .shared_bytes = static_cast<int>(shared.down),
+           {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},
+            .threads = kernels::kFewDownThreads,
+            .shared_bytes = static_cast<int>(few.down_shared),
             .stream = stream,
             .pdl = true},
            kernels::FewDownArgs{.routes = routes,
@@ -256,7 +282,9 @@ class CudaLayer final : public LayerBackend {
                                 .out_stride = a.out.strides()[0],
                                 .out_type = out_type(a.out.dtype()),
                                 .accumulate = a.accumulate,
-                                .columns = few_columns()});
+                                .columns = few.columns,
+                                .stage_columns = few.stage_columns,
+                                .stages = few.stages});
     stages.stage(nullptr);
   }
 
@@ -264,8 +292,8 @@ class CudaLayer final : public LayerBackend {
     const Plan& p = plan_of(a);
     const Launcher launcher(info_, stream);
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
-    if (const FewShared shared = few_shared(p.tokens, p.top_k); shared.down > 0) {
-      return launch_few(a, p, shared, stream, static_cast<std::uint8_t*>(workspace));
+    if (const FewPlan few = plan_few(p.tokens, p.top_k); few.stages > 0) {
+      return launch_few(a, p, few, stream, static_cast<std::uint8_t*>(workspace));
     }
     const std::int64_t tokens = p.tokens;
     auto* base = static_cast<std::uint8_t*>(workspace);
@@ -316,6 +344,8 @@ class CudaLayer final : public LayerBackend {
     }
     first.index = ints(p.offsets);
     first.rows = p.rows;
+    // Of a rank: its share of the routes, as `octomoe tune` counts them.
+    first.likely_rows = std::max<std::int64_t>(1, p.rows * experts_ / id_limit_);
     first.row_factor = floats(p.row_factor);
     run_expert(launcher, routed_, p.routed, base, p, first, ints(p.offsets) + experts_, p.rows);
 
@@ -505,8 +535,8 @@ class CudaLayer final : public LayerBackend {
   Expert routed_;
   std::optional<Expert> shared_;
   Tensor expert_map_, shared_gate_;
-  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr, *activate_ = nullptr,
-                     *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
+  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr,
+                     *activate_ = nullptr, *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
   Workspaces workspaces_;
   Replays replays_;
   Plan plan_;  // of the last launches

@@ -119,6 +119,8 @@ constexpr WgmmaConfig kWgmma[] = {
     {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1, 2},
     {Promotion::channel, Epilogue::store, 128, 4, 1, 2, 2},
     {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2, 2},
+    {Promotion::channel, Epilogue::store, 160, 4, 1, 2, 2},
+    {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 2, 2},
     {Promotion::channel, Epilogue::store, 128, 3, 1, 1, 1},
     {Promotion::channel, Epilogue::swiglu, 128, 3, 1, 1, 1},
     {Promotion::block, Epilogue::store, 128, 4, 1, 1, 2},
@@ -213,15 +215,18 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   for (const WgmmaConfig& c : kWgmma) all.push_back(gemm_entry(c));
-  for (const char* which : {"gate_up", "down"}) {
-    KernelEntry e = simple_entry(fmt::format("sm90_few:{}", which), "sm90/few_tokens.cuh", "", "",
-                                 kernels::kFewThreads, kFewSharedBytes);
-    e.call = fmt::format("octomoe::sm90::few_{}", which);
-    e.args_type = which == std::string_view("down") ? "octomoe::kernels::FewDownArgs" : "octomoe::kernels::FewGateUpArgs";
+  const auto few = [&](const char* id, const char* call, const char* args, int threads, int min_blocks,
+                       int shared_bytes) {
+    KernelEntry e = simple_entry(id, "sm90/few_tokens.cuh", "", args, threads, shared_bytes);
+    e.call = call;
+    e.min_blocks = min_blocks;
     e.archs = {90};
     e.expect = "IDP.4A";
     all.push_back(std::move(e));
-  }
+  };
+  few("sm90_few:gate_up", "octomoe::sm90::few_gate_up", "FewGateUpArgs", kernels::kFewGateUpThreads, 1,
+      kernels::kFewHeaderBytes + kernels::kFewTokens * kernels::kFewMaxHidden);
+  few("sm90_few:down", "octomoe::sm90::few_down", "FewDownArgs", kernels::kFewDownBound, 2, 220 * 1024);
   return all;
 }
 

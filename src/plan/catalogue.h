@@ -21,9 +21,6 @@ std::string quantize_id(int row_scheme, QuantizeKernel kernel);
 // Of the route kernel, for each of 4 tokens: E scores, E choices and up to E groups with two numbers each.
 inline constexpr int kRouteSharedBytes = 4 * 4 * kernels::kMaxExperts * 4;
 
-// At most, of the kernels for few tokens: header, ring and quantised rows.
-inline constexpr int kFewSharedBytes = 220 * 1024;
-
 std::string gemm_id(const kernels::GemmConfig& config);
 // Tiles of the SM80 family for one promotion and epilogue, by rising block_n. family: tile_family of the device.
 std::span<const kernels::GemmConfig> gemm_configs(kernels::Promotion promotion, bool fine_groups,

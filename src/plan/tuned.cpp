@@ -1,5 +1,7 @@
 #include "plan/tuned.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
@@ -8,8 +10,8 @@
 #include <nlohmann/json.hpp>
 
 #include "base/log.h"
-#include "jit/catalogue.h"
 #include "jit/cache.h"
+#include "jit/catalogue.h"
 #include "jit/kernel_store.h"
 #include "tensor/check.h"
 
@@ -32,6 +34,8 @@ Enum named(const std::string& text, const char* const (&names)[kCount], const st
 
 }  // namespace
 
+const char* to_string(Promotion promotion) { return kPromotions[static_cast<int>(promotion)]; }
+
 TunedTable TunedTable::parse(const std::string& text, const std::string& source) {
   TunedTable table;
   try {
@@ -41,6 +45,7 @@ TunedTable TunedTable::parse(const std::string& text, const std::string& source)
     }
     for (const auto& e : json.at("entries")) {
       const TuneKey key{.device = e.at("device"),
+                        .multiprocessors = e.at("multiprocessors"),
                         .promotion = named<Promotion>(e.at("promotion"), kPromotions, source + ": promotion"),
                         .epilogue = named<Epilogue>(e.at("epilogue"), kEpilogues, source + ": epilogue"),
                         .block_k = e.at("block_k"),
@@ -64,23 +69,37 @@ TunedTable TunedTable::read(const std::string& path) {
   return parse({std::istreambuf_iterator<char>(file), {}}, path);
 }
 
-nlohmann::ordered_json TunedTable::json() const {
-  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+std::string TunedTable::text() const {
+  std::string lines;
   for (const auto& [key, by_rows] : entries_) {
     for (const auto& [rows, choice] : by_rows) {
-      list.push_back({{"device", key.device},
-                      {"promotion", kPromotions[static_cast<int>(key.promotion)]},
-                      {"epilogue", kEpilogues[static_cast<int>(key.epilogue)]},
-                      {"block_k", key.block_k},
-                      {"experts", key.experts},
-                      {"n", key.n},
-                      {"k", key.k},
-                      {"rows", rows},
-                      {"kernel", choice.kernel},
-                      {"us", choice.us}});
+      const nlohmann::ordered_json entry{{"device", key.device},
+                                         {"multiprocessors", key.multiprocessors},
+                                         {"promotion", to_string(key.promotion)},
+                                         {"epilogue", kEpilogues[static_cast<int>(key.epilogue)]},
+                                         {"block_k", key.block_k},
+                                         {"experts", key.experts},
+                                         {"n", key.n},
+                                         {"k", key.k},
+                                         {"rows", rows},
+                                         {"kernel", choice.kernel},
+                                         {"us", choice.us}};
+      lines += (lines.empty() ? "\n" : ",\n") + entry.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
     }
   }
-  return {{"version", kVersion}, {"entries", list}};
+  return fmt::format("{{\"version\": {}, \"entries\": [{}\n]}}\n", kVersion, lines);
+}
+
+std::size_t TunedTable::size() const {
+  std::size_t n = 0;
+  for (const auto& [key, by_rows] : entries_) n += by_rows.size();
+  return n;
+}
+
+std::size_t TunedTable::count(const std::string& device) const {
+  std::size_t n = 0;
+  for (const auto& [key, by_rows] : entries_) n += key.device == device ? by_rows.size() : 0;
+  return n;
 }
 
 void TunedTable::set(const TuneKey& key, std::int64_t rows, TuneChoice choice) {
@@ -128,21 +147,37 @@ std::string user_tuned_path() {
   return folder.empty() ? "" : (std::filesystem::path(folder) / "tuned.json").string();
 }
 
+const std::vector<TunedFile>& tuned_files() {
+  static const std::vector<TunedFile>* files = [] {
+    auto* all = new std::vector<TunedFile>;
+    // Of the installed ones the nearest.
+    std::vector<std::string> paths;
+    std::error_code ignored;
+    for (std::string& path : jit::installed_files("tuned.json")) {
+      if (paths.empty() && std::filesystem::exists(path, ignored)) paths.push_back(std::move(path));
+    }
+    if (std::string user = user_tuned_path(); !user.empty() && std::filesystem::exists(user, ignored)) {
+      paths.push_back(std::move(user));
+    }
+    for (const std::string& path : paths) {
+      TunedFile file{.path = path};
+      try {
+        file.table = TunedTable::read(path);
+      } catch (const Error& e) {
+        file.problem = e.what();
+        log(LogLevel::warning, fmt::format("the tuned table is not used: {}", file.problem));
+      }
+      all->push_back(std::move(file));
+    }
+    return all;
+  }();
+  return *files;
+}
+
 const TunedTable& tuned_table() {
   static const TunedTable* table = [] {
     auto* all = new TunedTable;
-    std::vector<std::string> paths = jit::installed_files("tuned.json");
-    std::reverse(paths.begin(), paths.end());  // the nearest one wins
-    if (std::string user = user_tuned_path(); !user.empty()) paths.push_back(std::move(user));
-    for (const std::string& path : paths) {
-      std::error_code ignored;
-      if (!std::filesystem::exists(path, ignored)) continue;
-      try {
-        all->merge(TunedTable::read(path));
-      } catch (const Error& e) {
-        log(LogLevel::warning, fmt::format("the tuned table is not used: {}", e.what()));
-      }
-    }
+    for (const TunedFile& file : tuned_files()) all->merge(file.table);
     return all;
   }();
   return *table;

@@ -1,10 +1,9 @@
-// Tuned tables: which GEMM kernel was the fastest for a matrix stack and a number of rows on a device, as `octomoe tune`
-// measured it. Where a table has nothing near, the cost model decides (cuda/gemm.cpp).
+// Tuned tables: which GEMM kernel was the fastest for a matrix stack and a number of rows on a device, as `octomoe
+// tune` measured it. Where a table has nothing near, the cost model decides (cuda/gemm.cpp).
 #pragma once
 
 #include <cstdint>
 #include <map>
-#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -13,9 +12,12 @@
 
 namespace octomoe::plan {
 
+const char* to_string(kernels::Promotion promotion);
+
 // What a choice depends on, beside the rows.
 struct TuneKey {
-  std::string device;  // the driver's name of it
+  std::string device;       // the driver's name of it
+  int multiprocessors = 0;  // the same device may lend fewer
   kernels::Promotion promotion = kernels::Promotion::channel;
   kernels::Epilogue epilogue = kernels::Epilogue::store;
   int block_k = 0;  // columns of a scale block; channel: 0
@@ -24,18 +26,18 @@ struct TuneKey {
 };
 
 struct TuneChoice {
-  std::string kernel;               // the catalogue's id
+  std::string kernel;                // the catalogue's id: the fastest, or another that is as good as that
   std::map<std::string, double> us;  // of every kernel that was measured
 };
 
 class TunedTable {
  public:
-  // {"version": 1, "entries": [{"device", "promotion", "epilogue", "block_k", "experts", "n", "k", "rows", "kernel",
-  // "us": {kernel: us}}]}. Error(format) naming `source` and the field. Entries with kernels that the catalogue does not
-  // have (another version's) are left out.
+  // {"version": 1, "entries": [{"device", "multiprocessors", "promotion", "epilogue", "block_k", "experts", "n", "k",
+  // "rows", "kernel", "us": {kernel: us}}]}. Error(format) naming `source` and the field. Entries with kernels that the
+  // catalogue does not have (another version's) are left out.
   static TunedTable parse(const std::string& text, const std::string& source);
   static TunedTable read(const std::string& path);
-  nlohmann::ordered_json json() const;
+  std::string text() const;  // the same, a line for each entry
 
   void set(const TuneKey& key, std::int64_t rows, TuneChoice choice);
   void merge(const TunedTable& newer);  // its entries win
@@ -45,14 +47,22 @@ class TunedTable {
   std::vector<std::string> kernels(const TuneKey& key) const;
   const std::map<TuneKey, std::map<std::int64_t, TuneChoice>>& entries() const { return entries_; }
   bool empty() const { return entries_.empty(); }
+  std::size_t size() const;
+  std::size_t count(const std::string& device) const;  // entries of that device
 
  private:
   std::map<TuneKey, std::map<std::int64_t, TuneChoice>> entries_;
 };
 
-// The table that came with the library (share/octomoe/tuned.json beside it), then $OCTOMOE_TUNED, else
-// tuned.json in the folder of the kernel cache. Read once. A file that cannot be read is a logged warning.
-const TunedTable& tuned_table();
-std::string user_tuned_path();  // empty: no place for it
+// The tables that the library takes, later ones winning: share/octomoe/tuned.json, found as the kernel pack is, then
+// user_tuned_path(). Read once. A file that cannot be used is a logged warning.
+struct TunedFile {
+  std::string path = {}, problem = {};  // problem: why it is not used; empty: it is
+  TunedTable table = {};
+};
+const std::vector<TunedFile>& tuned_files();  // those that exist
+const TunedTable& tuned_table();              // all of them
+// $OCTOMOE_TUNED, else tuned.json in the folder of the kernel cache; empty: no place for it.
+std::string user_tuned_path();
 
 }  // namespace octomoe::plan

@@ -51,10 +51,9 @@ TEST_F(Command, VersionAndHelp) {
   EXPECT_THAT(version.out, StartsWith("octomoe 0."));
   const Result help = run_cli({"--help"});
   EXPECT_EQ(help.code, 0);
-  for (const char* part : {"doctor", "run", "quantize", "bench", "Examples:", "Exit codes"})
+  for (const char* part : {"doctor", "run", "quantize", "bench", "tune", "Examples:", "Exit codes"})
     EXPECT_THAT(help.out, HasSubstr(part));
-  EXPECT_THAT(help.out, Not(HasSubstr("tune")));
-  for (const char* command : {"doctor", "run", "quantize", "bench"}) {
+  for (const char* command : {"doctor", "run", "quantize", "bench", "tune"}) {
     const Result r = run_cli({command, "--help"});
     EXPECT_EQ(r.code, 0) << command;
     EXPECT_THAT(r.out, HasSubstr("Example")) << command;
@@ -100,6 +99,116 @@ TEST_F(Command, UsageErrorsAreTwo) {
                "with --device cuda, got bf16");
   expect_error(run_cli(small_bench({"--min-time", "1"})), 2, "--min-time");
   expect_error(run_cli(small_bench({"--experts-local", "9"})), 2, "--experts-local");
+}
+
+TEST_F(Command, TuneUsageErrorsAreTwo) {
+  expect_error(run_cli({"tune"}), 2, "--all-models");
+  expect_error(run_cli({"tune", "--model", "gpt-1"}), 2, "qwen3-30b");
+  expect_error(run_cli({"tune", "--experts", "8"}), 2, "--hidden");
+  expect_error(run_cli({"tune", "--all-models", "--model", "qwen3-30b"}), 2, "--all-models");
+  expect_error(run_cli({"tune", "--all-models", "--experts-local", "4"}), 2, "--all-models");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--device", "cpu"}), 2, "--device: expected cuda");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--device", "tpu"}), 2, "--device: ");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--tokens", "0"}), 2, "--tokens: expected 1 to");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--schemes", "bf16"}), 2, "--schemes: expected integer");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--family", "sm75"}), 2, "--family");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--rounds", "0"}), 2, "--rounds");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--experts-local", "129"}), 2, "--experts-local");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--json", "x"}), 2, "--json");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--out", "-"}), 2, "--out: expected a file");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--check", "x"}), 2, "--check");
+  const RunOptions homeless{
+      .environment = {{"OCTOMOE_TUNED", ""}, {"OCTOMOE_CACHE_DIR", ""}, {"XDG_CACHE_HOME", ""}, {"HOME", ""}}};
+  expect_error(run_cli({"tune", "--model", "qwen3-30b"}, homeless), 2, "--out: expected a file");
+}
+
+TEST_F(Command, TuneFailuresAreOne) {
+  TempFolder folder;
+  if (!cuda::driver_available()) {
+    expect_error(run_cli({"tune", "--model", "qwen3-30b", "--out", folder / "t.json"}), 1, "CUDA driver");
+    EXPECT_EQ(folder.entries(), 0u);
+  }
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--out", "/nonexistent/t.json"}), 1, "/nonexistent/t.json");
+  // What is there is merged, so it must be a table; it stays.
+  write_file(folder / "t.json", "{\"version\": 7, \"entries\": []}");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b", "--out", folder / "t.json"}), 1, "version: expected 1, got 7");
+  expect_error(run_cli({"tune", "--model", "qwen3-30b"}, {.environment = {{"OCTOMOE_TUNED", folder / "t.json"}}}), 1,
+               "t.json: version");
+  EXPECT_THAT(read_file(folder / "t.json"), HasSubstr("7"));
+  expect_error(run_cli({"tune", "--check", folder / "none.json"}), 1, "none.json");
+  write_file(folder / "e.json", "{\"version\": 1, \"entries\": []}");
+  expect_error(run_cli({"tune", "--check", folder / "e.json"}), 1, "expected entries");
+}
+
+// A table of two models, the second made up of the first.
+TEST_F(Command, TuneChecksTheCostModel) {
+  TempFolder folder;
+  Json table = Json::parse(read_file(OCTOMOE_SOURCE_DIR "/share/tuned.json"));
+  const Json all = table["entries"];
+  table["entries"] = Json::array();
+  for (Json e : all) {
+    if (e["experts"] != 128 || !((e["n"] == 1536 && e["k"] == 2048) || (e["n"] == 2048 && e["k"] == 768))) continue;
+    table["entries"].push_back(e);
+    e["n"] = e["epilogue"] == "swiglu" ? 1024 : 2048;
+    e["k"] = e["epilogue"] == "swiglu" ? 2048 : 512;
+    e["experts"] = 256;
+    table["entries"].push_back(e);
+  }
+  write_file(folder / "two.json", table.dump());
+  const Result r = run_cli({"tune", "--check", folder / "two.json", "--json", folder / "check.json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_THAT(r.out, AllOf(HasSubstr("qwen3-30b"), HasSubstr("qwen3.6-35b"), HasSubstr("left out: with constants")));
+  const Json j = Json::parse(read_file(folder / "check.json"));
+  ASSERT_EQ(j["results"].size(), 6u);
+  for (const Json& row : j["results"]) {
+    EXPECT_GE(row["mean_loss"].get<double>(), 0);
+    EXPECT_GE(row["worst_loss"].get<double>(), row["mean_loss"].get<double>());
+    EXPECT_GE(row["left_out_worst_loss"].get<double>(), row["left_out_mean_loss"].get<double>());
+    EXPECT_GT(row["points"].get<int>(), 0);
+  }
+}
+
+// Whose choice is not the fastest kernel, and by how much.
+TEST_F(Command, TuneCheckSeesALoss) {
+  TempFolder folder;
+  Json table = Json::parse(read_file(OCTOMOE_SOURCE_DIR "/share/tuned.json"));
+  Json one = table;
+  one["entries"] = Json::array();
+  for (const Json& e : table["entries"]) {
+    if (one["entries"].empty() && e["promotion"] == "channel") one["entries"].push_back(e);
+  }
+  Json& us = one["entries"][0]["us"];
+  const auto check = [&] {
+    write_file(folder / "one.json", one.dump());
+    const Result r = run_cli({"tune", "--check", folder / "one.json", "--json", "-"});
+    EXPECT_EQ(r.code, 0) << r.err;
+    return Json::parse(r.out.substr(r.out.find("\n{")));
+  };
+  for (auto& [kernel, value] : us.items()) value = 10;
+  Json j = check();
+  EXPECT_EQ(j["results"][0]["worst_loss"], 0);
+  EXPECT_TRUE(j["results"][0]["left_out_worst_loss"].is_null());  // one model only
+  for (auto& [kernel, value] : us.items()) {
+    if (kernel.starts_with("sm80")) value = 8;  // which the cost model does not look at beside wgmma
+  }
+  j = check();
+  EXPECT_EQ(j["results"][0]["family"], "sm90");
+  EXPECT_EQ(j["results"][0]["worst_loss"], 0.25);
+  EXPECT_EQ(j["results"][2]["family"], "sm80");
+  EXPECT_EQ(j["results"][2]["worst_loss"], 0);
+}
+
+TEST_F(Command, DoctorNamesTheTunedTables) {
+  TempFolder folder;
+  write_file(folder / "mine.json", "{\"version\": 1, \"entries\": []}");
+  const RunOptions mine{.environment = {{"OCTOMOE_TUNED", folder / "mine.json"}}};
+  EXPECT_THAT(run_cli({"doctor"}, mine).out, HasSubstr("tuned table: " + folder / "mine.json" + " (0 entries"));
+  Json j = Json::parse(run_cli({"doctor", "--json"}, mine).out);
+  EXPECT_EQ(j["engines"]["cuda"]["tuned_tables"].back()["path"], folder / "mine.json");
+  write_file(folder / "mine.json", "no table");
+  EXPECT_THAT(run_cli({"doctor"}, mine).out, HasSubstr("tuned table: not used: " + folder / "mine.json"));
+  j = Json::parse(run_cli({"doctor", "--json"}, mine).out);
+  EXPECT_TRUE(j["engines"]["cuda"]["tuned_tables"].back().contains("problem"));
 }
 
 TEST_F(Command, FailuresAreOne) {
@@ -373,6 +482,74 @@ TEST_F(GpuCommand, StudyComparesTheWays) {
     EXPECT_EQ(c["ways"][0]["launches"], 1);
     EXPECT_EQ(c["ways"][2]["launches"], c["busy_experts"]);
     for (const Json& w : c["ways"]) EXPECT_GT(w["graph"]["median_us"].get<double>(), 0);
+  }
+}
+
+TEST_F(GpuCommand, Tune) {
+  TempFolder folder;
+  const std::string path = folder / "t.json";
+  const auto tune = [&](const std::string& tokens) {
+    return run_cli({"tune", "--experts", "16", "--hidden", "256", "--intermediate", "128", "--top-k", "2", "--tokens",
+                    tokens, "--rounds", "2", "--out", path});
+  };
+  const Result first = tune("1,64");
+  ASSERT_EQ(first.code, 0) << first.err;
+  EXPECT_THAT(first.out, AllOf(HasSubstr("w13"), HasSubstr("cost model"), HasSubstr("12 entries measured, 12 in all")));
+  Json j = Json::parse(read_file(path));
+  ASSERT_EQ(j["entries"].size(), 12u);
+  for (const Json& e : j["entries"]) {
+    EXPECT_EQ(e["experts"], 16);
+    EXPECT_TRUE(e["rows"] == 2 || e["rows"] == 128) << e;
+    const double least = e["us"][e["kernel"].get<std::string>()];
+    EXPECT_GT(least, 0.1);
+    EXPECT_GE(e["us"].size(), 2u);
+    for (const Json& us : e["us"]) EXPECT_GE(1.02 * us.get<double>(), least);  // less is noise
+  }
+  const Result second = tune("64,1024");
+  ASSERT_EQ(second.code, 0) << second.err;
+  EXPECT_THAT(second.out, HasSubstr("12 entries measured, 18 in all (12 before)"));
+  const RunOptions mine{.environment = {{"OCTOMOE_TUNED", path}}};
+  j = Json::parse(run_cli({"doctor", "--json"}, mine).out);
+  EXPECT_EQ(j["engines"]["cuda"]["tuned_tables"].back()["entries_for_gpus"], 18);
+  // Layers run with what it says.
+  const Result bench = run_cli({"bench", "--device", "cuda", "--experts", "16", "--hidden", "256", "--intermediate",
+                                "128", "--top-k", "2", "--tokens", "64", "--iters", "2"},
+                               mine);
+  EXPECT_EQ(bench.code, 0) << bench.err;
+  EXPECT_EQ(run_cli({"tune", "--check", path}).code, 0);
+}
+
+// One rank of two: the table is asked for the rows that it probably has.
+TEST_F(GpuCommand, TuneOfARank) {
+  TempFolder folder;
+  const Result r = run_cli({"tune",
+                            "--experts",
+                            "16",
+                            "--experts-local",
+                            "8",
+                            "--hidden",
+                            "256",
+                            "--intermediate",
+                            "128",
+                            "--top-k",
+                            "2",
+                            "--tokens",
+                            "64",
+                            "--schemes",
+                            "int8_channel",
+                            "--family",
+                            "sm80",
+                            "--rounds",
+                            "1",
+                            "--out",
+                            folder / "t.json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  const Json j = Json::parse(read_file(folder / "t.json"));
+  ASSERT_EQ(j["entries"].size(), 2u);
+  for (const Json& e : j["entries"]) {
+    EXPECT_EQ(e["rows"], 64);
+    EXPECT_EQ(e["experts"], 8);
+    for (const auto& [kernel, us] : e["us"].items()) EXPECT_THAT(kernel, StartsWith("sm80"));
   }
 }
 

@@ -74,15 +74,16 @@ inline float __fsub_rn(float a, float b) { return octomoe_nan(a - b); }
 inline float __fmul_rn(float a, float b) { return octomoe_nan(a * b); }
 inline float __fdiv_rn(float a, float b) { return octomoe_nan(a / b); }
 inline float __fmaf_rn(float a, float b, float c) { return octomoe_nan(fmaf(a, b, c)); }
-// Byte i of the result is the one of b:a that selector's nibble i names.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const std::uint64_t both = std::uint64_t{b} << 32 | a;
-  unsigned d = 0;
-  for (int i = 0; i < 4; ++i) d |= static_cast<unsigned>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-  return d;
-}
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline int __ffsll(long long x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(x)) + 1; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long all = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned to = 0;
+  for (int i = 0; i < 4; ++i) to |= static_cast<unsigned>(all >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return to;
+}
 inline int __dp4a(int a, int b, int c) {
   auto sum = static_cast<unsigned>(c);
   for (int i = 0; i < 32; i += 8) {
@@ -109,6 +110,9 @@ inline void __syncwarp() { octomoe::emulator::exchange("__syncwarp", ~0u, {}); }
 inline int __shfl_sync(unsigned mask, int v, int from) {
   return static_cast<int>(
       octomoe::emulator::exchange("__shfl_sync", mask, {{static_cast<unsigned>(v)}})[from & 31].v[0]);
+}
+inline float __shfl_sync(unsigned mask, float v, int from) {
+  return __int_as_float(__shfl_sync(mask, __float_as_int(v), from));
 }
 inline int __shfl_up_sync(unsigned mask, int v, unsigned by) {
   const auto* all = octomoe::emulator::exchange("__shfl_up_sync", mask, {{static_cast<unsigned>(v)}});

@@ -15,6 +15,7 @@ struct Options {
   bool weight_on_input = false, accumulate = false, map = false, wide_ids = false;
   float limit = 0;  // 0: none
   int ctas = 5;     // stand for the GPU's multiprocessors
+  int stage_columns = kernels::kFewMaxStageColumns, stages = 3;
 };
 
 FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
@@ -58,9 +59,9 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                          .weights_stride = c.top_k,
                          .weight_on_input = o.weight_on_input};
   const std::int64_t count = c.tokens * c.top_k, columns = (c.hidden + o.ctas - 1) / o.ctas;
-  // As src/cuda/layer.cpp has it: header and ring, then quantised rows, scales and y.
-  const std::int64_t ring = kernels::kFewHeaderBytes + kernels::kFewStages * kernels::kFewStageBytes;
-  const std::int64_t pairs = (count * c.intermediate + o.ctas - 1) / o.ctas;
+  const std::int64_t stage_columns = std::min<std::int64_t>(columns, o.stage_columns);
+  const int streams = kernels::few_streams(static_cast<int>(stage_columns), o.stages);
+  const int stages = o.stages / streams * streams;
   for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed},
                                    Schedule{true, true, 2 * c.seed + 1}, Schedule{false, true, 2 * c.seed + 3}}) {
     SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " +
@@ -86,16 +87,20 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                                 : o.out == DType::float16 ? kernels::OutType::fp16
                                                                           : kernels::OutType::bf16,
                                     .accumulate = o.accumulate,
-                                    .columns = static_cast<std::int32_t>(columns)};
+                                    .columns = static_cast<std::int32_t>(columns),
+                                    .stage_columns = static_cast<std::int32_t>(stage_columns),
+                                    .stages = stages};
     try {
       launch({.grid = o.ctas,
-              .threads = kernels::kFewThreads,
-              .shared_bytes = static_cast<int>(ring + c.tokens * c.hidden + pairs * 8),
+              .threads = kernels::kFewGateUpThreads,
+              .shared_bytes = static_cast<int>(kernels::kFewHeaderBytes +
+                                               c.tokens * kernels::few_x_stride(static_cast<int>(c.hidden))),
               .schedule = schedule},
              [&] { sm90::few_gate_up(gate_up); });
       launch({.grid = static_cast<int>((c.hidden + columns - 1) / columns),
-              .threads = kernels::kFewThreads,
-              .shared_bytes = static_cast<int>(ring + count * (c.intermediate + columns * 8)),
+              .threads = kernels::kFewDownThreads,
+              .shared_bytes = static_cast<int>(kernels::kFewHeaderBytes +
+                                               (count + stages * stage_columns) * c.intermediate + 8 * count * columns),
               .schedule = schedule},
              [&] { sm90::few_down(down); });
     } catch (const Fault& fault) {
@@ -105,18 +110,34 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   }
 }
 
-TEST(FewTokens, OneToFourTokens) {
+TEST(FewTokens, EveryNumberOfTokens) {
   for (int tokens = 1; tokens <= kernels::kFewTokens; ++tokens) {
     check({.tokens = tokens, .scheme = {}, .seed = static_cast<std::uint32_t>(tokens)}, {});
   }
 }
-TEST(FewTokens, MostRoutes) { check({.experts = 40, .tokens = 4, .top_k = 8, .scheme = {}, .seed = 5}, {}); }
-// Rows of 8 KB: two pairs a stage, and more stages than the ring has.
+// More than 32 pairs a warp, and experts with routes of both halves of a warp's lanes.
+TEST(FewTokens, MostRoutes) {
+  check({.experts = 40, .tokens = 8, .top_k = 8, .scheme = {}, .seed = 5}, {});
+  check({.experts = 9, .tokens = 8, .top_k = 8, .scheme = {}, .seed = 41}, {.ctas = 2});
+  check({.experts = 11, .tokens = 7, .top_k = 5, .scheme = {}, .seed = 42}, {.ctas = 3, .stages = 2});
+}
+// Rows of several units with a short last one; longer than registers keep; more stages than the ring has.
 TEST(FewTokens, LongRows) {
-  check({.experts = 3, .hidden = 4096, .intermediate = 48, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 6},
-        {.ctas = 2});
+  check({.experts = 3, .hidden = 8192, .intermediate = 48, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 6},
+        {.ctas = 3});
+  check({.experts = 3, .hidden = 2576, .intermediate = 48, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 43},
+        {.ctas = 3});
   check({.experts = 3, .hidden = 64, .intermediate = 8192, .tokens = 2, .top_k = 2, .scheme = {}, .seed = 7},
-        {.ctas = 2});
+        {.ctas = 2, .stage_columns = 5, .stages = 2});
+  check({.experts = 5, .hidden = 64, .intermediate = 1552, .tokens = 3, .top_k = 2, .scheme = {}, .seed = 44},
+        {.ctas = 2, .stage_columns = 7});
+}
+// A stage's columns divide the CTA's, or not; a CTA has fewer columns than others.
+TEST(FewTokens, SetsOfColumns) {
+  for (int stage_columns : {1, 4, 13, 19, 42}) {
+    check({.hidden = 208, .tokens = 4, .scheme = {}, .seed = static_cast<std::uint32_t>(45 + stage_columns)},
+          {.ctas = 5, .stage_columns = stage_columns, .stages = 2});
+  }
 }
 TEST(FewTokens, MoreCtasThanColumns) {
   check({.experts = 4, .hidden = 32, .intermediate = 16, .tokens = 1, .top_k = 1, .scheme = {}, .seed = 8},
@@ -130,10 +151,21 @@ TEST(FewTokens, NoRoutes) {
   check(c, {.accumulate = true}, &in);
 }
 TEST(FewTokens, OneExpertForAll) {
-  const LayerCase c{.tokens = 4, .scheme = {}, .seed = 10};
+  for (int tokens : {4, 7}) {
+    const LayerCase c{.tokens = tokens, .top_k = tokens == 7 ? 8 : 3, .scheme = {}, .seed = 10};
+    const LayerInput in = testing::make_input(c);
+    for (std::int64_t i = 0; i < in.ids.elems(); ++i) in.ids.as<std::int32_t>()[i] = 5;
+    check(c, {}, &in);
+  }
+}
+// An expert that a token names twice, with routes that are elsewhere in between.
+TEST(FewTokens, RepeatedIds) {
+  const LayerCase c{.tokens = 8, .top_k = 7, .scheme = {}, .seed = 60};
   const LayerInput in = testing::make_input(c);
-  for (std::int64_t i = 0; i < in.ids.elems(); ++i) in.ids.as<std::int32_t>()[i] = 5;
+  auto* ids = in.ids.as<std::int32_t>();
+  for (std::int64_t i = 0; i < in.ids.elems(); ++i) ids[i] = i % 5 == 3 ? -1 : static_cast<std::int32_t>(i * i % 7);
   check(c, {}, &in);
+  check(c, {.weight_on_input = true}, &in);
 }
 TEST(FewTokens, Schemes) {
   std::uint32_t seed = 11;
@@ -151,7 +183,7 @@ TEST(FewTokens, Options) {
                              Options{.x = DType::float32, .out = DType::float32, .accumulate = true},
                              Options{.x = DType::float16, .out = DType::float16, .accumulate = true}}) {
       SCOPED_TRACE(seed);
-      LayerCase c{.tokens = 1 + seed % 4, .scheme = {}, .biases = seed % 2 == 0, .seed = seed};
+      LayerCase c{.tokens = 1 + seed % kernels::kFewTokens, .scheme = {}, .biases = seed % 2 == 0, .seed = seed};
       c.order = up_first ? GateUpOrder::up_gate : GateUpOrder::gate_up;
       check(c, o);
       ++seed;

@@ -22,7 +22,7 @@ void check(GemmCase c, int ctas = 2) {
   GemmProblem problem(c);
   const cuda::WeightBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
   problem.check([&](const GemmArgs& args, const Schedule& schedule) {
-    const WgmmaArgs all{encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box), args};
+    const WgmmaArgs all{encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box), args, c.seed % 2 == 0};
     launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
            [&] { sm90::grouped_gemm<C>(all); });
   });

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "plan/catalogue.h"
@@ -15,20 +17,21 @@ using kernels::Epilogue;
 using kernels::Promotion;
 using testing::expect_error;
 
-std::string some_kernel(std::size_t i) {
-  return gemm_id(wgmma_configs(Promotion::channel, Epilogue::swiglu, 1)[i]);
-}
+std::string some_kernel(std::size_t i) { return gemm_id(wgmma_configs(Promotion::channel, Epilogue::swiglu, 1)[i]); }
 
 TuneKey key(std::int64_t k = 2048) {
-  return {.device = "GPU", .epilogue = Epilogue::swiglu, .experts = 128, .n = 1536, .k = k};
+  return {.device = "GPU", .multiprocessors = 132, .epilogue = Epilogue::swiglu, .experts = 128, .n = 1536, .k = k};
 }
 
 TEST(TunedTable, SurvivesItsFile) {
   TunedTable table;
   table.set(key(), 8192, {some_kernel(0), {{some_kernel(0), 12.5}, {some_kernel(1), 13}}});
   table.set(key(512), 64, {some_kernel(1), {{some_kernel(1), 3}}});
-  const TunedTable back = TunedTable::parse(table.json().dump(), "file");
-  EXPECT_EQ(back.json(), table.json());
+  const TunedTable back = TunedTable::parse(table.text(), "file");
+  EXPECT_EQ(back.text(), table.text());
+  EXPECT_EQ(back.size(), 2u);
+  EXPECT_EQ(back.count("GPU"), 2u);
+  EXPECT_EQ(back.count("another"), 0u);
   ASSERT_NE(back.find(key(), 8192), nullptr);
   EXPECT_EQ(back.find(key(), 8192)->us.at(some_kernel(1)), 13);
 }
@@ -63,10 +66,45 @@ TEST(TunedTable, ANewerTableWins) {
   EXPECT_EQ(shipped.kernels(key()).size(), 2u);
 }
 
+TEST(TunedTable, AnotherNumberOfMultiprocessorsIsAnotherDevice) {
+  TunedTable table;
+  table.set(key(), 100, {some_kernel(0), {}});
+  TuneKey part = key();
+  part.multiprocessors = 66;
+  EXPECT_EQ(table.find(part, 100), nullptr);
+}
+
+TEST(TunedTable, ItsFileHasALineForEachEntry) {
+  TunedTable table;
+  EXPECT_TRUE(TunedTable::parse(table.text(), "file").empty());
+  for (const int rows : {1, 10, 100}) table.set(key(), rows, {some_kernel(0), {{some_kernel(0), rows}}});
+  const std::string text = table.text();
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 5);
+  EXPECT_EQ(nlohmann::json::parse(text)["entries"].size(), 3u);
+}
+
+// What is installed with the library.
+TEST(ShippedTable, IsWholeAndItsChoicesAreFast) {
+  const std::string path = OCTOMOE_SOURCE_DIR "/share/tuned.json";
+  std::ifstream file(path);
+  const auto json = nlohmann::json::parse(file);
+  const TunedTable table = TunedTable::read(path);
+  EXPECT_EQ(table.size(), json["entries"].size()) << "kernels that the catalogue does not have: measure it again";
+  for (const auto& [key, by_rows] : table.entries()) {
+    for (const auto& [rows, choice] : by_rows) {
+      ASSERT_TRUE(choice.us.contains(choice.kernel)) << choice.kernel;
+      for (const auto& [kernel, us] : choice.us) {
+        EXPECT_GT(us, 0);
+        EXPECT_GE(us * 1.02, choice.us.at(choice.kernel)) << kernel << " at " << rows << " rows";
+      }
+    }
+  }
+}
+
 TEST(TunedTable, KernelsOfOtherVersionsAreLeftOut) {
   TunedTable table;
   table.set(key(), 100, {"sm90_gemm:that_was", {}});
-  EXPECT_TRUE(TunedTable::parse(table.json().dump(), "file").empty());
+  EXPECT_TRUE(TunedTable::parse(table.text(), "file").empty());
 }
 
 TEST(TunedTable, BadFiles) {
@@ -77,7 +115,8 @@ TEST(TunedTable, BadFiles) {
   refuse("[]", "tuned.json: ");
   refuse(R"({"version": 2, "entries": []})", "tuned.json: version: expected 1, got 2");
   refuse(R"({"version": 1})", "entries");
-  const std::string entry = R"({"version": 1, "entries": [{"device": "G", "promotion": "%", "epilogue": "store",
+  const std::string entry =
+      R"({"version": 1, "entries": [{"device": "G", "multiprocessors": 1, "promotion": "%", "epilogue": "store",
     "block_k": 0, "experts": 1, "n": 32, "k": 16, "rows": 0, "kernel": "x", "us": {}}]})";
   refuse(entry, "tuned.json: promotion: \"%\" is not known");
   std::string rows = entry;

@@ -13,6 +13,12 @@ inline void barrier_init_fence() {}
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 inline void prefetch_tensor_map(const kernels::TensorMap*) {}
 
+inline void prefetch_bulk(const void*, uint32_t) {}
+inline void load_once(int4& to, const void* from, bool wanted) {
+  if (!wanted) return;
+  if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) throw std::runtime_error("load_once: not aligned");
+  std::memcpy(&to, from, 16);
+}
 inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint64_t) {
   emulator::copy_bulk(shared, global, bytes, barrier);
 }

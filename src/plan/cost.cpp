@@ -1,0 +1,100 @@
+#include "plan/cost.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "plan/catalogue.h"
+
+namespace octomoe::plan {
+namespace {
+
+using kernels::Epilogue;
+using kernels::GemmConfig;
+using kernels::Promotion;
+using kernels::WgmmaConfig;
+
+}  // namespace
+
+std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, int block_k) {
+  // Of 128 columns in a K-block, as WgmmaConfig counts them.
+  if (block_k % WgmmaConfig::kBlockK != 0) return {};
+  const int block_stages = block_k == 0 ? 1 : block_k / WgmmaConfig::kBlockK;
+  std::vector<GemmKernel> list;
+  for (const WgmmaConfig& c : wgmma_configs(promotion, epilogue, block_stages)) {
+    list.push_back({.id = gemm_id(c),
+                    .wgmma = true,
+                    .block_m = c.block_m(),
+                    .block_n = c.block_n,
+                    .features = c.features(),
+                    .cluster = c.cluster,
+                    .resident = c.min_blocks()});
+  }
+  return list;
+}
+
+std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int block_k, int family) {
+  const bool fine = block_k != 0 && block_k != 128;
+  std::vector<GemmKernel> list;
+  for (const GemmConfig& c : gemm_configs(promotion, fine, epilogue, family)) {
+    list.push_back({.id = gemm_id(c),
+                    .block_m = c.block_m,
+                    .block_n = c.block_n,
+                    .features = c.features(),
+                    .resident = c.min_blocks});
+  }
+  return list;
+}
+
+namespace {
+
+struct Moments {
+  double mean, variance;
+};
+
+// Of ceil(x / block) for a whole number x that is near normally distributed; more than 0 with probability `busy`.
+// E[c] = sum over j of P(x > j * block), E[c^2] = sum of (2j + 1) P(x > j * block).
+Moments ceil_of(Moments x, double block, double busy) {
+  const double deviation = std::sqrt(x.variance) + 1e-9;
+  const double certain = std::max(0.0, std::floor((x.mean - 5 * deviation) / block));  // P is 1 before
+  double sum = certain, squares = certain * certain;
+  for (double j = certain;; ++j) {
+    const double above = j == 0 ? busy : 0.5 * std::erfc((j * block + 0.5 - x.mean) / (deviation * std::sqrt(2.0)));
+    if (above < 1e-3) break;
+    sum += above;
+    squares += (2 * j + 1) * above;
+  }
+  return {sum, std::max(0.0, squares - sum * sum)};
+}
+
+}  // namespace
+
+GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
+  // Tokens choose experts at random: an expert's rows are Poisson distributed.
+  const auto experts = static_cast<double>(key.experts);
+  const double mean = rows / experts;
+  const Moments of_expert = ceil_of({mean, mean}, kernel.block_n * kernel.cluster, -std::expm1(-mean));
+  const double weight_tiles = std::ceil(static_cast<double>(key.n) / kernel.block_m) * kernel.cluster;
+  const Moments tiles{experts * of_expert.mean * weight_tiles,
+                      experts * of_expert.variance * weight_tiles * weight_tiles};
+  const double ctas = static_cast<double>(key.multiprocessors) * kernel.resident;
+  // A wgmma tile is as wide as its share of the rows, in steps of 16.
+  const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9);
+  return {.rounds = ceil_of(tiles, ctas, 1).mean,
+          .width = kernel.wgmma ? std::clamp(share + 8, 16.0, std::max<double>(16, kernel.block_n)) : kernel.block_n,
+          .stages = std::ceil(static_cast<double>(key.k) / 128)};
+}
+
+double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
+  // A multiprocessor's tiles of a round have 256 rows, most of them.
+  const double part = kernel.block_m * kernel.resident / 256.0;
+  const bool shared = kernel.resident > 1;
+  if (!kernel.wgmma) {
+    const double stage = shared ? constants.mma_resident : 1;
+    return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
+  }
+  const double stage = kernel.cluster > 1 ? constants.pair : shared ? constants.resident : 1;
+  const double epilogue = shared ? constants.resident_epilogue : constants.epilogue;
+  return work.rounds * part * (work.width * (work.stages * stage + epilogue) + constants.opening);
+}
+
+}  // namespace octomoe::plan

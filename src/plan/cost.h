@@ -1,0 +1,51 @@
+// The cost model of grouped GEMMs: how long a kernel of the catalogue takes for a matrix stack and a number of rows, as
+// far as that decides between kernels. It knows no device but by its number of multiprocessors and takes no look at the
+// routing (docs/performance.md says what its choices are worth beside measured ones).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan/tuned.h"
+
+namespace octomoe::plan {
+
+// A GEMM kernel that can run a matrix stack.
+struct GemmKernel {
+  std::string id;
+  bool wgmma = false;
+  int block_m = 0, block_n = 0;  // a tile: weight rows, most tokens
+  int features = 0;              // output columns of a tile
+  int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
+  int resident = 1;              // CTAs of a multiprocessor
+};
+// Of the wgmma kernels, and of the mma.sync ones with the tiles of a family (catalogue.h: tile_family).
+std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k);
+std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k, int family);
+
+// The unit of all that follows: the products of one token and one stage (128 columns of K) of a 256-row tile.
+// `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
+struct CostConstants {
+  // wgmma
+  double opening = 400;            // a tile's, whatever its width
+  double epilogue = 2;             // of a token
+  double pair = 0.92;              // a stage of a CTA that shares its weights with another
+  double resident = 1.26;          // a stage where two CTAs share a multiprocessor
+  double resident_epilogue = 3;    // of a token there: the other CTA's products hide some of it
+  // mma.sync
+  double mma_opening = 1200;
+  double mma_resident = 1.1;  // a stage of two CTAs, whose tiles are smaller
+};
+
+// What a kernel has to do, however long that takes.
+struct GemmWork {
+  double rounds;  // tiles of the CTA that has most of them
+  double width;   // tokens of a tile
+  double stages;  // of K
+};
+GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows);
+
+double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants = {});
+
+}  // namespace octomoe::plan
