@@ -40,12 +40,10 @@ inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f
 __device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
-// 16 bytes that are read once, kept neither in L1 nor longer than need be in L2; `to` stays where `wanted` does not
-// hold.
+// 16 bytes that are read once, kept neither in L1 nor longer than need be in L2; `to` stays where `wanted` does not hold.
 __device__ __forceinline__ void load_once(int4& to, const void* from, bool wanted) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, "
-      "%3}, "
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, "
       "[%4], %6;\n}"
       : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
       : "l"(from), "r"(static_cast<int>(wanted)), "l"(kEvictFirst));
