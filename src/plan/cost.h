@@ -28,11 +28,11 @@ std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilo
 // `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
 struct CostConstants {
   // wgmma
-  double opening = 400;            // a tile's, whatever its width
-  double epilogue = 2;             // of a token
-  double pair = 0.92;              // a stage of a CTA that shares its weights with another
-  double resident = 1.26;          // a stage where two CTAs share a multiprocessor
-  double resident_epilogue = 3;    // of a token there: the other CTA's products hide some of it
+  double opening = 400;          // a tile's, whatever its width
+  double epilogue = 2;           // of a token
+  double pair = 0.92;            // a stage of a CTA that shares its weights with another
+  double resident = 1.26;        // a stage where two CTAs share a multiprocessor
+  double resident_epilogue = 3;  // of a token there: the other CTA's products hide some of it
   // mma.sync
   double mma_opening = 1200;
   double mma_resident = 1.1;  // a stage of two CTAs, whose tiles are smaller
