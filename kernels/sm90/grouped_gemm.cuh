@@ -15,9 +15,9 @@
 // of w13 and b = 1 the second, both for column 16w + 2g + h. So one thread's sums are neighbouring output columns, and
 // gate and up of one column are in one thread.
 //
-// Sums per K-block (block, hybrid, hybrid_flush): a consumer promotes one m64 block's partial sums while the other's wgmma run. The
-// products of the two scales are made by the producer, one per token
-// and scale block, and travel with the stage.
+// Sums per K-block (block, hybrid, hybrid_flush): a consumer promotes one m64 block's partial sums while the other
+// consumer's wgmma run. The products of the two scales are made by the producer, one per token and scale block, and travel
+// with the stage.
 #pragma once
 
 #include "core/gemm_config.h"
