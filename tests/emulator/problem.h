@@ -68,7 +68,7 @@ class Memory {
 struct GemmCase {
   kernels::Promotion promotion = kernels::Promotion::channel;
   bool gated = false, quantized = false;  // quantised: h to int8 and a scale per 128 columns
-  std::vector<int> rows;  // of each expert
+  std::vector<int> rows;                  // of each expert
   int n = 256, k = 256;
   int segments = 1, block_n = 128, block_k = 128, super_group = 256, flush_blocks = 256;
   kernels::OutType out = kernels::OutType::bf16;
