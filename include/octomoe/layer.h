@@ -33,9 +33,10 @@ struct LayerOptions {
   Tensor expert_map;                        // int32 [global experts] -> local expert, -1 = not on this rank
   int threads = 0;                          // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
   bool keep_weights = false;  // CPU: keep the natural layout beside the packed one (weights() stays usable)
-  // CUDA: normally GEMM1 gathers quantised tokens by itself and applies SwiGLU in its epilogue. Off: as kernels of
-  // their own, same results, to measure what the fusion is worth.
-  bool fused_gather = true, fused_activation = true;
+  // CUDA: normally GEMM1 gathers quantised tokens by itself, applies SwiGLU in its epilogue and, where the scheme's
+  // scales are known there (int8_block with block_k = 128 on SM90), quantises the result. Off: as kernels of their own,
+  // same results, to measure what the fusion is worth. Without fused_activation nothing is quantised there either.
+  bool fused_gather = true, fused_activation = true, fused_requantize = true;
   KernelFamily family = KernelFamily::automatic;  // CUDA
   // CUDA: from the third call on with the same T, k and stream, the host launches a graph that the layer has made,
   // instead of its kernels, and sets the arguments in which the call differs from the one before. Graphs of this many

@@ -17,8 +17,10 @@ enum class Promotion : int {
 
 // What happens to v.
 enum class Epilogue : int {
-  store,   // (+ bias) -> out [R, N]
-  swiglu,  // (+ bias), gate and up -> h bf16 [R, I]; other activations: quant/activate_rows.cuh
+  store,         // (+ bias) -> out [R, N]
+  swiglu,        // (+ bias), gate and up -> h bf16 [R, I]; other activations: quant/activate_rows.cuh
+  swiglu_block,  // the same, then h -> int8 with a scale per row and 128 columns, as quant/quantize_rows.cuh does
+                 // (SM90)
 };
 
 // The main loop's order inside a stage.
@@ -39,7 +41,7 @@ struct GemmConfig {
   int min_blocks;    // CTAs per SM that registers must allow
   Order order;
 
-  OCTOMOE_HD constexpr bool gated() const { return epilogue == Epilogue::swiglu; }
+  OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   // Per stage and token: s_a (block) or Q_a (hybrid) of the K-blocks that the stage touches.
   OCTOMOE_HD constexpr int scales_per_stage() const { return !has_blocks() ? 0 : fine_groups ? block_k / 32 : 1; }
@@ -78,16 +80,18 @@ struct WgmmaConfig {
   OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + 1); }
   OCTOMOE_HD constexpr int min_blocks() const { return 3 - consumers; }
 
-  OCTOMOE_HD constexpr bool gated() const { return epilogue == Epilogue::swiglu; }
+  OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
+  OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
   OCTOMOE_HD constexpr int stage_bytes() const { return (block_m() + block_n) * kBlockK; }
   // The ring; per stage a word for each token and two scale blocks, or for each of stages + 1 tiles the scales of its
-  // tokens and weight rows; the tile list; where a stage's tile lies; barriers. Rounded up for what alignment takes.
+  // tokens and weight rows; the tile list; where a stage's tile lies; what requantising exchanges (a maximum of each
+  // token and warp, and an inverse); barriers. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return stages * stage_bytes() + (has_blocks() ? stages * 2 * block_n * 4 : 4) +
            (stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
-           ((kMaxExperts + 1) * 8 + 128) + stages * 32 + 64;
+           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * consumers * 2 + 4) * block_n : 8) + stages * 32 + 64;
   }
 };
 
@@ -105,7 +109,7 @@ struct GemmArgs {
   const int32_t* row_source;      // row -> row of a; null: the row itself
   const float* row_factor;        // multiplies a's scales, indexed like rows; null: 1
   const float* bias;              // [E, N] or null
-  void* out;                      // store: [R, N]; swiglu: h bf16 [R, I]; 16-byte aligned rows
+  void* out;                      // store: [R, N]; swiglu: h bf16 [R, I], swiglu_block: int8; 16-byte aligned rows
   int64_t out_stride;             // elements between rows of out
   OutType out_type;
   int32_t experts;
@@ -120,6 +124,8 @@ struct GemmArgs {
   int32_t flush_blocks;        // hybrid: K-blocks per chunk
   int32_t up_first;            // gated: the first half of w is up
   float limit;                 // swiglu: clamps gate and up; +Inf: none
+  int64_t out_rows;            // swiglu_block: the leading dimension of out_scale
+  float* out_scale;            // [I / 128, rounded up, out_rows]
 };
 
 // gemm.expert_offsets must have been written at least two launches before: they are read, and the first weights are

@@ -109,6 +109,12 @@ __device__ __forceinline__ int32_t quantize(float x, float inverse, int32_t zero
   return static_cast<int32_t>(fminf(fmaxf(__fadd_rn(rintf(__fmul_rn(x, inverse)), static_cast<float>(zero)), lo), hi));
 }
 
+// quantize with inverse = 127 / m of a finite m that |x| does not exceed: nothing to clamp. In the low byte: 1.5 * 2^23
+// added rounds to the nearest even integer and leaves it in the low bits of the sum.
+__device__ __forceinline__ uint32_t quantize_within(float x, float inverse) {
+  return bits(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
+}
+
 // ---- conversions ----
 // Two floats to packed bf16 (first in the low half), nearest even, NaN 0x7fff: what cvt does.
 __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) { return ptx::to_bf16x2(hi, lo); }

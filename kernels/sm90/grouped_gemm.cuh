@@ -68,12 +68,19 @@ struct GroupedGemm {
     float a_scale[kScaled ? kBlockN : 1];
     float w_scale[kScaled ? C.block_m() : 1];  // by consumer, half of a gated tile, column
   };
+  // swiglu_block: the absmax over a warp's columns, as bf16, of tokens i and i + 64; what a token's values are
+  // multiplied with.
+  struct Rounding {
+    uint32_t top[C.quantizes() ? 4 * C.consumers : 1][C.quantizes() ? kBlockN / 2 : 1];
+    float inverse[C.quantizes() ? kBlockN : 1];
+  };
   struct Shared {
     uint8_t ring[kStages][C.stage_bytes()];
     alignas(8) int32_t products[kBlocks ? kStages * 2 * kBlockN : 1];
     Table table[kTables];
     TileList list;
     Tile tile[kStages];  // of the stage, valid in a tile's first
+    Rounding rounding;
     uint64_t full[kStages], empty[kStages];
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
@@ -550,9 +557,9 @@ struct GroupedGemm {
       }
     }
 
-    // kPlain: bf16 out, and none of bias, zero points, row factors and limit.
+    // kPlain: bf16 or quantised out, and none of bias, zero points, row factors and limit.
     template <bool kPlain>
-    __device__ __forceinline__ void finish(const Tile& t, const int32_t (&sums)[2][kSums], const Table& table) const {
+    __device__ __forceinline__ void finish(const Tile& t, int32_t (&sums)[2][kSums], const Table& table) const {
       const int warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
       const int inside = warp * (kGroup / 4) + (lane() >> 2) * kOutColumns;
       const int column = t.m_tile * C.features() + warpgroup * kGroup + inside;
@@ -619,9 +626,90 @@ struct GroupedGemm {
 #pragma unroll
             for (int c = 0; c < 4; ++c) out[c] = v(c / 2, c % 2);
           }
-          if (valid) store(to + e * stride, type, out);
+          if constexpr (C.quantizes()) {
+            sums[0][4 * j + e] = static_cast<int32_t>(num::pack_bf16(out[0], out[1]));
+          } else {
+            if (valid) store(to + e * stride, type, out);
+          }
         }
         to += 8 * stride;
+      }
+    }
+
+    // The tile's 128 columns of h -> int8 and a scale for each token: what quant/quantize_rows.cuh makes of a K-block
+    // of its rows. h[4j + e]: two columns of token 8j + 2 * (lane % 4) + e, as bf16; where there is no such token or
+    // column, anything.
+    __device__ __forceinline__ void quantize(const Tile& t, const int32_t (&h)[kSums]) const {
+      static_assert(kBlockN == 128 && C.features() == 128);
+      constexpr int kPairs = kBlockN / 8;
+      Rounding& rounding = shared.rounding;
+      const int thread = static_cast<int>(threadIdx.x), warp = (thread >> 5) & 3, group = lane() >> 2;
+      const int column =
+          t.m_tile * C.features() + warpgroup * kGroup + warp * (kGroup / 4) + (group & ~1) * kOutColumns;
+      const bool exists = column < width(args), odd = (group & 1) != 0;
+      // Two columns of two tokens become four columns of one: a lane trades with the one that has the other two
+      // columns. All lanes take part in all shuffles, outside of branches: inside, the compiler gives up uniform
+      // registers in the main loop.
+      const int first = 2 * (lane() & 3) + odd;
+      uint32_t v[kPairs][2], top[kPairs / 2];
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const auto a = static_cast<uint32_t>(h[4 * j]), b = static_cast<uint32_t>(h[4 * j + 1]);
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? a : b, 4);
+        v[j][0] = odd ? other : a;
+        v[j][1] = odd ? b : other;
+      }
+      // Absmax bits of tokens 8j + first and 64 more, as the halves of a word. A lane keeps half of its words and sends
+      // the others to the one that keeps those, until it has two, of all the warp's columns.
+      const auto most = [&](int j) {
+        const uint32_t mask = exists ? 0x7fff7fffu : 0u;
+        return ptx::max_u16x2(v[j][0] & mask, v[j][1] & mask);
+      };
+#pragma unroll
+      for (int j = 0; j < kPairs / 2; ++j) {
+        const uint32_t a = most(j), b = most(j + kPairs / 2);
+        top[j] = ptx::max_u16x2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+      }
+      keep_half<kPairs / 4>(top, 16);
+      keep_half<kPairs / 8>(top, 8);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) rounding.top[4 * warpgroup + warp][8 * (2 * (group >> 1) + i) + first] = top[i];
+      ptx::named_barrier(1, 128 * C.consumers);
+      const int token = thread & 127;
+      uint32_t absmax = 0;
+#pragma unroll
+      for (int i = 0; i < 4 * C.consumers; ++i) absmax = ptx::max_u16x2(absmax, rounding.top[i][token & 63]);
+      absmax = token < 64 ? absmax << 16 : absmax & 0xffff0000u;  // a bf16's bits are the first of a float's
+      const num::GroupScale scale = num::symmetric_scale(absmax, num::kInt8Max);
+      if (warpgroup == 0) {
+        rounding.inverse[token] = scale.inverse;
+      } else if (token < t.rows) {
+        args.out_scale[t.m_tile * args.out_rows + t.row_begin + token] = scale.scale;
+      }
+      ptx::named_barrier(1, 128 * C.consumers);
+      if (!exists) return;
+      uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * args.out_stride + column;
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        if (8 * j + first >= t.rows) break;
+        const float inverse = rounding.inverse[8 * j + first];
+        const auto q = [&](int i) {
+          return __byte_perm(num::quantize_within(num::bf16_low(v[j][i]), inverse),
+                             num::quantize_within(num::bf16_high(v[j][i]), inverse), 0x0040);
+        };
+        // 0: of a group that is not finite.
+        *reinterpret_cast<uint32_t*>(to) = inverse == 0.0f ? 0u : __byte_perm(q(0), q(1), 0x5410);
+        to += 8 * args.out_stride;
+      }
+    }
+    // The first kLeft of top, or the others, whichever are this lane's to keep; the lane `by` away keeps those that go.
+    template <int kLeft, int kSize>
+    static __device__ __forceinline__ void keep_half(uint32_t (&top)[kSize], int by) {
+      const bool upper = (lane() & by) != 0;
+#pragma unroll
+      for (int i = 0; i < kLeft; ++i) {
+        const uint32_t sent = upper ? top[i] : top[i + kLeft], kept = upper ? top[i + kLeft] : top[i];
+        top[i] = ptx::max_u16x2(kept, __shfl_xor_sync(0xffffffffu, sent, by));
       }
     }
 
@@ -660,6 +748,7 @@ struct GroupedGemm {
         } else {
           finish<false>(t, sums, shared.table[table]);
         }
+        if constexpr (C.quantizes()) quantize(t, sums[0]);
         table = table + 1 == kTables ? 0 : table + 1;
       }
     }

@@ -28,8 +28,9 @@ class MoeLayer:
         shared_gate: [H]: the shared expert's weight is sigmoid(x . shared_gate), else 1.
         expert_map: int32 [global experts] -> expert of these weights, -1 = on another rank.
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
-        fused_gather, fused_activation: CUDA: False runs the step as a kernel of its own, with the
-            same result, to measure what the fusion is worth.
+        fused_gather, fused_activation, fused_requantize: CUDA: False runs the step as a kernel of
+            its own, with the same result, to measure what the fusion is worth. The last is about
+            int8_block with block_k = 128 on SM90; other schemes always requantise in a kernel.
         family: CUDA: "automatic", or "sm80" (mma.sync) or "sm90" (wgmma) for the GEMM kernels of
             that family alone, with the same result to the bit.
         replays: CUDA: how many kinds of calls (T, k, stream) the layer keeps a CUDA graph of, to
@@ -55,6 +56,7 @@ class MoeLayer:
         threads: int = 0,
         fused_gather: bool = True,
         fused_activation: bool = True,
+        fused_requantize: bool = True,
         family: str = "automatic",
         replays: int = 16,
     ) -> None:
@@ -70,6 +72,7 @@ class MoeLayer:
             threads=threads,
             fused_gather=bool(fused_gather),
             fused_activation=bool(fused_activation),
+            fused_requantize=bool(fused_requantize),
             family=str(family),
             replays=replays,
         )

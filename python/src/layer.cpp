@@ -21,6 +21,7 @@ MoeLayerRef make_layer(const ffi::String& device, const MoeWeightsRef& weights, 
     l.threads = static_cast<int>(o.get<std::int64_t>("threads", 0));
     l.fused_gather = o.get<bool>("fused_gather", true);
     l.fused_activation = o.get<bool>("fused_activation", true);
+    l.fused_requantize = o.get<bool>("fused_requantize", true);
     if (o.has("family")) l.family = parse_kernel_family(o.get<ffi::String>("family", ffi::String("automatic")));
     l.replays = static_cast<int>(o.get<std::int64_t>("replays", l.replays));
     l.keep_weights = o.get<bool>("keep_weights", false);

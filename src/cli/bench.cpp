@@ -34,7 +34,8 @@ struct Options : ShapeArguments {
   std::string tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, study, json, plot;
   int threads = 0;
   std::uint64_t seed = 0;
-  bool graph = false, profile = false, no_fused_gather = false, no_fused_activation = false, no_replay = false;
+  bool graph = false, profile = false, no_fused_gather = false, no_fused_activation = false,
+       no_fused_requantize = false, no_replay = false;
   HybridParameters hybrid;
   HarnessOptions timing;
 };
@@ -151,11 +152,11 @@ class Bench {
       if (o_.peer != "none")
         throw UsageError("--peer torch: times PyTorch on the CPU, so it does not go with --device cuda");
       if (schemes == "all") std::erase_if(schemes_, [](const Scheme& s) { return !s.is_integer(); });
-    } else if (o_.graph || o_.profile || o_.no_fused_gather || o_.no_fused_activation || o_.no_replay ||
-               !o_.family.empty() || !o_.study.empty()) {
+    } else if (o_.graph || o_.profile || o_.no_fused_gather || o_.no_fused_activation || o_.no_fused_requantize ||
+               o_.no_replay || !o_.family.empty() || !o_.study.empty()) {
       throw UsageError(
-          "--graph, --profile, --study, --no-fused-gather, --no-fused-activation, --no-replay, --family: for --device "
-          "cuda");
+          "--graph, --profile, --study, --no-fused-gather, --no-fused-activation, --no-fused-requantize, --no-replay, "
+          "--family: for --device cuda");
     }
     set_hybrid(o_.hybrid, schemes_);
     if (o_.profile && (schemes_.size() != 1 || tokens_.size() != 1)) {
@@ -200,6 +201,7 @@ class Bench {
     options.expert_map = s.expert_map();
     options.fused_gather = !o_.no_fused_gather;
     options.fused_activation = !o_.no_fused_activation;
+    options.fused_requantize = !o_.no_fused_requantize;
     options.family = family_;
     if (o_.no_replay) options.replays = 0;
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
@@ -347,11 +349,11 @@ class Bench {
   }
 
   int study() {
-    if (o_.profile || o_.graph || o_.no_fused_gather || o_.no_fused_activation || o_.no_replay ||
-        o_.routing != "uniform" || o_.experts_local > 0) {
+    if (o_.profile || o_.graph || o_.no_fused_gather || o_.no_fused_activation || o_.no_fused_requantize ||
+        o_.no_replay || o_.routing != "uniform" || o_.experts_local > 0) {
       throw UsageError(
           "--study: has its own routings and graphs, so it does not go with --profile, --graph, --no-fused-gather, "
-          "--no-fused-activation, --no-replay, --routing and --experts-local");
+          "--no-fused-activation, --no-fused-requantize, --no-replay, --routing and --experts-local");
     }
     StudyInput in{.shape = report_.shape, .timing = o_.timing, .device = device_, .seed = o_.seed};
     in.on_step = [&](double fraction, const std::string& what) { progress_.update(fraction, what); };
@@ -430,6 +432,9 @@ void add_bench(CLI::App& app, Action& action) {
       ->check(CLI::IsMember({"grouping"}));
   sub->add_flag("--no-fused-gather", o->no_fused_gather, "CUDA: gather quantised tokens in a kernel of its own");
   sub->add_flag("--no-fused-activation", o->no_fused_activation, "CUDA: apply the activation in a kernel of its own");
+  sub->add_flag(
+      "--no-fused-requantize", o->no_fused_requantize,
+      "CUDA: quantise between the GEMMs in a kernel of its own (int8_block on SM90; other schemes always do)");
   sub->add_flag("--no-replay", o->no_replay, "CUDA: launch the kernels of an eager call one by one");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 1024));

@@ -80,7 +80,7 @@ KernelFamily default_family() {
 
 DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue epilogue, KernelFamily family,
                            const DeviceInfo& device, const char* name)
-    : m_(std::move(matrix)), gated_(epilogue == Epilogue::swiglu) {
+    : m_(std::move(matrix)), epilogue_(epilogue) {
   const Scheme& s = m_.scheme;
   const Device where = Device::cuda(device.index);
   if (!s.is_integer()) {
@@ -115,28 +115,33 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
 
   const bool asked = family == KernelFamily::sm90;
   if (family == KernelFamily::automatic) family = default_family();
-  const std::string why_not = why_not_wgmma(epilogue, device);
-  if (asked && !why_not.empty()) fail(ErrorCode::unsupported, "{}: the sm90 family expects {}", name, why_not);
   const Promotion promotion = promotion_of(m_);
+  if (epilogue_ == Epilogue::swiglu_block &&
+      (family == KernelFamily::sm80 || !why_not_wgmma(device).empty() ||
+       plan::wgmma_kernels(promotion, epilogue_, s.has_blocks() ? s.block_k : 0).empty())) {
+    epilogue_ = Epilogue::swiglu;
+  }
+  const std::string why_not = why_not_wgmma(device);
+  if (asked && !why_not.empty()) fail(ErrorCode::unsupported, "{}: the sm90 family expects {}", name, why_not);
   const bool automatic = family == KernelFamily::automatic, wgmma = why_not.empty() && family != KernelFamily::sm80;
   key_ = {.device = device.name,
           .multiprocessors = device.multiprocessors,
           .promotion = promotion,
-          .epilogue = epilogue,
+          .epilogue = epilogue_,
           .block_k = s.has_blocks() ? s.block_k : 0,
           .experts = m_.experts,
           .n = m_.n,
           .k = m_.k};
   if (wgmma) {
-    for (plan::GemmKernel& k : plan::wgmma_kernels(promotion, epilogue, key_.block_k)) {
+    for (plan::GemmKernel& k : plan::wgmma_kernels(promotion, epilogue_, key_.block_k)) {
       kernels_.push_back({std::move(k), true});
     }
     const ContextGuard context(device);
-    weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, epilogue == Epilogue::swiglu);
+    weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, gated());
   }
   if (!wgmma || automatic) {
     const int tiles = plan::tile_family(device.max_shared_bytes);
-    for (plan::GemmKernel& k : plan::mma_kernels(promotion, epilogue, key_.block_k, tiles)) {
+    for (plan::GemmKernel& k : plan::mma_kernels(promotion, epilogue_, key_.block_k, tiles)) {
       kernels_.push_back({std::move(k), !wgmma});
     }
   }
@@ -158,24 +163,23 @@ void DeviceMatrix::force(const std::string& id) {
   forced_ = &*at;
 }
 
-std::string DeviceMatrix::why_not_wgmma(Epilogue epilogue, const DeviceInfo& device) const {
+std::string DeviceMatrix::why_not_wgmma(const DeviceInfo& device) const {
   const Scheme& s = m_.scheme;
-  const bool gated = epilogue == Epilogue::swiglu;
   if (device.compute_capability != 90) {
     return fmt::format("compute capability 9.0, got {}.{}", device.compute_capability / 10,
                        device.compute_capability % 10);
   }
   if (!driver().cuTensorMapEncodeTiled) return "a driver of CUDA 12.0 or newer";
-  const std::int64_t rows = gated ? m_.n / 2 : m_.n, unit = gated ? 16 : 32;
+  const std::int64_t rows = gated() ? m_.n / 2 : m_.n, unit = gated() ? 16 : 32;
   if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
   if (s.has_blocks()) {
-    if (plan::wgmma_kernels(promotion_of(m_), epilogue, s.block_k).empty()) {
+    if (plan::wgmma_kernels(promotion_of(m_), epilogue_, s.block_k).empty()) {
       return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
     // A consumer's 128 rows share a scale block; gated, the tile's 128 of each half.
     constexpr std::int64_t kGroup = 128;
     if (s.block_n % kGroup != 0) return fmt::format("block_n of a multiple of {}, got {}", kGroup, s.block_n);
-    if (!gated && m_.segments > 1 && m_.n / m_.segments % kGroup != 0) {
+    if (!gated() && m_.segments > 1 && m_.n / m_.segments % kGroup != 0) {
       return fmt::format("halves of w13 of a multiple of {} rows, got {}", kGroup, m_.n / m_.segments);
     }
   }
@@ -288,8 +292,10 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .flush_blocks = m_.flush_blocks,
       .up_first = p.up_first,
       .limit = p.limit,
+      .out_rows = p.out_rows,
+      .out_scale = p.out_scale,
   };
-  const std::int64_t columns = gated_ ? m_.n / 2 : m_.n;
+  const std::int64_t columns = gated() ? m_.n / 2 : m_.n;
   const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);
   const std::int64_t blocks = token_tiles * ceil_div(columns, kernel.features) * kernel.cluster;
   if (kernel.wgmma) {

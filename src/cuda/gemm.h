@@ -71,7 +71,7 @@ KernelFamily default_family();
 class DeviceMatrix {
  public:
   // Values on `device` are used where they lie; everything else is uploaded. Error(unsupported) for what the kernels
-  // cannot do.
+  // cannot do; swiglu_block becomes swiglu where there is no kernel for it.
   DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, kernels::Epilogue epilogue, KernelFamily family,
                const DeviceInfo& device, const char* name);
 
@@ -81,6 +81,7 @@ class DeviceMatrix {
   const Scheme& scheme() const { return m_.scheme; }
   ScaleColumns scale_columns() const;
   float static_scale() const { return static_scale_; }
+  kernels::Epilogue epilogue() const { return epilogue_; }
   kernels::FewMatrix few() const;  // int8_channel
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
@@ -99,6 +100,8 @@ class DeviceMatrix {
     void* out;
     std::int64_t out_stride;
     kernels::OutType out_type = kernels::OutType::bf16;
+    float* out_scale = nullptr;  // swiglu_block: [columns / 128, rounded up, out_rows]
+    std::int64_t out_rows = 0;
     bool up_first = false;
     float limit = 0;
   };
@@ -116,10 +119,11 @@ class DeviceMatrix {
   const Kernel& by_cost(std::int64_t rows) const;  // the same without tuned tables
 
  private:
-  std::string why_not_wgmma(kernels::Epilogue epilogue, const DeviceInfo& device) const;  // empty: it can
+  std::string why_not_wgmma(const DeviceInfo& device) const;  // empty: it can
+  bool gated() const { return epilogue_ != kernels::Epilogue::store; }
 
   QuantizedMatrix m_;  // every tensor on the device
-  bool gated_;
+  kernels::Epilogue epilogue_;
   Tensor bias_;
   float static_scale_ = 0;
   std::int64_t blocks_n_ = 0, blocks_k_ = 0, super_groups_ = 0;

@@ -38,9 +38,17 @@ struct Expert {
         up_first(w.gate_up_order == GateUpOrder::up_gate),
         fused(o.fused_activation && w.activation == Activation::swiglu),
         intermediate(w.intermediate()),
-        w13(std::move(w.w13), w.b13, fused ? kernels::Epilogue::swiglu : kernels::Epilogue::store, o.family, device,
-            (std::string(prefix) + "w13").c_str()),
+        w13(std::move(w.w13), w.b13, epilogue(o, w.w2.scheme), o.family, device, (std::string(prefix) + "w13").c_str()),
         w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {}
+
+  // GEMM1 quantises what it makes: a K-block of w2 is what a tile of w13 has (kernels/sm90/grouped_gemm.cuh).
+  bool requantizes() const { return w13.epilogue() == kernels::Epilogue::swiglu_block; }
+  kernels::Epilogue epilogue(const LayerOptions& o, const Scheme& w2) const {
+    if (!fused) return kernels::Epilogue::store;
+    return o.fused_requantize && w2.kind == SchemeKind::int8_block && w2.block_k == 128
+               ? kernels::Epilogue::swiglu_block
+               : kernels::Epilogue::swiglu;
+  }
 
   Activation activation;
   bool up_first, fused;
@@ -348,8 +356,8 @@ class CudaLayer final : public LayerBackend {
     ExpertBuffers b;
     const std::int64_t width = e.w13.n();
     if (!e.fused) b.v = p.memory.add(rows * width * 4, gemm1, activate);
-    b.h = p.memory.add(rows * e.intermediate * 2, e.fused ? gemm1 : activate, quantize);
-    const RowBuffers h = add_rows(p, e.w2, rows, quantize, gemm2);
+    if (!e.requantizes()) b.h = p.memory.add(rows * e.intermediate * 2, e.fused ? gemm1 : activate, quantize);
+    const RowBuffers h = add_rows(p, e.w2, rows, e.requantizes() ? gemm1 : quantize, gemm2);
     b.hq = h.q;
     b.h_scale = h.scale;
     b.h_block_q = h.block_q;
@@ -446,10 +454,15 @@ class CudaLayer final : public LayerBackend {
                   DeviceMatrix::Problem first, const std::int32_t* row_count, std::int64_t rows) const {
     const auto at = [&](int buffer) { return buffer < 0 ? nullptr : base + p.memory.offset(buffer); };
     auto* h = reinterpret_cast<std::uint16_t*>(at(b.h));
+    const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
+                           reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
+                           reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
     DeviceMatrix::Problem second = first;
     first.up_first = e.up_first;
     first.limit = limit_;
-    first.out = e.fused ? static_cast<void*>(h) : at(b.v);
+    first.out = e.requantizes() ? static_cast<void*>(hq.q) : e.fused ? static_cast<void*>(h) : at(b.v);
+    first.out_scale = hq.scale;
+    first.out_rows = hq.rows;
     first.out_stride = e.fused ? e.intermediate : e.w13.n();
     first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
     launcher.stage("gemm1");
@@ -470,11 +483,10 @@ class CudaLayer final : public LayerBackend {
       launcher.stage("activate");
       launcher(*activate_, ceil_div(rows * e.intermediate / 4, 256), args);
     }
-    const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
-                           reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
-                           reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
-    launcher.stage("quantise h");
-    e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq);
+    if (!e.requantizes()) {
+      launcher.stage("quantise h");
+      e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq);
+    }
     second.a = hq;
     second.row_source = nullptr;
     second.row_factor = nullptr;

@@ -21,7 +21,7 @@ using kernels::Promotion;
 using kernels::WgmmaConfig;
 
 constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
-constexpr const char* kEpilogues[] = {"store", "swiglu"};
+constexpr const char* kEpilogues[] = {"store", "swiglu", "swiglu_block"};
 
 struct Tile {
   int m, n, k, stages, warps_m, warps_n, min_blocks;
@@ -125,6 +125,7 @@ constexpr WgmmaConfig kWgmma[] = {
     {Promotion::channel, Epilogue::swiglu, 128, 3, 1, 1, 1},
     {Promotion::block, Epilogue::store, 128, 4, 1, 1, 2},
     {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1, 2},
+    {Promotion::block, Epilogue::swiglu_block, 128, 4, 1, 1, 2},
     {Promotion::block, Epilogue::store, 128, 4, 2, 1, 2},
     {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1, 2},
     {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1, 2},
@@ -286,7 +287,8 @@ std::span<const GemmConfig> gemm_configs(Promotion promotion, bool fine, Epilogu
     }
     return map;
   }();
-  return all->at({static_cast<int>(promotion), fine, static_cast<int>(epilogue), family});
+  const auto found = all->find({static_cast<int>(promotion), fine, static_cast<int>(epilogue), family});
+  return found == all->end() ? std::span<const GemmConfig>{} : found->second;
 }
 
 const KernelEntry& entry(const std::string& id) {

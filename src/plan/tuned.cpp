@@ -22,7 +22,7 @@ using kernels::Epilogue;
 using kernels::Promotion;
 
 constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
-constexpr const char* kEpilogues[] = {"store", "swiglu"};
+constexpr const char* kEpilogues[] = {"store", "swiglu", "swiglu_block"};
 constexpr int kVersion = 1;
 
 template <class Enum, std::size_t kCount>

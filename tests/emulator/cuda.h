@@ -67,11 +67,13 @@ inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// A GPU's NaN: all ones but the sign.
+inline float octomoe_nan(float x) { return x == x ? x : __uint_as_float(0x7fffffffu); }
+inline float __fadd_rn(float a, float b) { return octomoe_nan(a + b); }
+inline float __fsub_rn(float a, float b) { return octomoe_nan(a - b); }
+inline float __fmul_rn(float a, float b) { return octomoe_nan(a * b); }
+inline float __fdiv_rn(float a, float b) { return octomoe_nan(a / b); }
+inline float __fmaf_rn(float a, float b, float c) { return octomoe_nan(fmaf(a, b, c)); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
@@ -126,6 +128,7 @@ inline int __shfl_xor_sync(unsigned mask, int v, int by) {
 inline float __shfl_xor_sync(unsigned mask, float v, int by) {
   return __uint_as_float(octomoe_shfl_xor(mask, __float_as_uint(v), by));
 }
+inline unsigned __shfl_xor_sync(unsigned mask, unsigned v, int by) { return octomoe_shfl_xor(mask, v, by); }
 inline unsigned __ballot_sync(unsigned mask, bool v) {
   const auto* all = octomoe::emulator::exchange("__ballot_sync", mask, {{v}});
   unsigned bits = 0;

@@ -67,22 +67,24 @@ class Memory {
 
 struct GemmCase {
   kernels::Promotion promotion = kernels::Promotion::channel;
-  bool gated = false;
-  std::vector<int> rows;  // of each expert
+  bool gated = false, quantized = false;  // quantised: h to int8 and a scale per 128 columns
+  std::vector<int> rows;                  // of each expert
   int n = 256, k = 256;
   int segments = 1, block_n = 128, block_k = 128, super_group = 256, flush_blocks = 256;
   kernels::OutType out = kernels::OutType::bf16;
   bool gather = false, masked = false, zero_points = false, per_tensor = false, bias = false, row_factor = false,
        up_first = false;
   float limit = std::bit_cast<float>(0x7f800000u);
+  bool extreme = false;  // blocks: scales and row factors that make some rows of h zero, tiny, Inf and NaN
   std::uint32_t seed = 1;
 };
 
 struct GemmProblem {
+  static constexpr float kUntouched = 0x1.a5a5p+10f;
   GemmCase c;
   kernels::GemmArgs args{};
   Memory<std::int8_t> a, w;
-  Memory<float> a_scale, w_scale, row_factor, bias;
+  Memory<float> a_scale, w_scale, row_factor, bias, out_scale;
   Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source;
   Memory<std::uint8_t> w_q, out;
   std::int64_t out_rows = 0, width = 0;
@@ -140,11 +142,16 @@ struct GemmProblem {
       row_source = Memory<std::int32_t>::of(count(rows), [&] { return rng() % static_cast<unsigned>(a_rows); });
     if (c.row_factor)
       row_factor = Memory<float>::of(count(rows), [&] { return 0.1f + static_cast<float>(rng() % 97) * 0.01f; });
+    if (c.extreme) {
+      constexpr float kFactors[] = {0x1p-140f, 0x1p-70f, 0x1p60f, 0x1p100f, 0x1p127f, 0.0f, 1.0f};
+      row_factor = Memory<float>::of(count(rows), [&] { return kFactors[rng() % std::size(kFactors)]; });
+    }
     if (c.bias) bias = Memory<float>::of(count(experts, c.n), [&] { return static_cast<float>(byte()) * 0.37f; });
     width = c.gated ? c.n / 2 : c.n;
     out_rows = rows;
     out = Memory<std::uint8_t>(count(rows, width + 16, elem_bytes()));
-    std::fill_n(out.data(), out.size(), std::uint8_t{0xa5});
+    if (c.quantized) out_scale = Memory<float>(count((width + 127) / 128, rows));
+    clear();
     args = {.a = a.data(),
             .w = w.data(),
             .a_rows = a_rows,
@@ -174,10 +181,16 @@ struct GemmProblem {
             .super_group = c.super_group,
             .flush_blocks = c.flush_blocks,
             .up_first = c.up_first,
-            .limit = c.limit};
+            .limit = c.limit,
+            .out_rows = out_rows,
+            .out_scale = out_scale.data()};
   }
 
-  int elem_bytes() const { return !c.gated && c.out == kernels::OutType::f32 ? 4 : 2; }
+  int elem_bytes() const { return c.quantized ? 1 : !c.gated && c.out == kernels::OutType::f32 ? 4 : 2; }
+  void clear() {
+    std::fill_n(out.data(), out.size(), std::uint8_t{0xa5});
+    std::fill_n(out_scale.data(), out_scale.size(), kUntouched);
+  }
 
   // v of an output row and a weight row of expert e, bias included.
   float value(int e, std::int64_t row, int weight_row) const {
@@ -226,9 +239,11 @@ struct GemmProblem {
     return g.bias != nullptr ? v + g.bias[std::int64_t{e} * g.n + weight_row] : v;
   }
 
-  // Bytes of out as they must become: outside of the experts' rows, as they were.
-  std::vector<std::uint8_t> expected() const {
+  // Bytes of out as they must become: outside of the experts' rows, as they were. scales: the same of out_scale.
+  std::vector<std::uint8_t> expected(std::vector<float>& scales) const {
     std::vector<std::uint8_t> to(out.size(), 0xa5);
+    scales.assign(out_scale.size(), kUntouched);
+    std::vector<float> values(static_cast<std::size_t>(width));  // of a row that is quantised
     for (int e = 0; e < args.experts; ++e) {
       const std::int64_t begin = c.masked ? std::int64_t{e} * args.masked_rows : args.expert_offsets[e];
       for (std::int64_t row = begin; row < begin + c.rows[static_cast<std::size_t>(e)]; ++row) {
@@ -244,6 +259,10 @@ struct GemmProblem {
           } else {
             v = value(e, row, column);
           }
+          if (c.quantized) {
+            values[static_cast<std::size_t>(column)] = num::bf16_to_float(num::float_to_bf16(v));
+            continue;
+          }
           std::uint8_t* at = to.data() + (row * args.out_stride + column) * elem_bytes();
           if (elem_bytes() == 4) {
             std::memcpy(at, &v, 4);
@@ -253,17 +272,30 @@ struct GemmProblem {
             std::memcpy(at, &h, 2);
           }
         }
+        for (int begin = 0; c.quantized && begin < width; begin += 128) {
+          const std::span<const float> group(values.data() + begin,
+                                             static_cast<std::size_t>(std::min<std::int64_t>(128, width - begin)));
+          std::uint32_t top = 0;
+          for (const float v : group) top = std::max(top, num::abs_bits(v));
+          const num::GroupScale scale = num::symmetric_scale(top, num::kInt8Max);
+          scales[static_cast<std::size_t>(begin / 128 * out_rows + row)] = scale.scale;
+          for (std::size_t i = 0; i < group.size(); ++i) {
+            const std::int32_t q = num::quantize(group[i], scale.inverse, 0, -num::kInt8Max, num::kInt8Max);
+            to[static_cast<std::size_t>(row * args.out_stride + begin) + i] = static_cast<std::uint8_t>(q);
+          }
+        }
       }
     }
     return to;
   }
 
-  // Runs run(args, schedule) and compares every byte of out.
+  // Runs run(args, schedule) and compares every byte of out and out_scale.
   template <class Run>
   void check(const Run& run) {
-    const std::vector<std::uint8_t> want = expected();
+    std::vector<float> scales;
+    const std::vector<std::uint8_t> want = expected(scales);
     for (const Schedule& s : schedules(c.seed)) {
-      std::fill_n(out.data(), out.size(), std::uint8_t{0xa5});
+      clear();
       try {
         run(args, s);
       } catch (const Fault& fault) {
@@ -279,6 +311,11 @@ struct GemmProblem {
       const auto at = static_cast<std::int64_t>(first) / elem_bytes();
       ASSERT_EQ(wrong, 0u) << "problem " << c.seed << ", " << describe(s) << ": bytes differ, the first in row "
                            << at / args.out_stride << ", column " << at % args.out_stride;
+      for (std::size_t i = 0; i < scales.size(); ++i) {
+        ASSERT_EQ(num::bits(out_scale[i]), num::bits(scales[i]))
+            << "problem " << c.seed << ", " << describe(s) << ": scale of block "
+            << static_cast<std::int64_t>(i) / out_rows << ", row " << static_cast<std::int64_t>(i) % out_rows;
+      }
     }
   }
 };

@@ -16,6 +16,7 @@ template <WgmmaConfig C>
 void check(GemmCase c, int ctas = 2) {
   c.promotion = C.promotion;
   c.gated = C.gated();
+  c.quantized = C.quantizes();
   if (C.gated()) c.segments = 2;
   c.block_k = 128 * C.block_stages;
   GemmProblem problem(c);
@@ -128,6 +129,28 @@ void check_blocks() {
 }
 TEST(Sm90Gemm, Block128) { check_blocks<Promotion::block, 1>(); }
 TEST(Sm90Gemm, Block256) { check_blocks<Promotion::block, 2>(); }
+// SwiGLU and requantising: output columns that end inside a tile (in either consumer's part, or with the first one's),
+// many tiles one after another in a CTA, values that are not finite.
+TEST(Sm90Gemm, BlockSwigluQuantized) {
+  constexpr WgmmaConfig kQuantized = config(Promotion::block, Epilogue::swiglu_block);
+  for (const bool up_first : {false, true}) {
+    check<kQuantized>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .up_first = up_first, .seed = 60u + up_first});
+    check<kQuantized>({.rows = {20, 3, 150},
+                       .n = 2 * 208,
+                       .k = 272,
+                       .block_n = 256,
+                       .gather = true,
+                       .bias = true,
+                       .row_factor = true,
+                       .up_first = up_first,
+                       .limit = 2.5f,
+                       .seed = 62u + up_first});
+  }
+  check<kQuantized>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 2 * 272, .k = 112, .seed = 64}, 1);
+  check<kQuantized>({.rows = {37, 128}, .n = 2 * 64, .k = 128, .seed = 65});
+  check<kQuantized>({.rows = {19, 0, 2}, .n = 2 * 256, .k = 256, .masked = true, .seed = 66});
+  check<kQuantized>({.rows = {100, 28}, .n = 2 * 256, .k = 256, .extreme = true, .seed = 67});
+}
 TEST(Sm90Gemm, HybridManyShortTiles) {
   check<config(Promotion::hybrid, Epilogue::store)>(
       {.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .row_factor = true, .seed = 28}, 1);

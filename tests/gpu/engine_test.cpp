@@ -80,10 +80,13 @@ TEST_P(GpuScheme, FusionChangesNoBit) {
   const Tensor want = run_layer(kGpu, w, {}, in);
   for (const bool gather : {false, true}) {
     for (const bool activation : {false, true}) {
-      LayerOptions o;
-      o.fused_gather = gather;
-      o.fused_activation = activation;
-      EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in), want)) << gather << activation;
+      for (const bool requantize : {false, true}) {
+        LayerOptions o;
+        o.fused_gather = gather;
+        o.fused_activation = activation;
+        o.fused_requantize = requantize;
+        EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in), want)) << gather << activation << requantize;
+      }
     }
   }
 }

@@ -159,6 +159,7 @@ TEST_F(Family, RandomProblems) {
     if (c.activation == Activation::swiglu && upto(6) == 0) o.swiglu_limit = 0.5f;
     o.fused_gather = upto(8) != 0;
     o.fused_activation = upto(8) != 0;
+    o.fused_requantize = upto(4) != 0;
     const DType outs[] = {DType::bfloat16, DType::float16, DType::float32};
     const DType out = outs[upto(3)];
     const MoeWeights w = make_weights(c, c.experts);

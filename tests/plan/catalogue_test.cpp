@@ -27,7 +27,7 @@ TEST(Catalogue, TilesFitTheirDevicesSharedMemory) {
 TEST(Catalogue, WgmmaKernelsFitSm90AndStandInIt) {
   int kernels = 0;
   for (int p = 0; p < 4; ++p) {
-    for (int e = 0; e < 2; ++e) {
+    for (int e = 0; e < 3; ++e) {
       for (const int stages : {1, 2}) {
         for (const auto& c :
              wgmma_configs(static_cast<kernels::Promotion>(p), static_cast<kernels::Epilogue>(e), stages)) {

@@ -166,7 +166,9 @@ def test_cuda_tensor_on_a_cpu_layer(problem):
 
 def test_workspace_is_for_cuda(problem):
     weights, x, ids, topk_weights = problem
-    layer = octomoe.MoeLayer(weights, fused_gather=False, fused_activation=False)
+    layer = octomoe.MoeLayer(
+        weights, fused_gather=False, fused_activation=False, fused_requantize=False
+    )
     with pytest.raises(octomoe.InvalidArgument, match="workspace: expected none on cpu"):
         layer(x, ids, topk_weights, workspace=np.empty(64, np.uint8))
     np.testing.assert_array_equal(
