@@ -183,6 +183,10 @@ struct GroupedGemm {
       return sources + (thread / 32 * kRowsPerWarp * kSourcesPerThread + thread % 32) * 4;
     }
 
+    // What the first tile needs; with one stage a tile, open_tile finds its tile itself.
+    __device__ __forceinline__ void find_first_tile() {
+      if (k_tiles > 1) find_next_tile();
+    }
     // What a tile needs and takes long to find, half a stage before its first copy.
     __device__ __forceinline__ void find_next_tile() {
       if (index >= total) return;
@@ -748,7 +752,7 @@ struct GroupedGemm {
           }
         }
         __syncthreads();
-        loader.find_next_tile();
+        loader.find_first_tile();
 #pragma unroll 1
         for (int i = 0; i < C.stages - 1; ++i) {
           loader.load_stage(stage(i));
@@ -762,7 +766,7 @@ struct GroupedGemm {
         }
         arrive(empty(free_slot()));
       } else {
-        loader.find_next_tile();
+        loader.find_first_tile();
 #pragma unroll 1
         for (int i = 0; i < C.stages - 1; ++i) {
           loader.load_stage(stage(i));
