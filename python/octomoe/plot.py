@@ -8,6 +8,7 @@ GEMM per expert takes beside one grouped GEMM. Missing fields are left out.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ def _subtitle(report: dict[str, Any]) -> str:
     parts = [", ".join(sizes)]
     if problem.get("routing"):
         parts.append(f"{problem['routing']} routing")
+    gpu = report.get("gpu") or {}
+    if gpu.get("name"):
+        return "  |  ".join([*(part for part in parts if part), gpu["name"]])
     if machine.get("cpu"):
         isa = f", {machine['isa']}" if machine.get("isa") else ""
         parts.append(f"{machine['cpu']}{isa}")
@@ -151,7 +155,7 @@ def draw_bench(report: dict[str, Any], path: str | Path) -> None:
             color=colour,
             linestyle="--" if entry["peer"] else "-",
             marker=_MARKERS[index % len(_MARKERS)],
-            markersize=5,
+            markersize=5 if len(x) <= 16 else 2.5,
             linewidth=1.8,
             elinewidth=1,
             capsize=2,
@@ -173,7 +177,11 @@ def draw_bench(report: dict[str, Any], path: str | Path) -> None:
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
+    # Every number of tokens has a tick as long as the labels find room, else powers of two.
+    ticks = tokens
+    if len(tokens) > 16:
+        ticks = [t for t in tokens if math.log2(t).is_integer()] or tokens[:: len(tokens) // 8]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: format_us(value))
     axes.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

@@ -307,7 +307,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
     // Weights that are read once only pass through L2. With more rows that loses: what L2 fetches along with a line is
     // then often gone before it is needed. One rule for a launch: where both kinds of lines live in L2, the evict-first
     // ones are squeezed out at once (docs/kernels.md).
-    constexpr std::int64_t kFewRows = 24;  // of an expert
+    constexpr std::int64_t kFewRows = 32;  // of an expert
     const std::int32_t evict_first = rows <= kFewRows * m_.experts;
     launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args, evict_first}, true,
              static_cast<unsigned>(kernel.cluster));
