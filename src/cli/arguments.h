@@ -1,4 +1,5 @@
-// Reading the values of options: lists, sizes, schemes. Errors are UsageError and name the option and the bad part.
+// Reading the values of options: lists, sizes, devices, schemes. Errors are UsageError and name the option and the bad
+// part.
 #pragma once
 
 #include <fmt/format.h>
@@ -12,6 +13,7 @@
 
 #include "cli/usage_error.h"
 #include "octomoe/scheme.h"
+#include "octomoe/tensor.h"
 
 namespace octomoe::cli {
 
@@ -55,6 +57,14 @@ inline std::vector<int> parse_layers(const std::string& text) {
     begin = end + 1;
   }
   return layers;
+}
+
+inline Device parse_device(const std::string& option, const std::string& text) {
+  try {
+    return Device::parse(text);
+  } catch (const Error& e) {
+    throw UsageError(fmt::format("{}: {}", option, e.what()));
+  }
 }
 
 inline Scheme parse_scheme(const std::string& option, const std::string& text) {

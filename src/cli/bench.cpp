@@ -135,11 +135,7 @@ class Bench {
  private:
   // Everything that can be wrong is found before anything slow begins.
   void read_arguments() {
-    try {
-      device_ = Device::parse(o_.device);
-    } catch (const Error& e) {
-      throw UsageError(std::string("--device: ") + e.what());
-    }
+    device_ = parse_device("--device", o_.device);
     const bool on_gpu = device_.type == DeviceType::cuda;
     const bool sizes = o_.experts > 0 || o_.hidden > 0 || o_.intermediate > 0 || o_.top_k > 0;
     const bool whole_default = on_gpu && o_.model.empty() && !sizes && o_.tokens.empty();

@@ -264,12 +264,7 @@ void print(const Report& r, const Options& o) {
 }
 
 int run_command(const Options& o) {
-  Device device;
-  try {
-    device = Device::parse(o.device);
-  } catch (const Error& e) {
-    throw UsageError(std::string("--device: ") + e.what());
-  }
+  const Device device = parse_device("--device", o.device);
   const Checkpoint checkpoint = Checkpoint::open(o.checkpoint);
   Report report{.config = checkpoint.config()};
   report.device = device;

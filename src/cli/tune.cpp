@@ -67,11 +67,7 @@ class Tune {
 
  private:
   void read_arguments() {
-    try {
-      device_ = Device::parse(o_.device);
-    } catch (const Error& e) {
-      throw UsageError(std::string("--device: ") + e.what());
-    }
+    device_ = parse_device("--device", o_.device);
     if (device_.type != DeviceType::cuda) throw UsageError("--device: expected cuda or cuda:N, got cpu");
     if (o_.all_models) {
       if (!o_.model.empty() || o_.any_size() || o_.experts_local > 0) {
