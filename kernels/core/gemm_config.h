@@ -76,6 +76,7 @@ struct WgmmaConfig {
   int consumers;     // warpgroups: 2, or 1 for two CTAs a multiprocessor, of which one can finish while the other works
 
   static constexpr int kBlockK = 128;
+  static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * consumers; }
   OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + 1); }
   OCTOMOE_HD constexpr int min_blocks() const { return 3 - consumers; }
@@ -134,6 +135,8 @@ struct WgmmaArgs {
   TensorMap weights;  // src/cuda/tensor_map.h
   GemmArgs gemm;
   int32_t evict_first;  // weights pass through L2: their lines are the first to go
+  int32_t tokens_by_map;  // gemm.row_source is null, and `tokens` is a's map
+  TensorMap tokens;       // src/cuda/tensor_map.h
 };
 
 }  // namespace octomoe::kernels

@@ -47,6 +47,7 @@ struct GroupedGemm {
   static constexpr int kGroup = C.gated() ? kRows / 2 : kRows;                  // output columns of a consumer
   static constexpr int kBoxBytes = kRows * WgmmaConfig::kBlockK;
   static constexpr int kWeightBytes = C.consumers * kBoxBytes;
+  static constexpr int kTokenBoxBytes = WgmmaConfig::kTokenBox * WgmmaConfig::kBlockK;
   static constexpr int kSums = kBlockN / 2;  // of a thread and m64 block
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
@@ -315,6 +316,19 @@ struct GroupedGemm {
           const uint32_t to = ring + static_cast<uint32_t>(slot.index * C.stage_bytes());
           const bool inside = k_tile * 128 + chunk * 16 < args.k;
           const int8_t* a = args.a + k_tile * 128;
+          // Rows that follow one another come in boxes; those behind the tile's last belong to another and are not used.
+          if (all.tokens_by_map != 0) {
+            if (thread == 0) {
+              const uint32_t full = ptx::shared_address(&shared.full[slot.index]);
+              ptx::barrier_expect(full, static_cast<uint32_t>(passes * kTokenBoxBytes));
+              for (int p = 0; p < passes; ++p) {
+                ptx::copy_box_5d(ptx::shared_address(shared.ring[slot.index]) +
+                                     static_cast<uint32_t>(kWeightBytes + p * kTokenBoxBytes),
+                                 &all.tokens, k_tile * 128, t.row_begin + p * WgmmaConfig::kTokenBox, 0, 0, 0, full,
+                                 ptx::kEvictNormal);
+              }
+            }
+          } else
 #pragma unroll
           for (int p = 0; p < kBlockN / 16; ++p) {
             if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);

@@ -17,4 +17,8 @@ WeightBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, b
 // order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
 
+// a: int8 [rows, k], 16-byte aligned, k a multiple of 16. A box is WgmmaConfig::kTokenBox rows by 128 columns.
+WeightBoxes token_boxes(std::int64_t rows, std::int64_t k);
+kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k);
+
 }  // namespace octomoe::cuda

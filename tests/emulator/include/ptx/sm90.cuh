@@ -9,6 +9,7 @@ namespace octomoe::ptx {
 inline constexpr uint64_t kEvictNormal = 0, kEvictFirst = 1, kEvictLast = 2;
 
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_expect(barrier, bytes); }
 inline void barrier_init_fence() {}
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 inline void prefetch_tensor_map(const kernels::TensorMap*) {}
