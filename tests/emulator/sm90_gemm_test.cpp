@@ -22,11 +22,11 @@ void check(GemmCase c, int ctas = 2) {
   GemmProblem problem(c);
   const cuda::WeightBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
   problem.check([&](const GemmArgs& args, const Schedule& schedule) {
-    const cuda::WeightBoxes rows = cuda::token_boxes(args.a_rows, c.k);
+    const cuda::WeightBoxes rows = cuda::token_boxes(std::max<std::int64_t>(args.a_rows, 1), c.k);
     const WgmmaArgs all{.weights = encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box),
                         .gemm = args,
                         .evict_first = c.seed % 2 == 0,
-                        .tokens_by_map = args.row_source == nullptr,
+                        .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
                         .tokens = encode_tensor_map(args.a, rows.sizes, rows.strides, rows.box)};
     launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
            [&] { sm90::grouped_gemm<C>(all); });
