@@ -69,29 +69,34 @@ inline constexpr int kMaxExperts = 1024;
 struct WgmmaConfig {
   Promotion promotion;
   Epilogue epilogue;
-  int block_n;  // most tokens of a tile, a multiple of 16; a tile is computed as wide as its rows need
-  int stages;
-  int block_stages;  // stages of a K-block of the scales; channel: 1
-  int cluster;       // 2: CTAs work in pairs on two token tiles of one expert and share the weights
-  int consumers;     // warpgroups: 2, or 1 for two CTAs a multiprocessor, of which one can finish while the other works
+  int block_n;        // most tokens of a tile, a multiple of 16; a tile is computed as wide as its rows need
+  int weight_stages;  // of each consumer's ring of weights
+  int token_stages;   // of the ring of tokens, which the consumers share
+  int block_stages;   // stages of a K-block of the scales; channel: 1
+  int cluster;        // 2: CTAs work in pairs on two token tiles of one expert and share the weights
 
   static constexpr int kBlockK = 128;
+  static constexpr int consumers = 2;   // warpgroups
+  static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * consumers; }
-  OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + 1); }
-  OCTOMOE_HD constexpr int min_blocks() const { return 3 - consumers; }
+  // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
+  // per K-block need the registers that a fourth warpgroup takes.
+  OCTOMOE_HD constexpr bool own_rings() const { return !has_blocks(); }
+  OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + (own_rings() ? 2 : 1)); }
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
-  OCTOMOE_HD constexpr int stage_bytes() const { return (block_m() + block_n) * kBlockK; }
-  // The ring; per stage a word for each token and two scale blocks, or for each of stages + 1 tiles the scales of its
-  // tokens and weight rows; the tile list; where a stage's tile lies; what requantising exchanges (a maximum of each
-  // token and warp, and an inverse); barriers. Rounded up for what alignment takes.
+  // The rings; per token stage a word for each token and two scale blocks, or for each of token_stages + 1 tiles the
+  // scales of its tokens and weight rows; the tile list; where a stage's tile lies; what requantising exchanges (a
+  // maximum of each token and warp, and an inverse); barriers. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (has_blocks() ? stages * 2 * block_n * 4 : 4) +
-           (stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
-           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * consumers * 2 + 4) * block_n : 8) + stages * 32 + 64;
+    return (weight_stages * block_m() + token_stages * block_n) * kBlockK +
+           (has_blocks() ? token_stages * 2 * block_n * 4 : 4) +
+           (token_stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
+           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * consumers * 2 + 4) * block_n : 8) + token_stages * 32 +
+           weight_stages * 32 + 64;
   }
 };
 
@@ -133,7 +138,9 @@ struct GemmArgs {
 struct WgmmaArgs {
   TensorMap weights;  // src/cuda/tensor_map.h
   GemmArgs gemm;
-  int32_t evict_first;  // weights pass through L2: their lines are the first to go
+  int32_t evict_first;    // weights pass through L2: their lines are the first to go
+  int32_t tokens_by_map;  // gemm.row_source is null, and `tokens` is a's map
+  TensorMap tokens;       // src/cuda/tensor_map.h
 };
 
 }  // namespace octomoe::kernels

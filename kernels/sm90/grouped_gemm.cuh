@@ -40,29 +40,31 @@ using kernels::WgmmaConfig;
 
 template <WgmmaConfig C>
 struct GroupedGemm {
-  static constexpr int kBlockN = C.block_n, kStages = C.stages;
+  static constexpr int kBlockN = C.block_n, kWeightStages = C.weight_stages, kTokenStages = C.token_stages;
   static constexpr bool kBlocks = C.has_blocks(), kFloatTotals = C.promotion == Promotion::block;
   static constexpr int kRows = 128;  // weight rows of a consumer
   static constexpr int kOutColumns = C.gated() ? 2 : 4;                         // neighbouring columns of a thread
   static constexpr int kGroup = C.gated() ? kRows / 2 : kRows;                  // output columns of a consumer
   static constexpr int kBoxBytes = kRows * WgmmaConfig::kBlockK;
-  static constexpr int kWeightBytes = C.consumers * kBoxBytes;
+  static constexpr int kTokenBytes = kBlockN * WgmmaConfig::kBlockK;
+  static constexpr int kTokenBoxBytes = WgmmaConfig::kTokenBox * WgmmaConfig::kBlockK;
   static constexpr int kSums = kBlockN / 2;  // of a thread and m64 block
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
   // 65536 registers over the multiprocessor's threads, in steps of 8.
-  static constexpr int kConsumerRegisters = C.consumers == 1 ? 200 : kBlocks ? 216 : 224;
-  static constexpr int kProducerRegisters = C.consumers == 2 && kBlocks ? 72 : 56;
+  static constexpr int kWeightRegisters = C.own_rings() ? 24 : 0;
+  static constexpr int kTokenRegisters = kBlocks ? 72 : 56;
+  static constexpr int kConsumerRegisters =
+      ((C.own_rings() ? 512 : 504) - kWeightRegisters - kTokenRegisters) / C.consumers;
 
-  static_assert(kBlockN % 16 == 0 && kBlockN <= 192 && (!kBlocks || kBlockN <= 128));
+  static_assert(kBlockN % 16 == 0 && kBlockN <= 160 && (!kBlocks || kBlockN <= 128));
   // Chunks of K-blocks whose int32 sums enter float values: three sets of sums, so tiles are narrow.
   static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
   static_assert(!kFlush || kBlockN <= 64);
-  static_assert(C.consumers == 2 || (C.consumers == 1 && C.cluster == 1 && !kBlocks && kBlockN <= 128));
 
   // ---- shared memory ----
   // What the epilogue needs of a tile. The producer may be as many tiles ahead as there are stages.
-  static constexpr int kTables = kStages + 1;
+  static constexpr int kTables = kTokenStages + 1;
   static constexpr bool kScaled = C.promotion == Promotion::channel || C.promotion == Promotion::hybrid;
   struct alignas(8) Table {
     float a_scale[kScaled ? kBlockN : 1];
@@ -75,24 +77,38 @@ struct GroupedGemm {
     float inverse[C.quantizes() ? kBlockN : 1];
   };
   struct Shared {
-    uint8_t ring[kStages][C.stage_bytes()];
-    alignas(8) int32_t products[kBlocks ? kStages * 2 * kBlockN : 1];
+    uint8_t weights[C.consumers][kWeightStages][kBoxBytes];
+    uint8_t tokens[kTokenStages][kTokenBytes];
+    alignas(8) int32_t products[kBlocks ? kTokenStages * 2 * kBlockN : 1];
     Table table[kTables];
     TileList list;
-    Tile tile[kStages];  // of the stage, valid in a tile's first
+    Tile tile[kTokenStages];  // of the stage, valid in a tile's first
+    bool plain;               // Consumer::finish; kept here because consumers have no register for it
     Rounding rounding;
-    uint64_t full[kStages], empty[kStages];
+    uint64_t weights_full[C.consumers][kWeightStages], weights_empty[C.consumers][kWeightStages];
+    uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
+  static_assert(C.own_rings() || (kWeightStages == kTokenStages && C.cluster == 1));
 
+  template <int kSize>
   struct Slot {
     int32_t index = 0;
     uint32_t phase = 0;
     __device__ __forceinline__ void advance() {
-      if (++index == kStages) {
+      if (++index == kSize) {
         index = 0;
         phase ^= 1;
       }
+    }
+  };
+
+  struct Stage {
+    Slot<kWeightStages> w;
+    Slot<kTokenStages> t;
+    __device__ __forceinline__ void advance() {
+      w.advance();
+      t.advance();
     }
   };
 
@@ -130,47 +146,77 @@ struct GroupedGemm {
 
   // The scale block of an output column: the halves of a w13 restart at a block, also where they are not gated here.
   static __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int column, int half) {
-    const int rows = args.n / args.segments, per_segment = (rows + args.block_n - 1) / args.block_n;
-    const int row = min(column, width(args) - 1);
-    const int segment = C.gated() ? half : row / rows;
-    return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
+    // Unsigned: a division takes less.
+    const auto block = static_cast<uint32_t>(args.block_n);
+    const uint32_t rows = static_cast<uint32_t>(args.n) / static_cast<uint32_t>(args.segments);
+    const uint32_t per_segment = (rows + block - 1) / block;
+    const auto row = static_cast<uint32_t>(min(column, width(args) - 1));
+    const uint32_t segment = C.gated() ? static_cast<uint32_t>(half) : row / rows;
+    const uint32_t inside = (C.gated() ? row : row - segment * rows) / block;
+    return expert * args.blocks_n + static_cast<int32_t>(segment * per_segment + inside);
   }
 
-  // ---- producer ----
-  struct Producer {
+  // ---- producers ----
+  // Where a tile's weights are.
+  struct Boxes {
+    int32_t unit, count;
+    uint64_t hint;
+  };
+  static __device__ __forceinline__ Boxes boxes_of(const WgmmaArgs& all, const Tile& t) {
+    const int column = t.m_tile * C.features();
+    // Gated, a column has a row in each half; otherwise a column is a row.
+    return {t.expert * (all.gemm.n / kUnit) + column / kUnit, column + kGroup < width(all.gemm) ? 2 : 1,
+            all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
+  }
+  static __device__ __forceinline__ void copy_box(const WgmmaArgs& all, Shared& shared, const Boxes& boxes, int consumer,
+                                                  int32_t k_tile, int32_t slot, uint32_t full) {
+    const uint32_t to = ptx::shared_address(shared.weights[consumer][slot]);
+    const int32_t unit = boxes.unit + consumer * (kGroup / kUnit);
+    if constexpr (C.cluster > 1) {
+      // Each CTA asks for one consumer's box, which both get.
+      if (rank() == consumer) {
+        ptx::copy_box_5d_multicast(to, &all.weights, k_tile * 128, 0, 0, unit, 0, full, boxes.hint, 3);
+      }
+    } else {
+      ptx::copy_box_5d(to, &all.weights, k_tile * 128, 0, 0, unit, 0, full, boxes.hint);
+    }
+  }
+
+  // One thread for each consumer's weights. Nothing here depends on the kernel before.
+  struct WeightProducer {
     const WgmmaArgs& all;
     const GemmArgs& args;
     Shared& shared;
     int32_t m_tiles, total, k_tiles;
 
-    // Where a tile's weights are.
-    struct Boxes {
-      int32_t unit, count;
-      uint64_t hint;
-    };
-    __device__ __forceinline__ Boxes boxes_of(const Tile& t) const {
-      const int column = t.m_tile * C.features();
-      // Gated, a column has a row in each half; otherwise a column is a row.
-      return {t.expert * (args.n / kUnit) + column / kUnit, C.consumers > 1 && column + kGroup < width(args) ? 2 : 1,
-              all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
-    }
-    __device__ __forceinline__ void copy_weights(const Boxes& boxes, int32_t k_tile, int32_t slot) const {
-      const uint32_t full = ptx::shared_address(&shared.full[slot]), to = ptx::shared_address(shared.ring[slot]);
-      ptx::barrier_arrive_expect(full, static_cast<uint32_t>(boxes.count * kBoxBytes));
-      if constexpr (C.cluster > 1) {
-        // Each CTA asks for one box, which both get.
-        const int i = rank();
-        if (i < boxes.count) {
-          ptx::copy_box_5d_multicast(to + i * kBoxBytes, &all.weights, k_tile * 128, 0, 0,
-                                     boxes.unit + i * (kGroup / kUnit), 0, full, boxes.hint, 3);
-        }
-      } else {
-        ptx::copy_box_5d(to, &all.weights, k_tile * 128, 0, 0, boxes.unit, 0, full, boxes.hint);
-        if (boxes.count > 1) {
-          ptx::copy_box_5d(to + kBoxBytes, &all.weights, k_tile * 128, 0, 0, boxes.unit + kGroup / kUnit, 0, full,
-                           boxes.hint);
+    __device__ __forceinline__ void run(int consumer) const {
+      Slot<kWeightStages> slot;
+      slot.phase = 1;  // the ring is empty
+      for (int32_t index = first_tile(); index < total; index += tile_step()) {
+        const Boxes boxes = boxes_of(all, find_tile(shared.list, args, index, m_tiles));
+        const bool exists = consumer < boxes.count;
+        for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          ptx::barrier_wait(ptx::shared_address(&shared.weights_empty[consumer][slot.index]), slot.phase);
+          const uint32_t full = ptx::shared_address(&shared.weights_full[consumer][slot.index]);
+          ptx::barrier_arrive_expect(full, exists ? kBoxBytes : 0);
+          if (exists) copy_box(all, shared, boxes, consumer, k_tile, slot.index, full);
+          slot.advance();
         }
       }
+    }
+  };
+
+  struct TokenProducer {
+    const WgmmaArgs& all;
+    const GemmArgs& args;
+    Shared& shared;
+    int32_t m_tiles, total, k_tiles;
+
+    // One ring for all: the weights of both consumers arrive at the tokens' barrier.
+    __device__ __forceinline__ void copy_weights(const Boxes& boxes, int32_t k_tile, int32_t slot) const {
+      const uint32_t full = ptx::shared_address(&shared.tokens_full[slot]);
+      ptx::barrier_arrive_expect(full, static_cast<uint32_t>(boxes.count * kBoxBytes));
+      for (int i = 0; i < boxes.count; ++i) copy_box(all, shared, boxes, i, k_tile, slot, full);
     }
 
     // The scales of a tile, beside its first stage. source: of tokens token and token + 128.
@@ -182,14 +228,14 @@ struct GroupedGemm {
           ptx::cp_async_4(ptx::shared_address(&table.a_scale[token + 128 * i]), args.a_scale + source[i], true);
         }
       }
-#pragma unroll
+#pragma unroll 1  // side by side they would need more registers than the producer has
       for (int i = 0; i < C.consumers; ++i) {
-        const int half = C.gated() ? thread / kGroup : 0;
-        const int column = min(t.m_tile * C.features() + i * kGroup + thread % kGroup, width(args) - 1);
+        const int half = C.gated() ? thread / kGroup : 0, begin = t.m_tile * C.features() + i * kGroup;
         int64_t at;
         if constexpr (C.promotion == Promotion::hybrid) {
-          at = block_row(args, t.expert, column, half);
+          at = block_row(args, t.expert, begin, half);  // a consumer's columns lie in one block
         } else {
+          const int column = min(begin + thread % kGroup, width(args) - 1);
           at = args.w_scale_per_tensor ? t.expert
                                        : static_cast<int64_t>(t.expert) * args.n + column + half * width(args);
         }
@@ -214,14 +260,13 @@ struct GroupedGemm {
         float factor;
         bool active;
       };
-      const int32_t* a = nullptr;
-      const uint8_t* w[2] = {};
+      int32_t source = 0, w_at[2] = {};  // places, not pointers: the producer has few registers
       Values values{};
 
-      __device__ __forceinline__ void open(const GemmArgs& args, const Tile& t, int token, int32_t source) {
+      __device__ __forceinline__ void open(const GemmArgs& args, const Tile& t, int token, int32_t from) {
         values.active = token < padded(t.rows);
         if (!values.active) return;
-        a = (kFloatTotals ? reinterpret_cast<const int32_t*>(args.a_scale) : args.a_q) + source;
+        source = from;
         values.factor = 1.0f;
         if (kFloatTotals && args.row_factor != nullptr) {
           values.factor = args.row_factor[t.row_begin + min(token, max(t.rows, 1) - 1)];
@@ -229,16 +274,17 @@ struct GroupedGemm {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int32_t b = block_row(args, t.expert, t.m_tile * C.features() + (C.gated() ? 0 : i * kRows), i);
-          const auto* base = kFloatTotals ? reinterpret_cast<const uint8_t*>(args.w_scale) : args.w_q;
-          w[i] = base + static_cast<int64_t>(b) * args.blocks_k * (kFloatTotals ? 4 : 1);
+          w_at[i] = b * args.blocks_k;
         }
       }
       __device__ __forceinline__ void load(const GemmArgs& args, int32_t block) {
         if (!values.active) return;
-        values.a = a[block * args.a_rows];
+        const int64_t at = block * args.a_rows + source;
+        values.a = kFloatTotals ? __float_as_int(args.a_scale[at]) : args.a_q[at];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          values.w[i] = kFloatTotals ? reinterpret_cast<const int32_t*>(w[i])[block] : w[i][block];
+          const int32_t w = w_at[i] + block;
+          values.w[i] = kFloatTotals ? __float_as_int(args.w_scale[w]) : args.w_q[w];
         }
       }
     };
@@ -259,16 +305,20 @@ struct GroupedGemm {
       int32_t index = first_tile(), ahead = 0;
       if (index >= total) return;  // in all CTAs of a cluster
       Tile t = find_tile(shared.list, args, index, m_tiles), next = t;
-      Boxes boxes = boxes_of(t);
-      // The weights of the first tile do not depend on the kernel before.
-      if (thread == 0) {
-        for (; ahead < min(kStages, k_tiles); ++ahead) copy_weights(boxes, ahead, ahead);
+      Boxes boxes{};
+      if constexpr (!C.own_rings()) {
+        boxes = boxes_of(all, t);
+        // The weights of the first tile do not depend on the kernel before.
+        if (thread == 0) {
+          for (; ahead < min(kWeightStages, k_tiles); ++ahead) copy_weights(boxes, ahead, ahead);
+        }
       }
       ptx::grid_dependency_wait();
       ptx::grid_dependency_launch();
 
-      const uint32_t ring = ptx::shared_address(shared.ring) + static_cast<uint32_t>(kWeightBytes + row * 128 + ((chunk ^ (row & 7)) << 4));
-      Slot slot;
+      const uint32_t ring =
+          ptx::shared_address(shared.tokens) + static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
+      Slot<kTokenStages> slot;
       slot.phase = 1;  // the ring is empty
       int table = 0;
       int32_t source[2], next_source[2] = {};
@@ -289,13 +339,15 @@ struct GroupedGemm {
           offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk);
         }
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-          ptx::barrier_wait(ptx::shared_address(&shared.empty[slot.index]), slot.phase);
+          ptx::barrier_wait(ptx::shared_address(&shared.tokens_empty[slot.index]), slot.phase);
           if (thread == 0) {
             if (k_tile == 0) shared.tile[slot.index] = t;
-            if (ahead > 0) {
-              --ahead;  // its bytes are under way
-            } else {
-              copy_weights(boxes, k_tile, slot.index);
+            if constexpr (!C.own_rings()) {
+              if (ahead > 0) {
+                --ahead;  // its bytes are under way
+              } else {
+                copy_weights(boxes, k_tile, slot.index);
+              }
             }
           }
           // The scales of the next K-block are asked for before this stage's copies, which would delay them.
@@ -312,22 +364,36 @@ struct GroupedGemm {
               }
             }
           }
-          const uint32_t to = ring + static_cast<uint32_t>(slot.index * C.stage_bytes());
+          const uint32_t to = ring + static_cast<uint32_t>(slot.index * kTokenBytes);
           const bool inside = k_tile * 128 + chunk * 16 < args.k;
           const int8_t* a = args.a + k_tile * 128;
+          if (all.tokens_by_map != 0) {
+            // Rows that follow one another come in boxes; those behind the tile's last are another's and stay unused.
+            if (thread == 0) {
+              const uint32_t full = ptx::shared_address(&shared.tokens_full[slot.index]);
+              ptx::barrier_expect(full, static_cast<uint32_t>(passes * kTokenBoxBytes));
+              const uint32_t base = ptx::shared_address(shared.tokens[slot.index]);
+#pragma unroll 1
+              for (int p = 0; p < passes; ++p) {
+                ptx::copy_box_2d(base + static_cast<uint32_t>(p * kTokenBoxBytes), &all.tokens, k_tile * 128,
+                                 t.row_begin + p * WgmmaConfig::kTokenBox, full);
+              }
+            }
+          } else {
 #pragma unroll
-          for (int p = 0; p < kBlockN / 16; ++p) {
-            if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
+            for (int p = 0; p < kBlockN / 16; ++p) {
+              if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
+            }
+          }
+          if constexpr (kBlocks) {
+            if (opens_block) store_products(now, shared.products + slot.index * 2 * kBlockN + token);
           }
           if (k_tile == 0) {
             if constexpr (kScaled) copy_scales(t, shared.table[table], thread, token, source);
             table = table + 1 == kTables ? 0 : table + 1;
           }
-          if constexpr (kBlocks) {
-            if (opens_block) store_products(now, shared.products + slot.index * 2 * kBlockN + token);
-          }
           // Each thread arrives when its copies land; a warp once more for what it wrote itself.
-          const uint32_t full = ptx::shared_address(&shared.full[slot.index]);
+          const uint32_t full = ptx::shared_address(&shared.tokens_full[slot.index]);
           ptx::cp_async_arrive(full);
           __syncwarp();
           if (lane() == 0) ptx::barrier_arrive(full);
@@ -346,7 +412,7 @@ struct GroupedGemm {
           }
         }
         t = next;
-        boxes = boxes_of(t);
+        if constexpr (!C.own_rings()) boxes = boxes_of(all, t);
         source[0] = next_source[0];
         source[1] = next_source[1];
       }
@@ -360,52 +426,56 @@ struct GroupedGemm {
     Shared& shared;
     int32_t k_tiles;
     int warpgroup;
-    Slot slot;
+    bool by_map;
+    Stage at;
 
-    __device__ __forceinline__ void wait_full(const Slot& s) const {
-      ptx::barrier_wait(ptx::shared_address(&shared.full[s.index]), s.phase);
-      ptx::fence_proxy_async();  // tokens were written by cp.async
-    }
-    __device__ __forceinline__ void release(int32_t index) const {
-      const uint32_t empty = ptx::shared_address(&shared.empty[index]);
-      __syncwarp();  // all lanes have read what they need of the stage
-      if constexpr (C.cluster > 1) {
-        if (lane() < C.cluster) ptx::barrier_arrive_at(empty, static_cast<uint32_t>(lane()));
-      } else {
-        if (lane() == 0) ptx::barrier_arrive(empty);
+    __device__ __forceinline__ void wait_full(const Stage& s) const {
+      if constexpr (C.own_rings()) {
+        ptx::barrier_wait(ptx::shared_address(&shared.weights_full[warpgroup][s.w.index]), s.w.phase);
       }
+      ptx::barrier_wait(ptx::shared_address(&shared.tokens_full[s.t.index]), s.t.phase);
+      if (!by_map) ptx::fence_proxy_async();  // tokens were written by cp.async
+    }
+    __device__ __forceinline__ void release(int32_t w, int32_t t) const {
+      __syncwarp();  // all lanes have read what they need of the stage
+      if constexpr (C.own_rings()) {
+        const uint32_t weights = ptx::shared_address(&shared.weights_empty[warpgroup][w]);
+        if constexpr (C.cluster > 1) {
+          if (lane() < C.cluster) ptx::barrier_arrive_at(weights, static_cast<uint32_t>(lane()));
+        } else {
+          if (lane() == 0) ptx::barrier_arrive(weights);
+        }
+      }
+      if (lane() == (C.own_rings() ? 2 : 0)) ptx::barrier_arrive(ptx::shared_address(&shared.tokens_empty[t]));
     }
     // Half of w13 that m64 block `block` is: the first block is always the gate.
     __device__ __forceinline__ int half_of(int block) const { return C.gated() ? block ^ args.up_first : 0; }
-    __device__ __forceinline__ uint64_t weights(const Slot& s, int block) const {
+    __device__ __forceinline__ uint64_t weights(const Stage& s, int block) const {
       const int place = C.gated() ? half_of(block) : block;
-      return ptx::matrix_descriptor(ptx::shared_address(shared.ring[s.index]) + warpgroup * kBoxBytes + place * 8192);
+      return ptx::matrix_descriptor(ptx::shared_address(shared.weights[warpgroup][s.w.index]) + place * 8192);
     }
-    __device__ __forceinline__ uint64_t tokens(const Slot& s) const {
-      return ptx::matrix_descriptor(ptx::shared_address(shared.ring[s.index]) + kWeightBytes);
+    __device__ __forceinline__ uint64_t tokens(const Stage& s) const {
+      return ptx::matrix_descriptor(ptx::shared_address(shared.tokens[s.t.index]));
     }
 
     // Sums over the whole of K.
     template <int kTokens>
     __device__ __forceinline__ void multiply(int32_t (&sums)[2][kSums]) {
-      int32_t previous = 0;
+      int32_t previous_w = 0, previous_t = 0;
       for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-        wait_full(slot);
+        wait_full(at);
         ptx::wgmma_fence();
-        const uint64_t a0 = weights(slot, 0), a1 = weights(slot, 1), b = tokens(slot);
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          ptx::Wgmma<kTokens>::mma(sums[0], a0 + 2 * step, b + 2 * step, k_tile | step);
-          ptx::Wgmma<kTokens>::mma(sums[1], a1 + 2 * step, b + 2 * step, k_tile | step);
-        }
+        for (int b = 0; b < 2; ++b) ptx::Wgmma<kTokens>::mma(sums[b], weights(at, b), tokens(at), k_tile);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
-        if (k_tile > 0) release(previous);
-        previous = slot.index;
-        slot.advance();
+        if (k_tile > 0) release(previous_w, previous_t);
+        previous_w = at.w.index;
+        previous_t = at.t.index;
+        at.advance();
       }
       ptx::wgmma_wait<0>();
-      release(previous);
+      release(previous_w, previous_t);
       ptx::wgmma_results(sums[0]);
       ptx::wgmma_results(sums[1]);
     }
@@ -429,7 +499,7 @@ struct GroupedGemm {
       // iteration: ptxas serialises wgmma whose sums cross a loop's end and are read on the other side (C7514).
       int32_t partial[kBoth ? 2 : 1][kTokens / 2];
       for (int32_t k_tile = 0; k_tile < k_tiles; k_tile += C.block_stages) {
-        const Slot begin = slot;
+        const Stage begin = at;
         multiply_block<kTokens>(partial[0], 0, begin, true);
         if constexpr (kBoth) multiply_block<kTokens>(partial[1], 1, begin, false);
         ptx::wgmma_wait<kBoth ? 1 : 0>();
@@ -439,8 +509,8 @@ struct GroupedGemm {
         promote_block<kTokens>(totals[1], partial[kBoth ? 1 : 0], 1, begin);
 #pragma unroll
         for (int i = 0; i < C.block_stages; ++i) {
-          release(slot.index);
-          slot.advance();
+          release(at.w.index, at.t.index);
+          at.advance();
         }
         if constexpr (kFlush) {
           ++in_group;
@@ -494,16 +564,12 @@ struct GroupedGemm {
 
     // The partial sums of one K-block, from stage s on.
     template <int kTokens>
-    __device__ __forceinline__ void multiply_block(int32_t (&partial)[kTokens / 2], int block, Slot s, bool wait) const {
+    __device__ __forceinline__ void multiply_block(int32_t (&partial)[kTokens / 2], int block, Stage s, bool wait) const {
 #pragma unroll
       for (int i = 0; i < C.block_stages; ++i) {
         if (wait) wait_full(s);
         ptx::wgmma_fence();
-        const uint64_t w = weights(s, block), t = tokens(s);
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          ptx::Wgmma<kTokens>::mma(partial, w + 2 * step, t + 2 * step, i | step);
-        }
+        ptx::Wgmma<kTokens>::mma(partial, weights(s, block), tokens(s), i);
         s.advance();
       }
       ptx::wgmma_commit();
@@ -511,9 +577,9 @@ struct GroupedGemm {
 
     template <int kTokens>
     __device__ __forceinline__ void promote_block(int32_t (&totals)[kSums], int32_t (&partial)[kTokens / 2], int block,
-                                                  Slot s) const {
+                                                  Stage s) const {
       ptx::wgmma_results(partial);
-      promote<kTokens>(totals, partial, shared.products + (s.index * 2 + (C.gated() ? half_of(block) : warpgroup)) * kBlockN);
+      promote<kTokens>(totals, partial, shared.products + (s.t.index * 2 + (C.gated() ? half_of(block) : warpgroup)) * kBlockN);
     }
 
     template <int kTokens>
@@ -557,12 +623,20 @@ struct GroupedGemm {
       }
     }
 
-    // kPlain: bf16 or quantised out, and none of bias, zero points, row factors and limit.
+    // Of the tile: the first of the neighbouring output columns that this thread has.
+    __device__ __forceinline__ int column_inside() const {
+      const int warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
+      return warp * (kGroup / 4) + (lane() >> 2) * kOutColumns;
+    }
+    __device__ __forceinline__ int column_of(const Tile& t) const {
+      return t.m_tile * C.features() + warpgroup * kGroup + column_inside();
+    }
+
+    // Sums -> out; with swiglu_block two columns of SwiGLU as bf16 -> sums[0][4j + e]. kPlain: bf16 or quantised out,
+    // and none of bias, zero points, row factors and limit.
     template <bool kPlain>
     __device__ __forceinline__ void finish(const Tile& t, int32_t (&sums)[2][kSums], const Table& table) const {
-      const int warp = (static_cast<int>(threadIdx.x) >> 5) & 3;
-      const int inside = warp * (kGroup / 4) + (lane() >> 2) * kOutColumns;
-      const int column = t.m_tile * C.features() + warpgroup * kGroup + inside;
+      const int inside = column_inside(), column = column_of(t);
       if (column >= width(args)) return;
       const bool asymmetric = !kPlain && C.promotion == Promotion::channel && args.a_zero != nullptr;
       const OutType type = C.gated() || kPlain ? OutType::bf16 : args.out_type;
@@ -580,10 +654,9 @@ struct GroupedGemm {
           bias[b][h] = !kPlain && args.bias != nullptr ? args.bias[at] : 0.0f;
         }
       }
-      const int first = 2 * (lane() & 3);
-      const int64_t stride = args.out_stride * (type == OutType::f32 ? 4 : 2);
-      uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * stride +
-                    static_cast<int64_t>(column) * (type == OutType::f32 ? 4 : 2);
+      const int first = 2 * (lane() & 3), left = t.rows - first, size = type == OutType::f32 ? 4 : 2;
+      const int64_t stride = args.out_stride * size;
+      uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * stride + static_cast<int64_t>(column) * size;
 #pragma unroll
       for (int j = 0; j < kBlockN / 8; ++j) {
         if (8 * j >= t.rows) break;
@@ -593,43 +666,43 @@ struct GroupedGemm {
           a_scale[0] = pair.x;
           a_scale[1] = pair.y;
         }
+        // Both tokens' values before either's store: their chains are long, and a scheduler has one or two warps.
+        float out[2][4];  // of a token; gated: gate of two columns, then up
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const bool valid = 8 * j + first + e < t.rows;
           int32_t zero = 0;
           if constexpr (!kPlain) {
             const int32_t row = t.row_begin + min(8 * j + first + e, t.rows - 1);
             if (kScaled && args.row_factor != nullptr) a_scale[e] = __fmul_rn(a_scale[e], args.row_factor[row]);
             if (asymmetric) zero = args.a_zero[args.row_source != nullptr ? args.row_source[row] : row];
           }
-          const auto v = [&](int b, int h) {
-            const int32_t sum = sums[b][4 * j + 2 * h + e];
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int b = c / 2, h = c % 2, sum = sums[b][4 * j + 2 * h + e];
             float x = __int_as_float(sum);
             if constexpr (kScaled) {
               const int32_t acc = asymmetric ? sum - zero * column_sum[b][h] : sum;
               x = __fmul_rn(__int2float_rn(acc), __fmul_rn(w_scale[b][h], a_scale[e]));
             }
-            return !kPlain && args.bias != nullptr ? __fadd_rn(x, bias[b][h]) : x;
-          };
-          float out[kOutColumns];
-          if constexpr (C.gated()) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              float g = v(0, h), u = v(1, h);
-              if constexpr (!kPlain) {
-                g = num::min_nan(g, args.limit);
-                u = num::clamp(u, -args.limit, args.limit);
-              }
-              out[h] = __fmul_rn(num::silu(g), u);
+            if (!kPlain && args.bias != nullptr) x = __fadd_rn(x, bias[b][h]);
+            if constexpr (C.gated() && !kPlain) {
+              x = b == 0 ? num::min_nan(x, args.limit) : num::clamp(x, -args.limit, args.limit);
             }
-          } else {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) out[c] = v(c / 2, c % 2);
+            out[e][c] = x;
           }
+        }
+        if constexpr (C.gated()) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            out[i / 2][i % 2] = __fmul_rn(num::silu(out[i / 2][i % 2]), out[i / 2][2 + i % 2]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
           if constexpr (C.quantizes()) {
-            sums[0][4 * j + e] = static_cast<int32_t>(num::pack_bf16(out[0], out[1]));
+            sums[0][4 * j + e] = static_cast<int32_t>(num::pack_bf16(out[e][0], out[e][1]));
           } else {
-            if (valid) store(to + e * stride, type, out);
+            store(to + e * stride, type, out[e], 8 * j + e < left);
           }
         }
         to += 8 * stride;
@@ -644,9 +717,9 @@ struct GroupedGemm {
       constexpr int kPairs = kBlockN / 8;
       Rounding& rounding = shared.rounding;
       const int thread = static_cast<int>(threadIdx.x), warp = (thread >> 5) & 3, group = lane() >> 2;
-      const int column =
-          t.m_tile * C.features() + warpgroup * kGroup + warp * (kGroup / 4) + (group & ~1) * kOutColumns;
-      const bool exists = column < width(args), odd = (group & 1) != 0;
+      const bool odd = (group & 1) != 0;
+      const int column = column_of(t) - odd * kOutColumns;
+      const bool exists = column < width(args);
       // Two columns of two tokens become four columns of one: a lane trades with the one that has the other two
       // columns. All lanes take part in all shuffles, outside of branches: inside, the compiler gives up uniform
       // registers in the main loop.
@@ -713,8 +786,9 @@ struct GroupedGemm {
       }
     }
 
-    static __device__ __forceinline__ void store(uint8_t* to, OutType type, const float (&v)[kOutColumns]) {
+    static __device__ __forceinline__ void store(uint8_t* to, OutType type, const float (&v)[4], bool exists) {
       if (type == OutType::f32) {
+        if (!exists) return;
 #pragma unroll
         for (int c = 0; c < kOutColumns; c += 2) {
           *reinterpret_cast<float2*>(to + 4 * c) = make_float2(num::canonical(v[c]), num::canonical(v[c + 1]));
@@ -726,24 +800,19 @@ struct GroupedGemm {
       for (int c = 0; c < kOutColumns; c += 2) {
         packed[c / 2] = type == OutType::bf16 ? num::pack_bf16(v[c], v[c + 1]) : num::pack_fp16(v[c], v[c + 1]);
       }
-      if constexpr (kOutColumns == 4) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(packed[0], packed[1]);
-      } else {
-        *reinterpret_cast<uint32_t*>(to) = packed[0];
-      }
+      // Without a branch, into which the compiler would move all that leads to the value.
+      ptx::store_if(exists, to, packed);
     }
 
     __device__ __forceinline__ void run(int32_t total) {
       ptx::grid_dependency_wait();
-      const bool plain = args.bias == nullptr && args.row_factor == nullptr && args.a_zero == nullptr &&
-                         (C.gated() ? args.limit == num::from_bits(num::kInfBits) : args.out_type == OutType::bf16);
       int table = 0;
       for (int32_t index = first_tile(); index < total; index += tile_step()) {
-        ptx::barrier_wait(ptx::shared_address(&shared.full[slot.index]), slot.phase);
-        const Tile t = shared.tile[slot.index];
+        ptx::barrier_wait(ptx::shared_address(&shared.tokens_full[at.t.index]), at.t.phase);
+        const Tile t = shared.tile[at.t.index];
         int32_t sums[2][kSums];
         multiply_tile<16>(t, sums);
-        if (plain) {
+        if (shared.plain) {
           finish<true>(t, sums, shared.table[table]);
         } else {
           finish<false>(t, sums, shared.table[table]);
@@ -760,10 +829,18 @@ struct GroupedGemm {
     const GemmArgs& args = all.gemm;
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&all.weights);
-      for (int i = 0; i < kStages; ++i) {
-        // The weights' bytes, the producer's threads (their copies) and warps (their writes).
-        ptx::barrier_init(ptx::shared_address(&shared.full[i]), 1 + 128 + 4);
-        ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 4 * C.consumers * C.cluster);
+      shared.plain = args.bias == nullptr && args.row_factor == nullptr && args.a_zero == nullptr &&
+                     (C.gated() ? args.limit == num::from_bits(num::kInfBits) : args.out_type == OutType::bf16);
+      for (int c = 0; c < C.consumers; ++c) {
+        for (int i = 0; i < kWeightStages; ++i) {
+          ptx::barrier_init(ptx::shared_address(&shared.weights_full[c][i]), 1);
+          ptx::barrier_init(ptx::shared_address(&shared.weights_empty[c][i]), 4 * C.cluster);
+        }
+      }
+      for (int i = 0; i < kTokenStages; ++i) {
+        // The producer's threads (their copies) and warps (their writes); the weights' bytes.
+        ptx::barrier_init(ptx::shared_address(&shared.tokens_full[i]), 128 + 4 + (C.own_rings() ? 0 : 1));
+        ptx::barrier_init(ptx::shared_address(&shared.tokens_empty[i]), 4 * C.consumers);
       }
       ptx::barrier_init_fence();
     }
@@ -772,17 +849,21 @@ struct GroupedGemm {
     if constexpr (C.cluster > 1) ptx::cluster_sync();
     const int32_t m_tiles = (width(args) + C.features() - 1) / C.features();
     const int32_t total = shared.list.first_tile[args.experts] * m_tiles;
+    // The same in a warp's lanes, which the compiler cannot know: addresses of shared memory may be uniform.
+    const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
     // Whole K-blocks: columns past K arrive as zeros.
     constexpr int kStep = 128 * C.block_stages;
     const int32_t k_tiles = (args.k + kStep - 1) / kStep * C.block_stages;
-    if (threadIdx.x < 128) {
-      ptx::lower_registers<kProducerRegisters>();
-      Producer{all, args, shared, m_tiles, total, k_tiles}.run();
+    if (warpgroup == 0) {
+      ptx::lower_registers<kTokenRegisters>();
+      TokenProducer{all, args, shared, m_tiles, total, k_tiles}.run();
+    } else if (C.own_rings() && warpgroup == 1) {
+      if constexpr (C.own_rings()) ptx::lower_registers<kWeightRegisters>();
+      const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
+      if (warp < C.consumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
     } else {
       ptx::raise_registers<kConsumerRegisters>();
-      // The same in a warp's lanes, which the compiler cannot know: addresses of shared memory may be uniform.
-      const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128 - 1, 0);
-      Consumer{args, shared, k_tiles, warpgroup, {}}.run(total);
+      Consumer{args, shared, k_tiles, warpgroup - (C.own_rings() ? 2 : 1), all.tokens_by_map != 0, {}}.run(total);
     }
     // The other CTA may still send weights or arrive here.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

@@ -308,9 +308,13 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
     // then often gone before it is needed. One rule for a launch: where both kinds of lines live in L2, the evict-first
     // ones are squeezed out at once (docs/kernels.md).
     constexpr std::int64_t kFewRows = 32;  // of an expert
-    const std::int32_t evict_first = rows <= kFewRows * m_.experts;
-    launcher(*kernel.loaded, blocks, kernels::WgmmaArgs{weight_map_, args, evict_first}, true,
-             static_cast<unsigned>(kernel.cluster));
+    kernels::WgmmaArgs all{.weights = weight_map_,
+                           .gemm = args,
+                           .evict_first = rows <= kFewRows * m_.experts,
+                           .tokens_by_map = p.row_source == nullptr && p.a.rows > 0,
+                           .tokens = {}};
+    if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k);
+    launcher(*kernel.loaded, blocks, all, true, static_cast<unsigned>(kernel.cluster));
   } else {
     launcher(*kernel.loaded, blocks, args);
   }

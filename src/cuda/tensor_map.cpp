@@ -1,34 +1,55 @@
 #include "cuda/tensor_map.h"
 
+#include "core/gemm_config.h"
 #include "cuda/driver.h"
 #include "tensor/check.h"
 
 namespace octomoe::cuda {
 
-WeightBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
+TensorBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
   // From the fastest dimension: columns; row g, h, w (on through all experts) and b of a box, whose shared row is
   // 64b + 16w + 8h + g. Sizes keep the last expert's boxes inside w: what lies behind arrives as zeros.
   const std::uint64_t rows = static_cast<std::uint64_t>(experts * n), columns = static_cast<std::uint64_t>(k);
   const std::uint64_t half = static_cast<std::uint64_t>(n) / 2;
-  return {{columns, 8, 2, gated ? (rows - half) / 16 : rows / 32, 2},
+  return {5,
+          {columns, 8, 2, gated ? (rows - half) / 16 : rows / 32, 2},
           {(gated ? 2 : 4) * columns, columns, (gated ? 16 : 32) * columns, gated ? half * columns : 2 * columns},
           {128, 8, 2, 4, 2}};
 }
 
-kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
+TensorBoxes token_boxes(std::int64_t rows, std::int64_t k) {
+  const std::uint64_t columns = static_cast<std::uint64_t>(k), all = static_cast<std::uint64_t>(rows) * columns;
+  return {2,
+          {columns, static_cast<std::uint64_t>(rows), 1, 1, 1},
+          {columns, all, all, all},
+          {128, kernels::WgmmaConfig::kTokenBox, 1, 1, 1}};
+}
+
+namespace {
+
+kernels::TensorMap encode(const void* base, const TensorBoxes& boxes) {
   if (!driver().cuTensorMapEncodeTiled) {
     fail(ErrorCode::unsupported,
          "the driver (CUDA {}.{}) has no cuTensorMapEncodeTiled: a driver of CUDA 12.0 or "
          "newer is needed",
          driver().version / 1000, driver().version % 1000 / 10);
   }
-  const WeightBoxes boxes = weight_boxes(experts, n, k, gated);
   const std::uint32_t steps[] = {1, 1, 1, 1, 1};
   constexpr int kUint8 = 0, kNoInterleave = 0, kSwizzle128 = 3, kPromote256 = 3, kFillZeros = 0;
   kernels::TensorMap map;
-  OCTOMOE_CUDA(cuTensorMapEncodeTiled, reinterpret_cast<CuTensorMap*>(&map), kUint8, 5, const_cast<void*>(w),
-               boxes.sizes, boxes.strides, boxes.box, steps, kNoInterleave, kSwizzle128, kPromote256, kFillZeros);
+  OCTOMOE_CUDA(cuTensorMapEncodeTiled, reinterpret_cast<CuTensorMap*>(&map), kUint8, boxes.dimensions,
+               const_cast<void*>(base), boxes.sizes, boxes.strides, boxes.box, steps, kNoInterleave, kSwizzle128,
+               kPromote256, kFillZeros);
   return map;
+}
+
+}  // namespace
+
+kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
+  return encode(w, weight_boxes(experts, n, k, gated));
+}
+kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k) {
+  return encode(a, token_boxes(rows, k));
 }
 
 }  // namespace octomoe::cuda

@@ -1,4 +1,4 @@
-// The tensor map through which the SM90 family reads a stack of weights where it lies.
+// The tensor maps through which the SM90 family reads a stack of weights, and rows of tokens, where they lie.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +7,19 @@
 
 namespace octomoe::cuda {
 
-// How a stack of weights lies, and its boxes, from the fastest dimension.
-struct WeightBoxes {
+// How a tensor lies, and its boxes, from the fastest dimension; sizes of 1 behind its last.
+struct TensorBoxes {
+  unsigned dimensions;
   std::uint64_t sizes[5], strides[4];  // strides in bytes, of all dimensions but the first
   std::uint32_t box[5];
 };
-WeightBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
+TensorBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
 // w: int8 [experts, n, k], 16-byte aligned, k a multiple of 16. A box of the map is 128 rows by 128 columns in the
 // order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
+
+// a: int8 [rows, k], 16-byte aligned, k a multiple of 16. A box is WgmmaConfig::kTokenBox rows by 128 columns.
+TensorBoxes token_boxes(std::int64_t rows, std::int64_t k);
+kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k);
 
 }  // namespace octomoe::cuda

@@ -32,8 +32,10 @@ constexpr Order kSteps = Order::steps, kTiles = Order::tiles;
 // docs/kernels.md says what was measured. Blocks may take 227 KB of shared memory on SM90, 163 on SM80, 99 on SM86 and
 // SM89.
 constexpr Tile kChannel90[] = {
-    {128, 8, 128, 5, 4, 1, 2, kSteps},  {128, 16, 128, 5, 4, 1, 2, kSteps}, {128, 32, 128, 4, 4, 1, 2, kSteps},
-    {128, 64, 128, 4, 2, 2, 2, kSteps}, {256, 96, 128, 4, 4, 2, 1, kSteps}, {256, 128, 128, 4, 4, 2, 1, kSteps},
+    {128, 8, 128, 5, 4, 1, 2, kSteps},
+    {128, 64, 128, 4, 2, 2, 2, kSteps},
+    {256, 96, 128, 4, 4, 2, 1, kSteps},
+    {256, 128, 128, 4, 4, 2, 1, kSteps},
 };
 constexpr Tile kChannel80[] = {
     {128, 8, 128, 5, 4, 1, 2, kSteps},  {128, 16, 128, 5, 4, 1, 2, kSteps},  {128, 32, 128, 4, 4, 1, 2, kSteps},
@@ -44,8 +46,9 @@ constexpr Tile kChannel89[] = {
     {128, 64, 128, 3, 2, 2, 1, kSteps}, {128, 128, 64, 4, 2, 4, 1, kSteps},
 };
 constexpr Tile kBlock90[] = {
-    {128, 8, 128, 5, 4, 1, 2, kTiles},  {128, 16, 128, 5, 4, 1, 2, kTiles}, {128, 32, 128, 4, 4, 1, 2, kTiles},
-    {128, 64, 128, 4, 2, 2, 2, kTiles}, {128, 80, 128, 3, 2, 2, 2, kTiles},
+    {128, 8, 128, 5, 4, 1, 2, kTiles},
+    {128, 64, 128, 4, 2, 2, 2, kTiles},
+    {128, 80, 128, 3, 2, 2, 2, kTiles},
 };
 constexpr Tile kBlock80[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
@@ -60,15 +63,9 @@ constexpr Tile kBlock89[] = {
     {128, 64, 128, 3, 2, 2, 1, kTiles},
 };
 // Scale blocks other than 128 columns, and sums with float steps: right everywhere, tuned for nothing.
-constexpr Tile kGeneral[] = {
-    {128, 8, 128, 4, 4, 1, 1, kSteps},
-    {128, 32, 128, 4, 4, 1, 1, kSteps},
-};
+constexpr Tile kGeneral[] = {{128, 32, 128, 4, 4, 1, 1, kSteps}};
 
-constexpr Tile kFlush[] = {
-    {128, 8, 128, 4, 4, 1, 1, kTiles},
-    {128, 32, 128, 4, 4, 1, 1, kTiles},
-};
+constexpr Tile kFlush[] = {{128, 32, 128, 4, 4, 1, 1, kTiles}};
 
 constexpr int kFamilies[] = {80, 89, 90};  // one set of tiles each
 
@@ -113,29 +110,24 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
 
 // The SM90 family's kernels (sm90/grouped_gemm.cuh); every one computes tiles of any width up to its block_n.
 constexpr WgmmaConfig kWgmma[] = {
-    {Promotion::channel, Epilogue::store, 128, 4, 1, 1, 2},
-    {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 1, 2},
-    {Promotion::channel, Epilogue::store, 160, 4, 1, 1, 2},
-    {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 1, 2},
-    {Promotion::channel, Epilogue::store, 128, 4, 1, 2, 2},
-    {Promotion::channel, Epilogue::swiglu, 128, 4, 1, 2, 2},
-    {Promotion::channel, Epilogue::store, 160, 4, 1, 2, 2},
-    {Promotion::channel, Epilogue::swiglu, 160, 4, 1, 2, 2},
-    {Promotion::channel, Epilogue::store, 128, 3, 1, 1, 1},
-    {Promotion::channel, Epilogue::swiglu, 128, 3, 1, 1, 1},
-    {Promotion::block, Epilogue::store, 128, 4, 1, 1, 2},
-    {Promotion::block, Epilogue::swiglu, 128, 4, 1, 1, 2},
-    {Promotion::block, Epilogue::swiglu_block, 128, 4, 1, 1, 2},
-    {Promotion::block, Epilogue::store, 128, 4, 2, 1, 2},
-    {Promotion::block, Epilogue::swiglu, 128, 4, 2, 1, 2},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 1, 1, 2},
-    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 1, 1, 2},
-    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 1, 1, 2},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 1, 1, 2},
-    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 2, 1, 2},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 2, 1, 2},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 2, 1, 2},
-    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 2, 1, 2},
+    {Promotion::channel, Epilogue::store, 128, 4, 5, 1, 1},
+    {Promotion::channel, Epilogue::swiglu, 128, 4, 5, 1, 1},
+    {Promotion::channel, Epilogue::store, 160, 3, 5, 1, 1},
+    {Promotion::channel, Epilogue::swiglu, 160, 3, 5, 1, 1},
+    {Promotion::channel, Epilogue::store, 160, 3, 5, 1, 2},
+    {Promotion::block, Epilogue::store, 128, 4, 4, 1, 1},
+    {Promotion::block, Epilogue::swiglu, 128, 4, 4, 1, 1},
+    {Promotion::block, Epilogue::swiglu_block, 128, 4, 4, 1, 1},
+    {Promotion::block, Epilogue::store, 128, 4, 4, 2, 1},
+    {Promotion::block, Epilogue::swiglu, 128, 4, 4, 2, 1},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 4, 1, 1},
+    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 4, 1, 1},
+    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 4, 1, 1},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 4, 1, 1},
+    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 4, 2, 1},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 4, 2, 1},
+    {Promotion::hybrid, Epilogue::store, 128, 4, 4, 2, 1},
+    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 4, 2, 1},
 };
 
 KernelEntry gemm_entry(const WgmmaConfig& c) {
@@ -145,11 +137,11 @@ KernelEntry gemm_entry(const WgmmaConfig& c) {
   e.call = fmt::format(
       "octomoe::sm90::grouped_gemm<octomoe::kernels::WgmmaConfig{{octomoe::kernels::Promotion::{}, "
       "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}, {}}}>",
-      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.stages,
-      c.block_stages, c.cluster, c.consumers);
+      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.weight_stages,
+      c.token_stages, c.block_stages, c.cluster);
   e.args_type = "octomoe::kernels::WgmmaArgs";
   e.threads = c.threads();
-  e.min_blocks = c.min_blocks();
+  e.min_blocks = 1;
   e.shared_bytes = c.pipeline_bytes();
   e.archs = {90};
   e.expect = "IGMMA";
@@ -250,9 +242,10 @@ std::string gemm_id(const GemmConfig& c) {
 }
 
 std::string gemm_id(const WgmmaConfig& c) {
-  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}s{}c{}", kPromotions[static_cast<int>(c.promotion)],
+  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}w{}t{}c{}", kPromotions[static_cast<int>(c.promotion)],
                      c.has_blocks() ? std::to_string(c.block_stages * WgmmaConfig::kBlockK) : "",
-                     kEpilogues[static_cast<int>(c.epilogue)], c.block_m(), c.block_n, c.stages, c.cluster);
+                     kEpilogues[static_cast<int>(c.epilogue)], c.block_m(), c.block_n, c.weight_stages, c.token_stages,
+                     c.cluster);
 }
 
 std::span<const WgmmaConfig> wgmma_configs(Promotion promotion, Epilogue epilogue, int block_stages) {

@@ -26,8 +26,7 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
                     .block_m = c.block_m(),
                     .block_n = c.block_n,
                     .features = c.features(),
-                    .cluster = c.cluster,
-                    .resident = c.min_blocks()});
+                    .cluster = c.cluster});
   }
   return list;
 }

@@ -563,6 +563,7 @@ void barrier_init(std::uint32_t barrier, int count) {
   cta->mbarriers[barrier] = {0, count, count, 0};
 }
 void barrier_arrive(std::uint32_t barrier, std::uint32_t expected_bytes) { arrive(*cta, barrier, expected_bytes); }
+void barrier_expect(std::uint32_t barrier, std::uint32_t bytes) { mbarrier(*cta, barrier).bytes += bytes; }
 void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank) { arrive(cta->cluster->ctas.at(rank), barrier, 0); }
 void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   if (parity > 1) fault("a phase has parity 0 or 1" + where());

@@ -66,6 +66,7 @@ std::uint8_t* shared_bytes(std::uint32_t address, std::uint32_t bytes);
 
 void barrier_init(std::uint32_t barrier, int count);
 void barrier_arrive(std::uint32_t barrier, std::uint32_t expected_bytes = 0);
+void barrier_expect(std::uint32_t barrier, std::uint32_t bytes);
 void barrier_arrive_at(std::uint32_t barrier, std::uint32_t rank);
 void barrier_wait(std::uint32_t barrier, std::uint32_t parity);
 

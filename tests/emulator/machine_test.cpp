@@ -115,8 +115,8 @@ TEST(Machine, WgmmaNeedsTheWaitAndTheFence) {
       ptx::wgmma_wait<0>();
       if (threadIdx.x == 77) std::copy_n(d, 8, sums.begin());
     });
-    EXPECT_THAT(early, ::testing::Each(::testing::Ne(64)));
-    EXPECT_THAT(sums, ::testing::Each(fence ? 64 : 32 * static_cast<std::int8_t>(0xd5)));
+    EXPECT_THAT(early, ::testing::Each(::testing::Ne(256)));
+    EXPECT_THAT(sums, ::testing::Each(fence ? 256 : 128 * static_cast<std::int8_t>(0xd5)));
   }
 }
 

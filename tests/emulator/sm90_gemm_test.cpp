@@ -20,17 +20,24 @@ void check(GemmCase c, int ctas = 2) {
   if (C.gated()) c.segments = 2;
   c.block_k = 128 * C.block_stages;
   GemmProblem problem(c);
-  const cuda::WeightBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
+  const cuda::TensorBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
   problem.check([&](const GemmArgs& args, const Schedule& schedule) {
-    const WgmmaArgs all{encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box), args, c.seed % 2 == 0};
+    const cuda::TensorBoxes rows = cuda::token_boxes(std::max<std::int64_t>(args.a_rows, 1), c.k);
+    const WgmmaArgs all{.weights = encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box),
+                        .gemm = args,
+                        .evict_first = c.seed % 2 == 0,
+                        .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
+                        .tokens = encode_tensor_map(args.a, rows.sizes, rows.strides, rows.box)};
     launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
            [&] { sm90::grouped_gemm<C>(all); });
   });
 }
 
 constexpr WgmmaConfig config(Promotion promotion, Epilogue epilogue, int block_stages = 1, int block_n = 128,
-                             int cluster = 1, int consumers = 2) {
-  return {promotion, epilogue, block_n, consumers == 1 ? 3 : 4, block_stages, cluster, consumers};
+                             int cluster = 1) {
+  const bool wide = block_n == 160;
+  return {promotion,    epilogue, block_n, wide ? 3 : 4, wide || promotion == Promotion::channel ? 5 : 4,
+          block_stages, cluster};
 }
 constexpr WgmmaConfig kStore = config(Promotion::channel, Epilogue::store);
 constexpr WgmmaConfig kSwiglu = config(Promotion::channel, Epilogue::swiglu);
@@ -188,33 +195,6 @@ void check_flush() {
 }
 TEST(Sm90Gemm, HybridFlush128) { check_flush<1>(); }
 TEST(Sm90Gemm, HybridFlush256) { check_flush<2>(); }
-
-// 128 weight rows a CTA.
-TEST(Sm90Gemm, OneConsumer) {
-  constexpr WgmmaConfig kPlain = config(Promotion::channel, Epilogue::store, 1, 128, 1, 1);
-  constexpr WgmmaConfig kGated = config(Promotion::channel, Epilogue::swiglu, 1, 128, 1, 1);
-  check<kPlain>({.rows = {5, 0, 37, 1, 150}, .n = 288, .k = 784, .seed = 50}, 3);
-  check<kPlain>({.rows = {20, 3, 40},
-                 .n = 160,
-                 .k = 144,
-                 .out = OutType::fp16,
-                 .gather = true,
-                 .zero_points = true,
-                 .bias = true,
-                 .row_factor = true,
-                 .seed = 51});
-  check<kGated>({.rows = {5, 0, 37, 140}, .n = 2 * 144, .k = 272, .seed = 52});
-  check<kGated>({.rows = {20, 3},
-                 .n = 2 * 160,
-                 .k = 144,
-                 .gather = true,
-                 .zero_points = true,
-                 .bias = true,
-                 .row_factor = true,
-                 .up_first = true,
-                 .limit = 2.5f,
-                 .seed = 53});
-}
 
 // Pairs of CTAs that share the weights: both work, one has no rows, uneven numbers of tiles.
 TEST(Sm90Gemm, ClustersOfTwo) {

@@ -9,6 +9,7 @@ namespace octomoe::ptx {
 inline constexpr uint64_t kEvictNormal = 0, kEvictFirst = 1, kEvictLast = 2;
 
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_expect(barrier, bytes); }
 inline void barrier_init_fence() {}
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 inline void prefetch_tensor_map(const kernels::TensorMap*) {}
@@ -25,6 +26,10 @@ inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint3
 inline void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2, int32_t c3,
                         int32_t c4, uint32_t barrier, uint64_t) {
   emulator::copy_box(shared, map, {c0, c1, c2, c3, c4}, barrier, 1u << emulator::cluster_rank());
+}
+inline void copy_box_2d(uint32_t shared, const kernels::TensorMap* map, int32_t column, int32_t row,
+                        uint32_t barrier) {
+  emulator::copy_box(shared, map, {column, row, 0, 0, 0}, barrier, 1u << emulator::cluster_rank());
 }
 inline void copy_box_5d_multicast(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2,
                                   int32_t c3, int32_t c4, uint32_t barrier, uint64_t, uint16_t mask) {

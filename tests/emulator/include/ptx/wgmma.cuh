@@ -24,7 +24,9 @@ struct Wgmma {
   template <int kSize>
   static void mma(int32_t (&d)[kSize], uint64_t a, uint64_t b, int accumulate) {
     static_assert(kSize >= kTokens / 2);
-    emulator::wgmma(d, kTokens, a, b, accumulate != 0);
+    for (int step = 0; step < 4; ++step) {
+      emulator::wgmma(d, kTokens, a + 2 * step, b + 2 * step, accumulate != 0 || step > 0);
+    }
   }
 };
 
