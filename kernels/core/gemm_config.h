@@ -82,6 +82,9 @@ struct WgmmaConfig {
   // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
   // per K-block need the registers that a fourth warpgroup takes.
   OCTOMOE_HD constexpr bool own_rings() const { return !has_blocks(); }
+  // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map). It costs int8_block a tenth: both
+  // consumers then promote at the same time.
+  OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
   OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + (own_rings() ? 2 : 1)); }
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }

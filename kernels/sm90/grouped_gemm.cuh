@@ -367,7 +367,7 @@ struct GroupedGemm {
           const uint32_t to = ring + static_cast<uint32_t>(slot.index * kTokenBytes);
           const bool inside = k_tile * 128 + chunk * 16 < args.k;
           const int8_t* a = args.a + k_tile * 128;
-          if (all.tokens_by_map != 0) {
+          if (C.takes_token_map() && all.tokens_by_map != 0) {
             // Rows that follow one another come in boxes; those behind the tile's last are another's and stay unused.
             if (thread == 0) {
               const uint32_t full = ptx::shared_address(&shared.tokens_full[slot.index]);
@@ -863,7 +863,7 @@ struct GroupedGemm {
       if (warp < C.consumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
     } else {
       ptx::raise_registers<kConsumerRegisters>();
-      Consumer{args, shared, k_tiles, warpgroup - (C.own_rings() ? 2 : 1), all.tokens_by_map != 0, {}}.run(total);
+      Consumer{args, shared, k_tiles, warpgroup - (C.own_rings() ? 2 : 1), C.takes_token_map() && all.tokens_by_map != 0, {}}.run(total);
     }
     // The other CTA may still send weights or arrive here.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

@@ -123,13 +123,10 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
     double CostConstants::*constant;
     const std::vector<double>& values;
   };
-  const std::vector<Search> of_wgmma = {{&CostConstants::opening, openings},
-                                        {&CostConstants::epilogue, epilogues},
-                                        {&CostConstants::pair, factors},
-                                        {&CostConstants::resident, factors},
-                                        {&CostConstants::resident_epilogue, epilogues}};
+  const std::vector<Search> of_wgmma = {
+      {&CostConstants::opening, openings}, {&CostConstants::epilogue, epilogues}, {&CostConstants::pair, factors}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings}, {&CostConstants::mma_resident, factors}};
-  CostConstants c{0, 0, 1, 1, 0, 0, 1};
+  CostConstants c{0, 0, 1, 0, 1};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -229,10 +226,8 @@ std::string render(const TuneCheck& check, bool colour) {
   text += check.leaves_out ? "left out: with constants fitted to the other models\n"
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
-    text += fmt::format(
-        "constants {}: opening {}, epilogue {}, pair {}, resident {}, resident_epilogue {}, mma_opening {}, "
-        "mma_resident {}\n",
-        name, c->opening, c->epilogue, c->pair, c->resident, c->resident_epilogue, c->mma_opening, c->mma_resident);
+    text += fmt::format("constants {}: opening {}, epilogue {}, pair {}, mma_opening {}, mma_resident {}\n", name,
+                        c->opening, c->epilogue, c->pair, c->mma_opening, c->mma_resident);
   }
   return text;
 }
@@ -242,8 +237,6 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
     return nlohmann::ordered_json{{"opening", c.opening},
                                   {"epilogue", c.epilogue},
                                   {"pair", c.pair},
-                                  {"resident", c.resident},
-                                  {"resident_epilogue", c.resident_epilogue},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident}};
   };

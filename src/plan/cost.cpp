@@ -26,7 +26,8 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
                     .block_m = c.block_m(),
                     .block_n = c.block_n,
                     .features = c.features(),
-                    .cluster = c.cluster});
+                    .cluster = c.cluster,
+                    .token_map = c.takes_token_map()});
   }
   return list;
 }
@@ -86,14 +87,12 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
 double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
-  const bool shared = kernel.resident > 1;
   if (!kernel.wgmma) {
-    const double stage = shared ? constants.mma_resident : 1;
+    const double stage = kernel.resident > 1 ? constants.mma_resident : 1;
     return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
-  const double stage = kernel.cluster > 1 ? constants.pair : shared ? constants.resident : 1;
-  const double epilogue = shared ? constants.resident_epilogue : constants.epilogue;
-  return work.rounds * part * (work.width * (work.stages * stage + epilogue) + constants.opening);
+  const double stage = kernel.cluster > 1 ? constants.pair : 1;
+  return work.rounds * part * (work.width * (work.stages * stage + constants.epilogue) + constants.opening);
 }
 
 }  // namespace octomoe::plan

@@ -19,6 +19,7 @@ struct GemmKernel {
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
+  bool token_map = false;        // rows that follow one another are read through a tensor map
 };
 // Of the wgmma kernels, and of the mma.sync ones with the tiles of a family (catalogue.h: tile_family).
 std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k);
@@ -28,14 +29,12 @@ std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilo
 // `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
 struct CostConstants {
   // wgmma
-  double opening = 400;          // a tile's, whatever its width
-  double epilogue = 2;           // of a token
-  double pair = 0.92;            // a stage of a CTA that shares its weights with another
-  double resident = 1.26;        // a stage where two CTAs share a multiprocessor
-  double resident_epilogue = 3;  // of a token there: the other CTA's products hide some of it
+  double opening = 400;  // a tile's, whatever its width
+  double epilogue = 3;   // of a token
+  double pair = 1;       // a stage of a CTA that shares its weights with another
   // mma.sync
   double mma_opening = 1200;
-  double mma_resident = 1.1;  // a stage of two CTAs, whose tiles are smaller
+  double mma_resident = 1.28;  // a stage of two CTAs, whose tiles are smaller
 };
 
 // What a kernel has to do, however long that takes.
