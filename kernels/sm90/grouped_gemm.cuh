@@ -2,13 +2,16 @@
 //
 //   out[row, f] = epilogue( sum_k w[expert(row), f, k] * a[source(row), k] )
 //
-// Weights are wgmma's M operand in their natural layout [E, N, K], tokens its N operand. A persistent CTA has a
-// producer warpgroup and one or two consumer warpgroups; a tile is 128 weight rows a consumer by up to block_n tokens,
-// and is computed as wide as its tokens need, in steps of 16: an expert's rows are shared out evenly over its tiles.
+// Weights are wgmma's M operand in their natural layout [E, N, K], tokens its N operand. A persistent CTA has producer
+// warpgroups and two consumer warpgroups; a tile is 128 weight rows a consumer by up to block_n tokens, and is computed
+// as wide as its tokens need, in steps of 16: an expert's rows are shared out evenly over its tiles.
 //
-//   weights: one thread, TMA boxes of 128 rows x 128 bytes ---------\
-//   tokens:  128 threads, cp.async 16 B, gathered by row_source -----> ring [stages][weight and token rows][128 bytes]
+//   weights: a thread for each consumer, TMA boxes of 128 rows x 128 bytes ---------> [consumer][stage][128][128 bytes]
+//   tokens:  128 threads, cp.async 16 B gathered by row_source, or TMA boxes of 16 --> [stage][block_n][128 bytes]
 //            consumers: wgmma m64nNk32, two m64 blocks each, int32 sums in registers -> epilogue -> global
+//
+// The rings are independent (WgmmaConfig::own_rings): a consumer may run ahead of the other. With sums per K-block one
+// thread copies all weights, and they arrive at the tokens' barrier.
 //
 // Shared rows of a consumer's 128 hold weight rows in an order that the 5-D tensor map makes out of the natural layout:
 // shared row (b, w, h, g) = 64b + 16w + 8h + g holds output column 32w + 4g + 2b + h; gated, b = 0 holds the first half

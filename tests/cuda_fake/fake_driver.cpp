@@ -214,3 +214,15 @@ STUB(cuEventDestroy_v2);
 STUB(cuEventRecord);
 STUB(cuEventSynchronize);
 STUB(cuEventElapsedTime);
+
+FAKE CuResult cuTensorMapEncodeTiled(CuTensorMap* map, int, unsigned, void* base, const std::uint64_t* sizes,
+                                     const std::uint64_t*, const std::uint32_t*, const std::uint32_t*, int, int, int,
+                                     int) {
+  const std::lock_guard lock(mutex);
+  ++state.tensor_maps;
+  if (const int rc = state.fail_next_map; rc != 0) return state.fail_next_map = 0, rc;
+  auto* bytes = reinterpret_cast<char*>(map);
+  std::memcpy(bytes, &base, sizeof base);
+  std::memcpy(bytes + sizeof base, &sizes[1], sizeof sizes[1]);
+  return 0;
+}

@@ -6,6 +6,8 @@
 
 struct FakeCudaState {
   int retains = 0, loads = 0, launches = 0, pushes = 0, pops = 0, set_shared = 0;
+  int tensor_maps = 0;         // encoded; a map's first bytes are its base, then its rows
+  int fail_next_map = 0;       // result of the next cuTensorMapEncodeTiled; 0: works
   int fail_next_load = 0;      // result of the next cuModuleLoadData; 0: works
   int fail_next_launch = 0;    // the same of cuLaunchKernelEx
   std::size_t args_bytes = 0;  // what cuFuncGetParamInfo answers

@@ -4,10 +4,12 @@
 #include <dlfcn.h>
 #include <gmock/gmock.h>
 
+#include <cstring>
 #include <thread>
 
 #include "cuda/launch_list.h"
 #include "cuda/stream.h"
+#include "cuda/tensor_map.h"
 #include "cuda_fake/fake_driver.h"
 #include "jit/support.h"
 #include "support/errors.h"
@@ -248,6 +250,34 @@ TEST_F(Module, GraphsOfEqualLaunchesAreRefused) {
   for (int i = 0; i < 2; ++i) list.add(k, {}, &args, sizeof(args));
   expect_error(ErrorCode::unsupported, "expected its launch once in a captured graph, got it more than once",
                [&] { UpdatableGraph graph(list); });
+}
+
+// Asked for the same again, nothing goes to the driver; each thread has its own, and a failure is not remembered.
+TEST_F(Module, TokenMapsAreMadeOnce) {
+  alignas(128) static char memory[2][128];
+  const auto of = [](const kernels::TensorMap& map) {
+    std::pair<const void*, std::uint64_t> p;
+    std::memcpy(&p.first, &map, sizeof p.first);
+    std::memcpy(&p.second, reinterpret_cast<const char*>(&map) + sizeof p.first, sizeof p.second);
+    return p;
+  };
+  const auto both = [](int i, std::uint64_t rows) { return std::pair<const void*, std::uint64_t>(memory[i], rows); };
+  get_state()->fail_next_map = 1;
+  EXPECT_THROW(token_map(memory[0], 5, 16), Error);
+  for (int turn = 0; turn < 3; ++turn) {
+    EXPECT_EQ(of(token_map(memory[0], 5, 16)), both(0, 5));
+    EXPECT_EQ(of(token_map(memory[1], 5, 16)), both(1, 5));
+    EXPECT_EQ(of(token_map(memory[0], 6, 16)), both(0, 6));
+    EXPECT_EQ(of(token_map(memory[0], 5, 32)), both(0, 5));
+  }
+  EXPECT_EQ(get_state()->tensor_maps, 5);
+  for (int rows = 1; rows <= 20; ++rows) {  // more than are kept
+    EXPECT_EQ(of(token_map(memory[1], rows, 16)), both(1, static_cast<std::uint64_t>(rows)));
+  }
+  EXPECT_EQ(of(token_map(memory[0], 5, 16)), both(0, 5));
+  const int before = get_state()->tensor_maps;
+  std::thread([&] { EXPECT_EQ(of(token_map(memory[0], 5, 16)), both(0, 5)); }).join();
+  EXPECT_EQ(get_state()->tensor_maps, before + 1);
 }
 
 }  // namespace
