@@ -76,16 +76,16 @@ struct WgmmaConfig {
   int cluster;        // 2: CTAs work in pairs on two token tiles of one expert and share the weights
 
   static constexpr int kBlockK = 128;
-  static constexpr int consumers = 2;   // warpgroups
+  static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
-  OCTOMOE_HD constexpr int block_m() const { return 128 * consumers; }
+  OCTOMOE_HD constexpr int block_m() const { return 128 * kConsumers; }
   // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
   // per K-block need the registers that a fourth warpgroup takes.
   OCTOMOE_HD constexpr bool own_rings() const { return !has_blocks(); }
-  // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map). It costs int8_block a tenth: both
-  // consumers then promote at the same time.
+  // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map): int8_block loses by it
+  // (docs/kernels.md).
   OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
-  OCTOMOE_HD constexpr int threads() const { return 128 * (consumers + (own_rings() ? 2 : 1)); }
+  OCTOMOE_HD constexpr int threads() const { return 128 * (kConsumers + (own_rings() ? 2 : 1)); }
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
@@ -98,7 +98,7 @@ struct WgmmaConfig {
     return (weight_stages * block_m() + token_stages * block_n) * kBlockK +
            (has_blocks() ? token_stages * 2 * block_n * 4 : 4) +
            (token_stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
-           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * consumers * 2 + 4) * block_n : 8) + token_stages * 32 +
+           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * kConsumers * 2 + 4) * block_n : 8) + token_stages * 32 +
            weight_stages * 32 + 64;
   }
 };

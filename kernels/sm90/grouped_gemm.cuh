@@ -55,10 +55,7 @@ struct GroupedGemm {
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
   // 65536 registers over the multiprocessor's threads, in steps of 8.
-  static constexpr int kWeightRegisters = C.own_rings() ? 24 : 0;
-  static constexpr int kTokenRegisters = kBlocks ? 72 : 56;
-  static constexpr int kConsumerRegisters =
-      ((C.own_rings() ? 512 : 504) - kWeightRegisters - kTokenRegisters) / C.consumers;
+  static constexpr int kWeightRegisters = 24, kTokenRegisters = kBlocks ? 72 : 56, kConsumerRegisters = 216;
 
   static_assert(kBlockN % 16 == 0 && kBlockN <= 160 && (!kBlocks || kBlockN <= 128));
   // Chunks of K-blocks whose int32 sums enter float values: three sets of sums, so tiles are narrow.
@@ -76,11 +73,11 @@ struct GroupedGemm {
   // swiglu_block: the absmax over a warp's columns, as bf16, of tokens i and i + 64; what a token's values are
   // multiplied with.
   struct Rounding {
-    uint32_t top[C.quantizes() ? 4 * C.consumers : 1][C.quantizes() ? kBlockN / 2 : 1];
+    uint32_t top[C.quantizes() ? 4 * C.kConsumers : 1][C.quantizes() ? kBlockN / 2 : 1];
     float inverse[C.quantizes() ? kBlockN : 1];
   };
   struct Shared {
-    uint8_t weights[C.consumers][kWeightStages][kBoxBytes];
+    uint8_t weights[C.kConsumers][kWeightStages][kBoxBytes];
     uint8_t tokens[kTokenStages][kTokenBytes];
     alignas(8) int32_t products[kBlocks ? kTokenStages * 2 * kBlockN : 1];
     Table table[kTables];
@@ -88,7 +85,7 @@ struct GroupedGemm {
     Tile tile[kTokenStages];  // of the stage, valid in a tile's first
     bool plain;               // Consumer::finish; kept here because consumers have no register for it
     Rounding rounding;
-    uint64_t weights_full[C.consumers][kWeightStages], weights_empty[C.consumers][kWeightStages];
+    uint64_t weights_full[C.kConsumers][kWeightStages], weights_empty[C.kConsumers][kWeightStages];
     uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
@@ -149,7 +146,7 @@ struct GroupedGemm {
 
   // The scale block of an output column: the halves of a w13 restart at a block, also where they are not gated here.
   static __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int column, int half) {
-    // Unsigned: a division takes less.
+    // Unsigned divisions take fewer registers, which the producer is short of.
     const auto block = static_cast<uint32_t>(args.block_n);
     const uint32_t rows = static_cast<uint32_t>(args.n) / static_cast<uint32_t>(args.segments);
     const uint32_t per_segment = (rows + block - 1) / block;
@@ -232,7 +229,7 @@ struct GroupedGemm {
         }
       }
 #pragma unroll 1  // side by side they would need more registers than the producer has
-      for (int i = 0; i < C.consumers; ++i) {
+      for (int i = 0; i < C.kConsumers; ++i) {
         const int half = C.gated() ? thread / kGroup : 0, begin = t.m_tile * C.features() + i * kGroup;
         int64_t at;
         if constexpr (C.promotion == Promotion::hybrid) {
@@ -750,11 +747,11 @@ struct GroupedGemm {
       keep_half<kPairs / 8>(top, 8);
 #pragma unroll
       for (int i = 0; i < 2; ++i) rounding.top[4 * warpgroup + warp][8 * (2 * (group >> 1) + i) + first] = top[i];
-      ptx::named_barrier(1, 128 * C.consumers);
+      ptx::named_barrier(1, 128 * C.kConsumers);
       const int token = thread & 127;
       uint32_t absmax = 0;
 #pragma unroll
-      for (int i = 0; i < 4 * C.consumers; ++i) absmax = ptx::max_u16x2(absmax, rounding.top[i][token & 63]);
+      for (int i = 0; i < 4 * C.kConsumers; ++i) absmax = ptx::max_u16x2(absmax, rounding.top[i][token & 63]);
       absmax = token < 64 ? absmax << 16 : absmax & 0xffff0000u;  // a bf16's bits are the first of a float's
       const num::GroupScale scale = num::symmetric_scale(absmax, num::kInt8Max);
       if (warpgroup == 0) {
@@ -762,7 +759,7 @@ struct GroupedGemm {
       } else if (token < t.rows) {
         args.out_scale[t.m_tile * args.out_rows + t.row_begin + token] = scale.scale;
       }
-      ptx::named_barrier(1, 128 * C.consumers);
+      ptx::named_barrier(1, 128 * C.kConsumers);
       if (!exists) return;
       uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * args.out_stride + column;
 #pragma unroll
@@ -834,7 +831,7 @@ struct GroupedGemm {
       ptx::prefetch_tensor_map(&all.weights);
       shared.plain = args.bias == nullptr && args.row_factor == nullptr && args.a_zero == nullptr &&
                      (C.gated() ? args.limit == num::from_bits(num::kInfBits) : args.out_type == OutType::bf16);
-      for (int c = 0; c < C.consumers; ++c) {
+      for (int c = 0; c < C.kConsumers; ++c) {
         for (int i = 0; i < kWeightStages; ++i) {
           ptx::barrier_init(ptx::shared_address(&shared.weights_full[c][i]), 1);
           ptx::barrier_init(ptx::shared_address(&shared.weights_empty[c][i]), 4 * C.cluster);
@@ -843,7 +840,7 @@ struct GroupedGemm {
       for (int i = 0; i < kTokenStages; ++i) {
         // The producer's threads (their copies) and warps (their writes); the weights' bytes.
         ptx::barrier_init(ptx::shared_address(&shared.tokens_full[i]), 128 + 4 + (C.own_rings() ? 0 : 1));
-        ptx::barrier_init(ptx::shared_address(&shared.tokens_empty[i]), 4 * C.consumers);
+        ptx::barrier_init(ptx::shared_address(&shared.tokens_empty[i]), 4 * C.kConsumers);
       }
       ptx::barrier_init_fence();
     }
@@ -861,12 +858,14 @@ struct GroupedGemm {
       ptx::lower_registers<kTokenRegisters>();
       TokenProducer{all, args, shared, m_tiles, total, k_tiles}.run();
     } else if (C.own_rings() && warpgroup == 1) {
-      if constexpr (C.own_rings()) ptx::lower_registers<kWeightRegisters>();
+      ptx::lower_registers<kWeightRegisters>();
       const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
-      if (warp < C.consumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
+      if (warp < C.kConsumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
+      __syncwarp();  // whole warps meet the cluster's barrier
     } else {
       ptx::raise_registers<kConsumerRegisters>();
-      Consumer{args, shared, k_tiles, warpgroup - (C.own_rings() ? 2 : 1), C.takes_token_map() && all.tokens_by_map != 0, {}}.run(total);
+      const bool by_map = C.takes_token_map() && all.tokens_by_map != 0;
+      Consumer{args, shared, k_tiles, warpgroup - (C.own_rings() ? 2 : 1), by_map, {}}.run(total);
     }
     // The other CTA may still send weights or arrive here.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

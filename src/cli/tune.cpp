@@ -36,7 +36,7 @@ struct Model {
   ProblemShape shape;
 };
 
-// "sm90_gemm:channel:swiglu:m256n128s4c1" -> "sm90 m256n128s4c1".
+// "sm90_gemm:channel:swiglu:m256n128w4t5c1" -> "sm90 m256n128w4t5c1".
 std::string short_name(const std::string& id) {
   return id.substr(0, id.find('_')) + " " + id.substr(id.rfind(':') + 1);
 }

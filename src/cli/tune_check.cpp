@@ -123,10 +123,9 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
     double CostConstants::*constant;
     const std::vector<double>& values;
   };
-  const std::vector<Search> of_wgmma = {
-      {&CostConstants::opening, openings}, {&CostConstants::epilogue, epilogues}, {&CostConstants::pair, factors}};
+  const std::vector<Search> of_wgmma = {{&CostConstants::opening, openings}, {&CostConstants::epilogue, epilogues}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings}, {&CostConstants::mma_resident, factors}};
-  CostConstants c{0, 0, 1, 0, 1};
+  CostConstants c{0, 0, 0, 1};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -226,8 +225,8 @@ std::string render(const TuneCheck& check, bool colour) {
   text += check.leaves_out ? "left out: with constants fitted to the other models\n"
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
-    text += fmt::format("constants {}: opening {}, epilogue {}, pair {}, mma_opening {}, mma_resident {}\n", name,
-                        c->opening, c->epilogue, c->pair, c->mma_opening, c->mma_resident);
+    text += fmt::format("constants {}: opening {}, epilogue {}, mma_opening {}, mma_resident {}\n", name,
+                        c->opening, c->epilogue, c->mma_opening, c->mma_resident);
   }
   return text;
 }
@@ -236,7 +235,6 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
   const auto constants = [](const CostConstants& c) {
     return nlohmann::ordered_json{{"opening", c.opening},
                                   {"epilogue", c.epilogue},
-                                  {"pair", c.pair},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident}};
   };

@@ -51,8 +51,7 @@ kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t 
   return encode(w, weight_boxes(experts, n, k, gated));
 }
 kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k) {
-  // The driver takes a microsecond, a third of a layer call, for what a layer asks of it with the same arguments each
-  // time: its rows of h lie in its workspace.
+  // A layer asks for the same map in every call (its rows of h lie in its workspace): no driver call on that path.
   struct Known {
     const void* a = nullptr;
     std::int64_t rows = 0, k = 0;
@@ -63,10 +62,8 @@ kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k) {
   for (const Known& m : known) {
     if (m.a == a && m.rows == rows && m.k == k) return m.map;
   }
-  Known& m = known[oldest++ % known.size()];
-  m = {};  // not known while encode() may fail
   const kernels::TensorMap map = encode(a, token_boxes(rows, k));
-  m = {a, rows, k, map};
+  known[oldest++ % known.size()] = {a, rows, k, map};
   return map;
 }
 

@@ -141,7 +141,6 @@ KernelEntry gemm_entry(const WgmmaConfig& c) {
       c.token_stages, c.block_stages, c.cluster);
   e.args_type = "octomoe::kernels::WgmmaArgs";
   e.threads = c.threads();
-  e.min_blocks = 1;
   e.shared_bytes = c.pipeline_bytes();
   e.archs = {90};
   e.expect = "IGMMA";

@@ -91,8 +91,7 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     const double stage = kernel.resident > 1 ? constants.mma_resident : 1;
     return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
-  const double stage = kernel.cluster > 1 ? constants.pair : 1;
-  return work.rounds * part * (work.width * (work.stages * stage + constants.epilogue) + constants.opening);
+  return work.rounds * part * (work.width * (work.stages + constants.epilogue) + constants.opening);
 }
 
 }  // namespace octomoe::plan

@@ -31,7 +31,6 @@ struct CostConstants {
   // wgmma
   double opening = 400;  // a tile's, whatever its width
   double epilogue = 3;   // of a token
-  double pair = 1;       // a stage of a CTA that shares its weights with another
   // mma.sync
   double mma_opening = 1200;
   double mma_resident = 1.28;  // a stage of two CTAs, whose tiles are smaller
