@@ -225,8 +225,8 @@ std::string render(const TuneCheck& check, bool colour) {
   text += check.leaves_out ? "left out: with constants fitted to the other models\n"
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
-    text += fmt::format("constants {}: opening {}, epilogue {}, mma_opening {}, mma_resident {}\n", name,
-                        c->opening, c->epilogue, c->mma_opening, c->mma_resident);
+    text += fmt::format("constants {}: opening {}, epilogue {}, mma_opening {}, mma_resident {}\n", name, c->opening,
+                        c->epilogue, c->mma_opening, c->mma_resident);
   }
   return text;
 }
