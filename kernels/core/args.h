@@ -20,6 +20,9 @@ struct RowView {
 };
 
 inline constexpr int kSortThreads = 256, kSortChunk = 2048;  // a CTA's threads and routes
+// sm90/sort.cuh
+inline constexpr int kSortCluster = 8, kClusterSortThreads = 1024, kClusterSortRoutes = 65536;
+constexpr int cluster_sort_bytes(int experts) { return (kClusterSortThreads / 32 + 2) * experts * 4; }
 
 struct SortArgs {
   const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
@@ -36,7 +39,7 @@ struct SortArgs {
   float* row_factor;       // [R] each row's router weight, or null
   int32_t* token_offsets;  // [2] = 0, T: the rows of a shared expert; or null
   int32_t chunks;          // of kSortChunk routes
-  int32_t* chunk_counts;   // [chunks, E]; one chunk: unused
+  int32_t* chunk_counts;   // [chunks, E]; one chunk, or sm90/sort.cuh: unused
 };
 
 struct QuantizeArgs {
@@ -51,6 +54,10 @@ struct QuantizeArgs {
   int64_t rows_total;        // leading dimension of scale and block_q
   const float* static_scale;
   int32_t block_k, super_group, q_max;
+  // Among the launches of a stream (SM90): beside_last: neither x nor what is written here is a matter of the launch
+  // before, which is waited for only at the end. next_early: the launch that follows may begin at once, because until
+  // its own wait it needs nothing of launches that may still run.
+  int32_t beside_last, next_early;
 };
 
 struct ActivateArgs {

@@ -136,14 +136,15 @@ struct GemmArgs {
   float* out_scale;            // [I / 128, rounded up, out_rows]
 };
 
-// gemm.expert_offsets must have been written at least two launches before: they are read, and the first weights are
-// asked for, before the kernel waits for its predecessor.
 struct WgmmaArgs {
   TensorMap weights;  // src/cuda/tensor_map.h
   GemmArgs gemm;
   int32_t evict_first;    // weights pass through L2: their lines are the first to go
   int32_t tokens_by_map;  // gemm.row_source is null, and `tokens` is a's map
-  TensorMap tokens;       // src/cuda/tensor_map.h
+  // The launches before this kernel's may still be writing gemm.expert_offsets. Otherwise it reads them, and asks for
+  // its first weights, before it waits for its predecessor.
+  int32_t offsets_late;
+  TensorMap tokens;  // src/cuda/tensor_map.h
 };
 
 }  // namespace octomoe::kernels

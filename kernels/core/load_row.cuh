@@ -14,6 +14,21 @@ __device__ __forceinline__ float load_elem(const RowView& x, int64_t at) {
   return x.type == RowType::bf16 ? num::bf16_low(h) : num::fp16_to_float(h);
 }
 
+// Eight of bf16 or fp16.
+__device__ __forceinline__ void unpack_elems(RowType type, const uint4& raw, float (&v)[kRowElems]) {
+  const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (type == RowType::bf16) {
+      v[2 * i] = num::bf16_low(w[i]);
+      v[2 * i + 1] = num::bf16_high(w[i]);
+    } else {
+      v[2 * i] = num::fp16_to_float(static_cast<uint16_t>(w[i] & 0xffffu));
+      v[2 * i + 1] = num::fp16_to_float(static_cast<uint16_t>(w[i] >> 16));
+    }
+  }
+}
+
 // Columns [column, column + 8) of a row.
 __device__ __forceinline__ void load_elems(const RowView& x, int64_t row, int32_t column, float (&v)[kRowElems]) {
   const int64_t at = row * x.stride + column;
@@ -32,18 +47,7 @@ __device__ __forceinline__ void load_elems(const RowView& x, int64_t row, int32_
     v[6] = b.z;
     v[7] = b.w;
   } else {
-    const uint4 p = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x.data) + at);
-    const uint32_t w[4] = {p.x, p.y, p.z, p.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (x.type == RowType::bf16) {
-        v[2 * i] = num::bf16_low(w[i]);
-        v[2 * i + 1] = num::bf16_high(w[i]);
-      } else {
-        v[2 * i] = num::fp16_to_float(static_cast<uint16_t>(w[i] & 0xffffu));
-        v[2 * i + 1] = num::fp16_to_float(static_cast<uint16_t>(w[i] >> 16));
-      }
-    }
+    unpack_elems(x.type, *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x.data) + at), v);
   }
 }
 

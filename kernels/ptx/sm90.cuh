@@ -98,6 +98,16 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
       "r"(rank)
       : "memory");
 }
+// The word that lies at `shared` in another CTA of the cluster.
+__device__ __forceinline__ int32_t load_remote(uint32_t shared, uint32_t rank) {
+  int32_t d;
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.b32 %0, [remote];\n}"
+      : "=r"(d)
+      : "r"(shared), "r"(rank)
+      : "memory");
+  return d;
+}
 // All threads of all CTAs of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");

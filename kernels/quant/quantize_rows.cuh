@@ -1,5 +1,6 @@
 // Quantises rows to INT8: x [T, H] once per token, h [R, I] between the GEMMs, a caller's activations.
-// A row stays in registers between its maximum and the rounding; only very long rows are read twice.
+// A row of bf16 or fp16 stays in registers between its maximum and the rounding; others, and very long ones, are read
+// twice.
 #pragma once
 
 #include "core/load_row.cuh"
@@ -12,26 +13,35 @@ enum class RowScheme : int { channel, static_scale, asymmetric, block, hybrid };
 
 inline constexpr int kQuantizeThreads = 256;
 
+// kWithin: the scale comes from the values themselves, so that none needs a clamp (num::quantize_within).
+template <bool kWithin>
 __device__ __forceinline__ void store_int8(int8_t* q, const float (&v)[kRowElems], float inverse, int32_t zero,
                                            float lo, float hi) {
-  uint32_t w[2] = {0, 0};
+  uint32_t w[2];
 #pragma unroll
-  for (int i = 0; i < kRowElems; ++i) {
-    w[i / 4] |= (static_cast<uint32_t>(num::quantize(v[i], inverse, zero, lo, hi)) & 0xffu) << (8 * (i % 4));
+  for (int i = 0; i < kRowElems; i += 4) {
+    uint32_t byte[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      byte[j] = kWithin ? num::quantize_within(v[i + j], inverse)
+                        : static_cast<uint32_t>(num::quantize(v[i + j], inverse, zero, lo, hi));
+    }
+    w[i / 4] = __byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410);
+    if (kWithin && inverse == 0.0f) w[i / 4] = 0;  // of a group that is not finite
   }
   *reinterpret_cast<uint2*>(q) = make_uint2(w[0], w[1]);
 }
 
 // kRowThreads: threads that share a row: 32 (8 rows a CTA) or all 256. kPasses: a row has at most
-// kRowThreads * 8 * kPasses columns, which stay in registers; 0: any length, read twice.
+// kRowThreads * 8 * kPasses columns; 0: any length.
 template <RowScheme S, int kRowThreads, int kPasses>
 struct RowQuantizer {
   static constexpr bool kBlocks = S == RowScheme::block || S == RowScheme::hybrid;
-  static constexpr bool kTwice = kPasses == 0;
+  static constexpr bool kWithin = kBlocks || S == RowScheme::channel;
   static constexpr int kSpan = kRowThreads * kRowElems;
   static constexpr int kRows = kQuantizeThreads / kRowThreads;
   static constexpr int kWarps = kRowThreads / 32;
-  static constexpr int kMaxBlocks = kTwice ? 65536 / 32 : kSpan * kPasses / 32;  // blocks have at least 32 columns
+  static constexpr int kMaxBlocks = kPasses == 0 ? 65536 / 32 : kSpan * kPasses / 32;  // blocks have at least 32 columns
   static_assert(kRowThreads == 32 || kRowThreads == kQuantizeThreads);
 
   struct Shared {
@@ -154,61 +164,75 @@ struct RowQuantizer {
 
   static __device__ __forceinline__ void run(const QuantizeArgs& args) {
     __shared__ Shared shared;
+    if (args.next_early != 0) ptx::grid_dependency_launch();
+    if (args.beside_last == 0) {
+      ptx::grid_dependency_wait();
+      ptx::grid_dependency_launch();
+    }
+    const int32_t rows = args.row_count != nullptr ? min(*args.row_count, args.rows) : args.rows;
+    const int part = static_cast<int>(threadIdx.x) / kRowThreads, step = static_cast<int>(gridDim.x) * kRows;
+    for (int32_t row = static_cast<int32_t>(blockIdx.x) * kRows + part; row < rows; row += step) {
+      if constexpr (kPasses > 0) {
+        if (args.x.aligned != 0 && args.x.type != RowType::f32) {
+          quantize_row<true>(args, shared, row);
+          continue;
+        }
+      }
+      quantize_row<false>(args, shared, row);
+    }
+    if (args.beside_last != 0) ptx::grid_dependency_wait();
+  }
+
+  // kHeld: a row of aligned bf16 or fp16 stays in registers, as it came; otherwise it is read twice.
+  template <bool kHeld>
+  static __device__ __forceinline__ void quantize_row(const QuantizeArgs& args, Shared& shared, int32_t row) {
     const int lane = static_cast<int>(threadIdx.x) % kRowThreads, part = static_cast<int>(threadIdx.x) / kRowThreads;
     uint32_t* block_top = shared.block_top + (kBlocks ? part * kMaxBlocks : 0);
-    const int32_t passes = kTwice ? (args.k + kSpan - 1) / kSpan : kPasses;
-
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_launch();
-    const int32_t rows = args.row_count != nullptr ? min(*args.row_count, args.rows) : args.rows;
-    const int32_t step = static_cast<int32_t>(gridDim.x) * kRows;
-    for (int32_t row = static_cast<int32_t>(blockIdx.x) * kRows + part; row < rows; row += step) {
-      float v[kTwice ? 1 : kPasses][kRowElems];
-      Range range;
-      if constexpr (kBlocks) {
-        for (int32_t b = lane; b < (args.k + args.block_k - 1) / args.block_k; b += kRowThreads) block_top[b] = 0;
-        sync();
-      }
-#pragma unroll
-      for (int p = 0; p < (kTwice ? 0 : kPasses); ++p) {
-        const int32_t c = p * kSpan + lane * kRowElems;
-        if (c < args.k) load_elems(args.x, row, c, v[p]);
-      }
-#pragma unroll
-      for (int p = 0; p < (kTwice ? 0 : kPasses); ++p) {
-        const int32_t c = p * kSpan + lane * kRowElems;
-        if (c < args.k) widen(range, args, block_top, c, v[p]);
-      }
-      if constexpr (kTwice) {
-        for (int32_t c = lane * kRowElems; c < args.k; c += kSpan) {
-          load_elems(args.x, row, c, v[0]);
-          widen(range, args, block_top, c, v[0]);
-        }
-      }
-      if constexpr (kBlocks) {
-        sync();
-      } else {
-        reduce(range, shared);
-      }
-      Rounding rounding;
-      rounding.set_row(args, row, range, lane == 0);
-      int8_t* q = args.q + static_cast<int64_t>(row) * args.k;
-#pragma unroll
-      for (int p = 0; p < (kTwice ? 0 : kPasses); ++p) {
-        const int32_t c = p * kSpan + lane * kRowElems;
-        if (c >= args.k) continue;
-        rounding.set_block(args, row, c, block_top);
-        store_int8(q + c, v[p], rounding.inverse, rounding.zero, rounding.lo, num::kInt8Max);
-      }
-      if constexpr (kTwice) {
-        for (int32_t c = lane * kRowElems; c < args.k; c += kSpan) {
-          load_elems(args.x, row, c, v[0]);
-          rounding.set_block(args, row, c, block_top);
-          store_int8(q + c, v[0], rounding.inverse, rounding.zero, rounding.lo, num::kInt8Max);
-        }
-      }
+    if constexpr (kBlocks) {
+      for (int32_t b = lane; b < (args.k + args.block_k - 1) / args.block_k; b += kRowThreads) block_top[b] = 0;
       sync();
     }
+    uint4 held[kHeld ? kPasses : 1];
+    if constexpr (kHeld) {
+      const uint16_t* from = static_cast<const uint16_t*>(args.x.data) + row * args.x.stride + lane * kRowElems;
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        if (p * kSpan + lane * kRowElems < args.k) held[p] = *reinterpret_cast<const uint4*>(from + p * kSpan);
+      }
+    }
+    // use(column, its eight elements) for all of this thread's.
+    const auto for_all = [&](const auto& use) {
+      float v[kRowElems];
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int p = 0; p < kPasses; ++p) {
+          const int32_t c = p * kSpan + lane * kRowElems;
+          if (c >= args.k) continue;
+          unpack_elems(args.x.type, held[p], v);
+          use(c, v);
+        }
+      } else {
+        for (int32_t c = lane * kRowElems; c < args.k; c += kSpan) {
+          load_elems(args.x, row, c, v);
+          use(c, v);
+        }
+      }
+    };
+    Range range;
+    for_all([&](int32_t c, const float(&v)[kRowElems]) { widen(range, args, block_top, c, v); });
+    if constexpr (kBlocks) {
+      sync();
+    } else {
+      reduce(range, shared);
+    }
+    Rounding rounding;
+    rounding.set_row(args, row, range, lane == 0);
+    int8_t* q = args.q + static_cast<int64_t>(row) * args.k;
+    for_all([&](int32_t c, const float(&v)[kRowElems]) {
+      rounding.set_block(args, row, c, block_top);
+      store_int8<kWithin>(q + c, v, rounding.inverse, rounding.zero, rounding.lo, num::kInt8Max);
+    });
+    sync();
   }
 };
 

@@ -2,8 +2,8 @@
 //
 // A CTA places a chunk of routes: each warp owns a run of them, counts the experts in it in order, and the counts of the
 // warps before it, of the chunks before it and of lower experts say where its rows begin. Up to one chunk that is one
-// launch; for more, count_routes counts each chunk's experts first. No CTA waits for another, nothing goes through the
-// host.
+// launch; for more, count_routes counts each chunk's experts first (SM90: sm90/sort.cuh does it in one). No CTA waits for
+// another, nothing goes through the host.
 #pragma once
 
 #include "core/args.h"
@@ -15,13 +15,114 @@ namespace octomoe::kernels {
 inline constexpr int kSortWarps = kSortThreads / 32;
 inline constexpr int kSortRun = kSortChunk / kSortWarps;  // routes of a warp
 
-// Local expert of a route, -1 = skipped.
-__device__ __forceinline__ int32_t expert_of(const SortArgs& args, int32_t route, int32_t token) {
-  const int64_t at = token * args.ids_stride + (route - token * args.top_k);
-  const int64_t id =
-      args.ids_are_64 ? static_cast<const int64_t*>(args.topk_ids)[at] : static_cast<const int32_t*>(args.topk_ids)[at];
-  if (id < 0 || id >= args.id_limit) return -1;
-  return args.expert_map != nullptr ? args.expert_map[id] : static_cast<int32_t>(id);
+// The routes of a warp: a run of at most kSortRun, 32 side by side.
+struct SortRun {
+  static constexpr int kCount = kSortRun / 32;
+  int32_t begin, end;  // routes
+  int32_t expert[kCount], place[kCount];
+
+  // Local experts of routes first, first + step, ... below `end`; -1: skipped, or no such route. What does not differ
+  // between routes is decided outside of loops, so that all loads are under way at once.
+  template <int kCount>
+  static __device__ __forceinline__ void find_experts(const SortArgs& args, int32_t first, int32_t step, int32_t end,
+                                                      int32_t (&expert)[kCount]) {
+    int64_t at[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int32_t r = min(first + i * step, end - 1), token = r / args.top_k;
+      at[i] = token * args.ids_stride + (r - token * args.top_k);
+    }
+    const auto local = [&](int64_t id, int i) {
+      return first + i * step < end && id >= 0 && id < args.id_limit ? static_cast<int32_t>(id) : -1;
+    };
+    if (args.ids_are_64) {
+      int64_t id[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) id[i] = static_cast<const int64_t*>(args.topk_ids)[at[i]];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) expert[i] = local(id[i], i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) expert[i] = static_cast<const int32_t*>(args.topk_ids)[at[i]];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) expert[i] = local(expert[i], i);
+    }
+    if (args.expert_map != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) expert[i] = expert[i] >= 0 ? args.expert_map[expert[i]] : -1;
+    }
+  }
+
+  // Routes of each of `warps` warps, which share out at most as many as they can take.
+  static __device__ __forceinline__ int32_t length(int32_t routes, int32_t warps) {
+    return min((routes + 32 * warps - 1) / (32 * warps) * 32, kSortRun);
+  }
+
+  // count [E], which is the warp's own, for count().
+  static __device__ __forceinline__ void clear(const SortArgs& args, int32_t* count) {
+    for (int e = static_cast<int>(threadIdx.x) & 31; e < args.experts; e += 32) count[e] = 0;
+    __syncwarp();
+  }
+  // Each route's place among those of its expert in the run, and how many of each there are.
+  __device__ __forceinline__ void count(const SortArgs& args, int32_t* count) {
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    find_experts(args, begin + lane, 32, end, expert);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (begin + i * 32 >= end) break;
+      const uint32_t same = __match_any_sync(0xffffffffu, expert[i]);
+      const int32_t before = expert[i] >= 0 ? count[expert[i]] : 0;
+      const int rank = __popc(same & ((1u << lane) - 1));
+      place[i] = before + rank;
+      __syncwarp();
+      if (expert[i] >= 0 && rank == 0) count[expert[i]] = before + __popc(same);
+      __syncwarp();
+    }
+  }
+
+  // first_row(expert): where the run's rows of an expert begin.
+  template <class FirstRow>
+  __device__ __forceinline__ void write(const SortArgs& args, const FirstRow& first_row) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int32_t r = begin + i * 32 + (static_cast<int>(threadIdx.x) & 31), token = r / args.top_k;
+      if (r >= end) break;
+      if (expert[i] < 0) {
+        args.route_row[r] = -1;
+        continue;
+      }
+      const int32_t row = first_row(expert[i]) + place[i];
+      args.row_token[row] = token;
+      args.route_row[r] = row;
+      if (args.row_factor != nullptr) {
+        args.row_factor[row] = args.topk_weights[token * args.weights_stride + (r - token * args.top_k)];
+      }
+    }
+  }
+};
+
+// Exclusive sum over the threads of a CTA; ends with a barrier. sums: a word for each warp.
+template <int kThreads>
+__device__ __forceinline__ int32_t sum_before(int32_t mine, int32_t* sums) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
+  int32_t sum = mine;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int32_t other = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  int32_t before = sum - mine;
+  for (int w = 0; w < warp; ++w) before += sums[w];
+  return before;
+}
+
+__device__ __forceinline__ void write_token_offsets(const SortArgs& args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && args.token_offsets != nullptr) {
+    args.token_offsets[0] = 0;
+    args.token_offsets[1] = args.tokens;
+  }
 }
 
 // Rows of each expert in a chunk -> args.chunk_counts [chunks, E].
@@ -32,10 +133,10 @@ __device__ __forceinline__ void count_routes(const SortArgs& args) {
   ptx::grid_dependency_launch();
   for (int e = thread; e < args.experts; e += kSortThreads) count[e] = 0;
   __syncthreads();
-  const int32_t routes = args.tokens * args.top_k, begin = static_cast<int32_t>(blockIdx.x) * kSortChunk;
-  const int32_t end = min(begin + kSortChunk, routes);
-  for (int32_t r = begin + thread; r < end; r += kSortThreads) {
-    const int32_t e = expert_of(args, r, r / args.top_k);
+  const int32_t begin = static_cast<int32_t>(blockIdx.x) * kSortChunk;
+  int32_t expert[kSortChunk / kSortThreads];
+  SortRun::find_experts(args, begin + thread, kSortThreads, min(begin + kSortChunk, args.tokens * args.top_k), expert);
+  for (const int32_t e : expert) {
     if (e >= 0) atomicAdd(&count[e], 1);
   }
   __syncthreads();
@@ -47,36 +148,16 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
   constexpr int kPerThread = kMaxExperts / kSortThreads;  // experts of a thread: neighbours
   __shared__ int32_t count[kSortWarps][kMaxExperts];      // then: where a warp's next row of the expert is
   __shared__ int32_t sums[kSortWarps];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
-  const int32_t routes = args.tokens * args.top_k;
-  const int32_t begin = static_cast<int32_t>(blockIdx.x) * kSortChunk + warp * kSortRun;
-
+  const int thread = static_cast<int>(threadIdx.x), warp = thread >> 5;
+  SortRun run;
+  run.clear(args, count[warp]);
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
-  for (int i = thread; i < kSortWarps * args.experts; i += kSortThreads) {
-    count[i / args.experts][i % args.experts] = 0;
-  }
-  __syncthreads();
-
-  // Each route's place among those of its expert in the run.
-  int32_t expert[kSortRun / 32], token[kSortRun / 32], place[kSortRun / 32];
-#pragma unroll
-  for (int i = 0; i < kSortRun / 32; ++i) {
-    const int32_t r = begin + i * 32 + lane;
-    token[i] = r / args.top_k;
-    expert[i] = r < routes ? expert_of(args, r, token[i]) : -1;
-  }
-#pragma unroll
-  for (int i = 0; i < kSortRun / 32; ++i) {
-    if (begin + i * 32 >= routes) break;
-    const uint32_t same = __match_any_sync(0xffffffffu, expert[i]);
-    const int32_t before = expert[i] >= 0 ? count[warp][expert[i]] : 0;
-    const int rank = __popc(same & ((1u << lane) - 1));
-    place[i] = before + rank;
-    __syncwarp();
-    if (expert[i] >= 0 && rank == 0) count[warp][expert[i]] = before + __popc(same);
-    __syncwarp();
-  }
+  // Few routes are shared out over all warps.
+  const int32_t routes = args.tokens * args.top_k, per_warp = SortRun::length(routes, kSortWarps);
+  run.begin = min(static_cast<int32_t>(blockIdx.x) * kSortChunk + warp * per_warp, routes);
+  run.end = min(run.begin + per_warp, routes);
+  run.count(args, count[warp]);
   __syncthreads();
 
   // Rows of each expert in all chunks, and in those before this one.
@@ -101,17 +182,7 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
     }
     mine += total[i];
   }
-  // Exclusive sum over the threads.
-  int32_t sum = mine;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffffu, sum, d);
-    if (lane >= d) sum += other;
-  }
-  if (lane == 31) sums[warp] = sum;
-  __syncthreads();
-  int32_t offset = sum - mine;
-  for (int w = 0; w < warp; ++w) offset += sums[w];
+  int32_t offset = sum_before<kSortThreads>(mine, sums);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int e = first + i;
@@ -127,27 +198,9 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
     offset += total[i];
     if (blockIdx.x == 0 && e == args.experts - 1) args.expert_offsets[args.experts] = offset;
   }
-  if (blockIdx.x == 0 && thread == 0 && args.token_offsets != nullptr) {
-    args.token_offsets[0] = 0;
-    args.token_offsets[1] = args.tokens;
-  }
+  write_token_offsets(args);
   __syncthreads();
-
-#pragma unroll
-  for (int i = 0; i < kSortRun / 32; ++i) {
-    const int32_t r = begin + i * 32 + lane;
-    if (r >= routes) break;
-    if (expert[i] < 0) {
-      args.route_row[r] = -1;
-      continue;
-    }
-    const int32_t row = count[warp][expert[i]] + place[i];
-    args.row_token[row] = token[i];
-    args.route_row[r] = row;
-    if (args.row_factor != nullptr) {
-      args.row_factor[row] = args.topk_weights[token[i] * args.weights_stride + (r - token[i] * args.top_k)];
-    }
-  }
+  run.write(args, [&](int32_t e) { return count[warp][e]; });
 }
 
 }  // namespace octomoe::kernels

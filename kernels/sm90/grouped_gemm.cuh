@@ -844,6 +844,7 @@ struct GroupedGemm {
       }
       ptx::barrier_init_fence();
     }
+    if (all.offsets_late != 0) ptx::grid_dependency_wait();
     kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args);
     // Before anything is sent to the other CTA, its barriers must stand.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

@@ -209,7 +209,7 @@ ScaleColumns DeviceMatrix::scale_columns() const {
 }
 
 void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows,
-                            const std::int32_t* row_count, const QuantizedRows& out) const {
+                            const std::int32_t* row_count, const QuantizedRows& out, Overlap overlap) const {
   const Scheme& s = m_.scheme;
   const int rows_per_block = 256 / plan::quantize_kernel(m_.k).row_threads;
   const kernels::QuantizeArgs args{.x = x,
@@ -224,7 +224,9 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
                                    .static_scale = m_.activation_scale.as<float>(),
                                    .block_k = s.block_k,
                                    .super_group = s.super_group,
-                                   .q_max = s.q_max};
+                                   .q_max = s.q_max,
+                                   .beside_last = overlap.beside_last,
+                                   .next_early = overlap.next_early};
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 
@@ -312,6 +314,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
                            .gemm = args,
                            .evict_first = rows <= kFewRows * m_.experts,
                            .tokens_by_map = kernel.token_map && p.row_source == nullptr && p.a.rows > 0,
+                           .offsets_late = p.index_late,
                            .tokens = {}};
     if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k);
     launcher(*kernel.loaded, blocks, all, true, static_cast<unsigned>(kernel.cluster));

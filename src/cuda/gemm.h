@@ -51,6 +51,11 @@ class Launcher {
   StageObserver* observer_ = nullptr;
 };
 
+// How a launch lies among its neighbours on the stream (kernels::QuantizeArgs).
+struct Overlap {
+  bool beside_last = false, next_early = false;
+};
+
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).
 struct QuantizedRows {
   std::int8_t* q = nullptr;
@@ -86,11 +91,12 @@ class DeviceMatrix {
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
   void quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows, const std::int32_t* row_count,
-                const QuantizedRows& out) const;
+                const QuantizedRows& out, Overlap overlap = {}) const;
 
   struct Problem {
     QuantizedRows a;
-    const std::int32_t* index;     // offsets [E + 1] or counts [E], written two launches ago or earlier
+    const std::int32_t* index;     // offsets [E + 1] or counts [E]
+    bool index_late = false;       // launches that wrote them may still run; otherwise they were done two launches ago
     std::int64_t masked_rows = 0;  // rows of an expert; 0: offsets
     std::int64_t rows;             // most rows there can be in all
     std::int64_t likely_rows = 0;  // what the kernel is chosen for; 0: rows

@@ -96,6 +96,7 @@ class CudaLayer final : public LayerBackend {
     const auto kernel = [&](const char* id) { return &load(plan::entry(id), device); };
     sort_ = kernel("sort");
     count_ = kernel("count");
+    if (info_.compute_capability == 90) cluster_sort_ = kernel("sm90_sort");
     combine_ = kernel("combine");
     if (o.expert_map.defined()) expert_map_ = Tensor::copy_of(o.expert_map, where);
     if (o.shared_expert) shared_.emplace(*o.shared_expert, o, info_, "shared_expert.");
@@ -282,7 +283,9 @@ class CudaLayer final : public LayerBackend {
     const kernels::RowView x = row_view(a.x);
     const QuantizedRows xq = rows_of(p.x);
     launcher.stage("quantise x");
-    routed_.w13.quantize(launcher, x, tokens, nullptr, xq);
+    // Beside the sort, which has waited for all that came before it; so the GEMM that follows may not look at the
+    // sort's offsets before it has waited.
+    routed_.w13.quantize(launcher, x, tokens, nullptr, xq, {.beside_last = true, .next_early = true});
     if (shared_) {
       if (shared_gate_.defined()) {
         launcher.stage("shared gate");
@@ -299,6 +302,7 @@ class CudaLayer final : public LayerBackend {
       DeviceMatrix::Problem first;
       first.a = sx;
       first.index = ints(p.token_offsets);
+      first.index_late = true;
       first.rows = tokens;
       run_expert(launcher, *shared_, p.shared, base, p, first, ints(p.token_offsets) + 1, tokens);
     }
@@ -312,6 +316,7 @@ class CudaLayer final : public LayerBackend {
       gather(launcher, p, xq, first.a, ints(p.row_token), ints(p.offsets) + experts_);
     }
     first.index = ints(p.offsets);
+    first.index_late = !shared_;
     first.rows = p.rows;
     // Of a rank: its share of the routes, as `octomoe tune` counts them.
     first.likely_rows = std::max<std::int64_t>(1, p.rows * experts_ / id_limit_);
@@ -380,7 +385,9 @@ class CudaLayer final : public LayerBackend {
                    std::numeric_limits<std::int32_t>::max() / 2, tokens, top_k);
     }
     p.offsets = p.memory.add((experts_ + 1) * 4, kSort, kGemm2);
-    if (sort_chunks(p.rows) > 1) p.chunk_counts = p.memory.add(sort_chunks(p.rows) * experts_ * 4, kSort, kSort);
+    // The sort's last step is beside the first of those that follow.
+    if (sort_chunks(p.rows) > 1 && !sorts_by_cluster(p.rows))
+      p.chunk_counts = p.memory.add(sort_chunks(p.rows) * experts_ * 4, kSort, kQuantizeX);
     p.row_token = p.memory.add(p.rows * 4, kSort, kGemm1);
     p.route_row = p.memory.add(p.rows * 4, kSort, kCombine);
     if (weight_on_input_) p.row_factor = p.memory.add(p.rows * 4, kSort, kGemm1);
@@ -398,6 +405,9 @@ class CudaLayer final : public LayerBackend {
   }
 
   static std::int64_t sort_chunks(std::int64_t routes) { return ceil_div(routes, kernels::kSortChunk); }
+  bool sorts_by_cluster(std::int64_t routes) const {
+    return cluster_sort_ != nullptr && routes > kernels::kSortChunk && routes <= kernels::kClusterSortRoutes;
+  }
 
   void sort(const Launcher& launcher, const ForwardArgs& a, const Plan& p, std::uint8_t* base) const {
     const auto ints = [&](int b) {
@@ -422,6 +432,13 @@ class CudaLayer final : public LayerBackend {
         .chunks = static_cast<std::int32_t>(sort_chunks(p.rows)),
         .chunk_counts = ints(p.chunk_counts),
     };
+    if (sorts_by_cluster(p.rows)) {
+      return launcher.exactly(*cluster_sort_,
+                              {.grid = {kernels::kSortCluster},
+                               .shared_bytes = kernels::cluster_sort_bytes(args.experts),
+                               .cluster = kernels::kSortCluster},
+                              args);
+    }
     if (args.chunks > 1) launcher(*count_, args.chunks, args, false);
     launcher(*sort_, args.chunks, args, false);
   }
@@ -458,6 +475,7 @@ class CudaLayer final : public LayerBackend {
                            reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
                            reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
     DeviceMatrix::Problem second = first;
+    second.index_late = false;
     first.up_first = e.up_first;
     first.limit = limit_;
     first.out = e.requantizes() ? static_cast<void*>(hq.q) : e.fused ? static_cast<void*>(h) : at(b.v);
@@ -485,7 +503,9 @@ class CudaLayer final : public LayerBackend {
     }
     if (!e.requantizes()) {
       launcher.stage("quantise h");
-      e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq);
+      // GEMM2 begins with its weights while GEMM1's last tiles are computed.
+      e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq,
+                    {.next_early = true});
     }
     second.a = hq;
     second.row_source = nullptr;
@@ -504,8 +524,9 @@ class CudaLayer final : public LayerBackend {
   Expert routed_;
   std::optional<Expert> shared_;
   Tensor expert_map_, shared_gate_;
-  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *combine_ = nullptr, *gate_kernel_ = nullptr,
-                     *activate_ = nullptr, *gather_ = nullptr, *few_gate_up_ = nullptr, *few_down_ = nullptr;
+  const LoadedKernel *count_ = nullptr, *sort_ = nullptr, *cluster_sort_ = nullptr, *combine_ = nullptr,
+                     *gate_kernel_ = nullptr, *activate_ = nullptr, *gather_ = nullptr, *few_gate_up_ = nullptr,
+                     *few_down_ = nullptr;
   Workspaces workspaces_;
   Recent<Kind> recent_;
   LaunchList list_;  // of the last call

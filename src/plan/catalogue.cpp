@@ -206,6 +206,12 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   for (const WgmmaConfig& c : kWgmma) all.push_back(gemm_entry(c));
+  KernelEntry sort = simple_entry("sm90_sort", "sm90/sort.cuh", "", "SortArgs", kernels::kClusterSortThreads,
+                                  kernels::cluster_sort_bytes(kernels::kMaxExperts));
+  sort.call = fmt::format("octomoe::sm90::sort_routes<{}>", kernels::kSortCluster);
+  sort.archs = {90};
+  sort.cluster = true;
+  all.push_back(std::move(sort));
   const auto few = [&](const char* id, const char* call, const char* args, int threads, int min_blocks,
                        int shared_bytes) {
     KernelEntry e = simple_entry(id, "sm90/few_tokens.cuh", "", args, threads, shared_bytes);

@@ -29,4 +29,5 @@
 #include "sm80/grouped_gemm.cuh"
 #include "sm90/few_tokens.cuh"
 #include "sm90/grouped_gemm.cuh"
+#include "sm90/sort.cuh"
 #undef num

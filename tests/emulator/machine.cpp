@@ -549,6 +549,11 @@ std::uint8_t* shared_bytes(std::uint32_t address, std::uint32_t bytes) {
   if (address % bytes != 0) fault("shared address " + std::to_string(address) + " is not aligned" + where());
   return bytes_of(*cta, address, bytes);
 }
+std::int32_t load_remote(std::uint32_t shared, std::uint32_t rank) {
+  std::int32_t word;
+  std::memcpy(&word, bytes_of(cta->cluster->ctas.at(rank), shared, 4), 4);
+  return word;
+}
 void fence_proxy_async() {
   for (const auto& [at, bytes] : cta->unfenced) {
     if (at < kStaticAddress / 2) std::memcpy(cta->engine_view.data() + at, bytes_of(*cta, at, bytes), bytes);

@@ -60,6 +60,7 @@ int lane();
 void cta_barrier(int id, int threads);  // threads 0: all
 void cluster_barrier();
 std::uint32_t cluster_rank();
+std::int32_t load_remote(std::uint32_t shared, std::uint32_t rank);
 
 std::uint32_t shared_address(const void* p);
 std::uint8_t* shared_bytes(std::uint32_t address, std::uint32_t bytes);

@@ -22,10 +22,15 @@ RowType row_type(DType t) {
 }
 constexpr DType kTypes[] = {DType::float32, DType::float16, DType::bfloat16};
 
-void run(int grid, int threads, const std::function<void()>& kernel, int shared_bytes = 0) {
+void run(int grid, int threads, const std::function<void()>& kernel, int shared_bytes = 0, int cluster = 1) {
   for (const std::uint32_t seed : {0u, 5u}) {
     try {
-      launch({.grid = grid, .threads = threads, .shared_bytes = shared_bytes, .schedule = {.seed = seed}}, kernel);
+      launch({.grid = grid,
+              .threads = threads,
+              .shared_bytes = shared_bytes,
+              .cluster = cluster,
+              .schedule = {.seed = seed}},
+             kernel);
     } catch (const Fault& fault) {
       FAIL() << "seed " << seed << ": " << fault.what();
     }
@@ -87,7 +92,9 @@ void check_quantize(const QuantizeCase& c) {
                                    .static_scale = &static_scale,
                                    .block_k = c.block_k,
                                    .super_group = c.super_group,
-                                   .q_max = scheme.q_max};
+                                   .q_max = scheme.q_max,
+                                   .beside_last = 0,
+                                   .next_early = 0};
   std::memset(q.data(), 0x55, q.size());
   run(2, kernels::kQuantizeThreads, [&] { kernels::quantize_rows<S, kRowThreads, kPasses>(args); });
 
@@ -170,9 +177,10 @@ TEST(ActivateRows, EveryActivation) {
 // ---- sort ----
 TEST(Sort, RoutesByExpertThenToken) {
   for (const int tokens : {1, 7, 130, 700, 2500}) {
-    for (const int variant : {0, 1, 2}) {
+    for (const int variant : {0, 1, 2, 3}) {
       SCOPED_TRACE(std::to_string(tokens) + " tokens, variant " + std::to_string(variant));
       const int top_k = 3, global = tokens == 700 ? 700 : 10, experts = variant == 1 ? 4 : global, stride = top_k + 2;
+      const bool cluster = variant == 3;  // of two CTAs
       const bool wide = variant == 2;
       std::mt19937 rng(static_cast<std::uint32_t>(tokens));
       std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens * stride));
@@ -220,8 +228,14 @@ TEST(Sort, RoutesByExpertThenToken) {
                                    .token_offsets = token_offsets.data(),
                                    .chunks = chunks,
                                    .chunk_counts = counts.data()};
-      if (chunks > 1) run(chunks, kernels::kSortThreads, [&] { kernels::count_routes(args); });
-      run(chunks, kernels::kSortThreads, [&] { kernels::sort_routes(args); });
+      if (cluster) {
+        run(
+            2, kernels::kClusterSortThreads, [&] { sm90::sort_routes<2>(args); }, kernels::cluster_sort_bytes(experts),
+            2);
+      } else {
+        if (chunks > 1) run(chunks, kernels::kSortThreads, [&] { kernels::count_routes(args); });
+        run(chunks, kernels::kSortThreads, [&] { kernels::sort_routes(args); });
+      }
       const auto equal = [](const auto& want, const auto& got) {
         return std::equal(want.begin(), want.end(), got.data());
       };

@@ -27,6 +27,7 @@ void check(GemmCase c, int ctas = 2) {
                         .gemm = args,
                         .evict_first = c.seed % 2 == 0,
                         .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
+                        .offsets_late = c.seed % 3 == 0,
                         .tokens = encode_tensor_map(args.a, rows.sizes, rows.strides, rows.box)};
     launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
            [&] { sm90::grouped_gemm<C>(all); });
