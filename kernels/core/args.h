@@ -19,6 +19,9 @@ struct RowView {
   int32_t aligned;  // every row begins at a multiple of 16 bytes
 };
 
+// Behind offsets: WgmmaArgs::taken of the GEMMs that go by them.
+inline constexpr int kTakenWords = 2;
+
 inline constexpr int kSortThreads = 256, kSortChunk = 2048;  // a CTA's threads and routes
 // sm90/sort.cuh
 inline constexpr int kSortCluster = 8, kClusterSortThreads = 1024, kClusterSortRoutes = 65536;
@@ -31,13 +34,13 @@ struct SortArgs {
   int32_t tokens, top_k, experts;
   const int32_t* expert_map;  // global -> local, or null
   int32_t id_limit;           // ids outside [0, id_limit) count as -1
-  int32_t* expert_offsets;    // [E + 1]
+  int32_t* expert_offsets;    // [E + 1], and kTakenWords zeros
   int32_t* row_token;         // [R] row -> token
   int32_t* route_row;         // [T * k] -> row, -1 = skipped
   const float* topk_weights;  // [T, k], row stride in elements; with row_factor
   int64_t weights_stride;
   float* row_factor;       // [R] each row's router weight, or null
-  int32_t* token_offsets;  // [2] = 0, T: the rows of a shared expert; or null
+  int32_t* token_offsets;  // [2] = 0, T: the rows of a shared expert, and kTakenWords zeros; or null
   int32_t chunks;          // of kSortChunk routes
   int32_t* chunk_counts;   // [chunks, E]; one chunk, or sm90/sort.cuh: unused
 };
@@ -100,7 +103,7 @@ struct GroupIndexArgs {
   int32_t is_64, masked;
   int32_t experts;
   int32_t rows;      // of a; masked: rows of an expert
-  int32_t* offsets;  // [E + 1]; masked: counts [E]
+  int32_t* offsets;  // [E + 1], masked: counts [E] and a word; and kTakenWords zeros
 };
 
 // A caller's row scales [rows, columns] -> [columns, rows], as GEMMs read them; bytes become int32.

@@ -86,6 +86,8 @@ struct WgmmaConfig {
   // (docs/kernels.md).
   OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
   OCTOMOE_HD constexpr int threads() const { return 128 * (kConsumers + (own_rings() ? 2 : 1)); }
+  // Whether CTAs may take tiles as they get to them (WgmmaArgs::taken): a warp that would idle asks for the next one.
+  OCTOMOE_HD constexpr bool takes_tiles() const { return own_rings() && cluster == 1; }
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
@@ -99,7 +101,7 @@ struct WgmmaConfig {
            (has_blocks() ? token_stages * 2 * block_n * 4 : 4) +
            (token_stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
            ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * kConsumers * 2 + 4) * block_n : 8) + token_stages * 32 +
-           weight_stages * 32 + 64;
+           weight_stages * 32 + (takes_tiles() ? 24 : 8) + 64;
   }
 };
 
@@ -144,6 +146,8 @@ struct WgmmaArgs {
   // The launches before this kernel's may still be writing gemm.expert_offsets. Otherwise it reads them, and asks for
   // its first weights, before it waits for its predecessor.
   int32_t offsets_late;
+  // How many tiles have been asked for, 0 before and after: CTAs take them as they get to them. null: every gridDim-th.
+  int32_t* taken;
   TensorMap tokens;  // src/cuda/tensor_map.h
 };
 

@@ -20,6 +20,7 @@ __device__ __forceinline__ void group_index(const GroupIndexArgs& args) {
   const int32_t e = static_cast<int32_t>(threadIdx.x);
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
+  if (e < kTakenWords) args.offsets[args.experts + 1 + e] = 0;
   const int32_t at = args.masked ? e : e + 1;
   const int32_t v = e < args.experts ? clamped_index(args, at) : 0;
   if (args.masked) {

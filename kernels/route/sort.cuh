@@ -118,11 +118,14 @@ __device__ __forceinline__ int32_t sum_before(int32_t mine, int32_t* sums) {
   return before;
 }
 
-__device__ __forceinline__ void write_token_offsets(const SortArgs& args) {
-  if (blockIdx.x == 0 && threadIdx.x == 0 && args.token_offsets != nullptr) {
-    args.token_offsets[0] = 0;
-    args.token_offsets[1] = args.tokens;
-  }
+// What does not depend on the routes.
+__device__ __forceinline__ void write_constants(const SortArgs& args) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  for (int i = 0; i < kTakenWords; ++i) args.expert_offsets[args.experts + 1 + i] = 0;
+  if (args.token_offsets == nullptr) return;
+  args.token_offsets[0] = 0;
+  args.token_offsets[1] = args.tokens;
+  for (int i = 0; i < kTakenWords; ++i) args.token_offsets[2 + i] = 0;
 }
 
 // Rows of each expert in a chunk -> args.chunk_counts [chunks, E].
@@ -198,7 +201,7 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
     offset += total[i];
     if (blockIdx.x == 0 && e == args.experts - 1) args.expert_offsets[args.experts] = offset;
   }
-  write_token_offsets(args);
+  write_constants(args);
   __syncthreads();
   run.write(args, [&](int32_t e) { return count[warp][e]; });
 }

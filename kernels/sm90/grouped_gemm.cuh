@@ -55,7 +55,7 @@ struct GroupedGemm {
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
   // 65536 registers over the multiprocessor's threads, in steps of 8.
-  static constexpr int kWeightRegisters = 24, kTokenRegisters = kBlocks ? 72 : 56, kConsumerRegisters = 216;
+  static constexpr int kWeightRegisters = 32, kTokenRegisters = kBlocks ? 72 : 48, kConsumerRegisters = 216;
 
   static_assert(kBlockN % 16 == 0 && kBlockN <= 160 && (!kBlocks || kBlockN <= 128));
   // Chunks of K-blocks whose int32 sums enter float values: three sets of sums, so tiles are narrow.
@@ -87,6 +87,8 @@ struct GroupedGemm {
     Rounding rounding;
     uint64_t weights_full[C.kConsumers][kWeightStages], weights_empty[C.kConsumers][kWeightStages];
     uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
+    uint64_t next_full, next_empty;  // of next_tile: TileTaker
+    int32_t next_tile;
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
   static_assert(C.own_rings() || (kWeightStages == kTokenStages && C.cluster == 1));
@@ -119,7 +121,8 @@ struct GroupedGemm {
   static __device__ __forceinline__ int width(const GemmArgs& args) { return C.gated() ? args.n / 2 : args.n; }
   static __device__ __forceinline__ int padded(int rows) { return (rows + 15) & ~15; }
 
-  // Tiles of an expert: its rows shared out evenly, in steps of 16; weight tiles in groups of kRaster, so that CTAs that
+  // Tiles of an expert: its rows shared out in steps of 16, so that no tile is more than a step wider than another and
+  // CTAs that meet the same tile of each expert have as much to do as others; weight tiles in groups of kRaster, so that CTAs that
   // run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
   static __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index,
                                                    int32_t m_tiles) {
@@ -131,12 +134,15 @@ struct GroupedGemm {
     const int32_t begin = list.row_begin[lo];
     const int32_t rows = args.masked_rows > 0 ? args.expert_offsets[lo] : list.row_begin[lo + 1] - begin;
     const int32_t parts = count * C.cluster, part = n_tile * C.cluster + rank();
-    const int32_t share = padded((rows + parts - 1) / parts);
+    const auto steps = static_cast<uint32_t>(padded(rows)) / 16;
+    const auto each = static_cast<int32_t>(steps / static_cast<uint32_t>(parts));
+    const int32_t wider = static_cast<int32_t>(steps) - each * parts;  // tiles of a step more
+    const int32_t before = 16 * (part * each + min(part, wider));
     Tile t;
     t.expert = lo;
     t.m_tile = group * kRaster + inside - n_tile * wide;
-    t.row_begin = begin + part * share;
-    t.rows = min(share, rows - part * share);
+    t.row_begin = begin + before;
+    t.rows = min(16 * (each + (part < wider ? 1 : 0)), rows - before);
     if (C.cluster > 1 && t.rows <= 0) {  // nothing left for the second CTA: it works along and stores nothing
       t.row_begin = begin;
       t.rows = 0;
@@ -154,6 +160,41 @@ struct GroupedGemm {
     const uint32_t segment = C.gated() ? static_cast<uint32_t>(half) : row / rows;
     const uint32_t inside = (C.gated() ? row : row - segment * rows) / block;
     return expert * args.blocks_n + static_cast<int32_t>(segment * per_segment + inside);
+  }
+
+  // ---- which tiles ----
+  // A CTA's tiles one after another: every gridDim-th, or, as TileTaker brings them, whichever is next when this CTA is
+  // about to need one. Then no CTA ends long before the others, whose tiles are narrower or whose memory is nearer.
+  struct TileQueue {
+    int32_t index = first_tile();
+    uint32_t phase = 0;
+
+    // Of one lane of each reader: from now on the next tile may be taken.
+    static __device__ __forceinline__ void ask(Shared& shared) {
+      if constexpr (C.takes_tiles()) ptx::barrier_arrive(ptx::shared_address(&shared.next_empty));
+    }
+    __device__ __forceinline__ void advance(Shared& shared, bool taken) {
+      if (C.takes_tiles() && taken) {
+        ptx::barrier_wait(ptx::shared_address(&shared.next_full), phase);
+        index = shared.next_tile;
+        phase ^= 1;
+      } else {
+        index += tile_step();
+      }
+    }
+  };
+
+  // One thread. It takes a tile when the token producer's warps and the weight producers have asked, and tells all.
+  static __device__ __forceinline__ void take_tiles(int32_t* taken, Shared& shared, int32_t total) {
+    if (first_tile() >= total) return;
+    for (uint32_t phase = 0;; phase ^= 1) {
+      ptx::barrier_wait(ptx::shared_address(&shared.next_empty), phase);
+      const int32_t before = atomicAdd(taken, 1), next = before + tile_step();
+      if (before == total - 1) *taken = 0;  // each tile's CTA asks once, so that was the last time
+      shared.next_tile = next;
+      ptx::barrier_arrive(ptx::shared_address(&shared.next_full));
+      if (next >= total) return;
+    }
   }
 
   // ---- producers ----
@@ -192,8 +233,9 @@ struct GroupedGemm {
     __device__ __forceinline__ void run(int consumer) const {
       Slot<kWeightStages> slot;
       slot.phase = 1;  // the ring is empty
-      for (int32_t index = first_tile(); index < total; index += tile_step()) {
-        const Boxes boxes = boxes_of(all, find_tile(shared.list, args, index, m_tiles));
+      for (TileQueue queue; total > queue.index; queue.advance(shared, all.taken != nullptr)) {
+        queue.ask(shared);
+        const Boxes boxes = boxes_of(all, find_tile(shared.list, args, queue.index, m_tiles));
         const bool exists = consumer < boxes.count;
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
           ptx::barrier_wait(ptx::shared_address(&shared.weights_empty[consumer][slot.index]), slot.phase);
@@ -302,9 +344,14 @@ struct GroupedGemm {
     __device__ __forceinline__ void run() {
       const int thread = static_cast<int>(threadIdx.x), chunk = thread & 7, row = thread >> 3;
       const int token = row + 16 * chunk;
-      int32_t index = first_tile(), ahead = 0;
-      if (index >= total) return;  // in all CTAs of a cluster
-      Tile t = find_tile(shared.list, args, index, m_tiles), next = t;
+      TileQueue queue;
+      int32_t ahead = 0;
+      if (queue.index >= total) return;  // in all CTAs of a cluster
+      // Stages before a tile's end at which the next one is asked for, and looked up: what a tile holds of the next as
+      // late as can be, but neither that answer nor its rows' places are waited for.
+      constexpr int32_t kAsk = 6, kLook = 3;
+      const int32_t ask_at = max(k_tiles - kAsk, 0), look_at = C.takes_tiles() ? max(k_tiles - kLook, 0) : 0;
+      Tile t = find_tile(shared.list, args, queue.index, m_tiles), next = t;
       Boxes boxes{};
       if constexpr (!C.own_rings()) {
         boxes = boxes_of(all, t);
@@ -329,7 +376,7 @@ struct GroupedGemm {
         scales.load(args, 0);
       }
       for (;;) {
-        index += tile_step();
+        if constexpr (!C.takes_tiles()) queue.advance(shared, false);
         // Of the rows that this thread copies 16 bytes of, in units of 16 bytes.
         const int32_t passes = (t.rows + 15) / 16;
         uint32_t offset[kBlockN / 16];
@@ -358,7 +405,7 @@ struct GroupedGemm {
               now = scales.values;
               if (k_tile + C.block_stages < k_tiles) {
                 scales.load(args, k_tile / C.block_stages + 1);
-              } else if (k_tile > 0 && index < total) {
+              } else if (k_tile > 0 && queue.index < total) {
                 scales.open(args, next, token, next_source[0]);
                 scales.load(args, 0);
               }
@@ -399,12 +446,16 @@ struct GroupedGemm {
           if (lane() == 0) ptx::barrier_arrive(full);
           slot.advance();
           // The next tile's rows are looked up while this one's copies are under way.
-          if (k_tile == 0 && index < total) {
-            next = find_tile(shared.list, args, index, m_tiles);
-            load_sources(next, token, next_source);
+          if (C.takes_tiles() && k_tile == ask_at && lane() == 0) queue.ask(shared);
+          if (k_tile == look_at) {
+            if constexpr (C.takes_tiles()) queue.advance(shared, all.taken != nullptr);
+            if (queue.index < total) {
+              next = find_tile(shared.list, args, queue.index, m_tiles);
+              load_sources(next, token, next_source);
+            }
           }
         }
-        if (index >= total) break;
+        if (queue.index >= total) break;
         if constexpr (kBlocks) {
           if (k_tiles <= C.block_stages) {  // too short to have known the next tile in time
             scales.open(args, next, token, next_source[0]);
@@ -415,6 +466,14 @@ struct GroupedGemm {
         if constexpr (!C.own_rings()) boxes = boxes_of(all, t);
         source[0] = next_source[0];
         source[1] = next_source[1];
+      }
+      if constexpr (C.takes_tiles()) {  // a stage that says that there is no further tile
+        ptx::barrier_wait(ptx::shared_address(&shared.tokens_empty[slot.index]), slot.phase);
+        if (thread == 0) shared.tile[slot.index].rows = -1;
+        const uint32_t full = ptx::shared_address(&shared.tokens_full[slot.index]);
+        ptx::cp_async_arrive(full);
+        __syncwarp();
+        if (lane() == 0) ptx::barrier_arrive(full);
       }
       ptx::cp_async_wait<0>();
     }
@@ -807,9 +866,11 @@ struct GroupedGemm {
     __device__ __forceinline__ void run(int32_t total) {
       ptx::grid_dependency_wait();
       int table = 0;
-      for (int32_t index = first_tile(); index < total; index += tile_step()) {
+      if (first_tile() >= total) return;
+      for (int32_t index = first_tile(); C.takes_tiles() || index < total; index += tile_step()) {
         ptx::barrier_wait(ptx::shared_address(&shared.tokens_full[at.t.index]), at.t.phase);
         const Tile t = shared.tile[at.t.index];
+        if (C.takes_tiles() && t.rows < 0) return;
         int32_t sums[2][kSums];
         multiply_tile<16>(t, sums);
         if (shared.plain) {
@@ -842,6 +903,8 @@ struct GroupedGemm {
         ptx::barrier_init(ptx::shared_address(&shared.tokens_full[i]), 128 + 4 + (C.own_rings() ? 0 : 1));
         ptx::barrier_init(ptx::shared_address(&shared.tokens_empty[i]), 4 * C.kConsumers);
       }
+      ptx::barrier_init(ptx::shared_address(&shared.next_full), 1);
+      ptx::barrier_init(ptx::shared_address(&shared.next_empty), C.kConsumers + 4);
       ptx::barrier_init_fence();
     }
     if (all.offsets_late != 0) ptx::grid_dependency_wait();
@@ -862,6 +925,9 @@ struct GroupedGemm {
       ptx::lower_registers<kWeightRegisters>();
       const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
       if (warp < C.kConsumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
+      if (C.takes_tiles() && warp == C.kConsumers && lane() == 0 && all.taken != nullptr) {
+        take_tiles(all.taken, shared, total);
+      }
       __syncwarp();  // whole warps meet the cluster's barrier
     } else {
       ptx::raise_registers<kConsumerRegisters>();

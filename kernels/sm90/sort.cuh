@@ -55,7 +55,7 @@ __device__ __forceinline__ void sort_routes(const kernels::SortArgs& args) {
     if (rank == 0) args.expert_offsets[thread] = offset;
     if (rank == 0 && thread == experts - 1) args.expert_offsets[experts] = offset + all;
   }
-  kernels::write_token_offsets(args);
+  kernels::write_constants(args);
   __syncthreads();
   run.write(args, [&](int32_t e) { return begin[e] + count[warp * experts + e]; });
   ptx::cluster_sync();  // the others may still read this CTA's counts

@@ -66,7 +66,7 @@ struct TileUse {
 
   struct Size {
     std::int64_t tokens, columns;  // at most; weight rows are columns
-    std::int64_t step = 0;         // > 0: rows are shared out evenly, and tiles are computed in such steps
+    std::int64_t step = 0;         // > 0: rows are shared out evenly, in such steps
     std::int64_t cluster = 1;      // tiles of an expert that go together and share weights
   };
   void add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k) {
@@ -75,13 +75,7 @@ struct TileUse {
     const std::int64_t column_tiles = ceil_div(n, size.columns);
     tiles += token_tiles * column_tiles;
     rows += rows_of_expert;
-    if (size.step == 0) {
-      token_slots += token_tiles * size.tokens;
-    } else {
-      const auto rounded = [&](std::int64_t r) { return ceil_div(r, size.step) * size.step; };
-      const std::int64_t share = rounded(ceil_div(rows_of_expert, token_tiles));
-      token_slots += rows_of_expert / share * share + rounded(rows_of_expert % share);
-    }
+    token_slots += size.step > 0 ? ceil_div(rows_of_expert, size.step) * size.step : token_tiles * size.tokens;
     const std::int64_t weight_rows = token_tiles / size.cluster * size.columns;
     bytes += static_cast<double>(column_tiles * (weight_rows + rows_of_expert) * k);
   }

@@ -93,6 +93,7 @@ class Stack {
     const std::int64_t most = *std::max_element(in.tokens.begin(), in.tokens.end());
     a_rows_ = is_w13 ? most : most * s.top_k;
     quantise();
+    taken_ = upload(std::vector<std::int32_t>{0}, gpu.device());
     out_ = Tensor::empty(DType::bfloat16, {most * s.top_k, columns()}, gpu.device());
   }
 
@@ -196,6 +197,7 @@ class Stack {
       passed += rows.busy;
       call.problem.a = a(0);
       call.problem.index = call.offsets.as<std::int32_t>();
+      call.problem.taken = taken_.as<std::int32_t>();
       call.problem.rows = routes;
       call.problem.likely_rows = likely_rows;
       call.problem.row_source = is_w13_ ? call.source.as<std::int32_t>() : nullptr;
@@ -225,7 +227,7 @@ class Stack {
   std::int64_t experts_ = 0, n_ = 0, k_ = 0, a_rows_ = 0;
   QuantizedMatrix weights_;
   std::vector<std::unique_ptr<cuda::DeviceMatrix>> copies_;
-  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_;
+  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, taken_;
   std::vector<Call> calls_;  // of the point at hand
 };
 

@@ -95,11 +95,12 @@ class DeviceMatrix {
 
   struct Problem {
     QuantizedRows a;
-    const std::int32_t* index;     // offsets [E + 1] or counts [E]
-    bool index_late = false;       // launches that wrote them may still run; otherwise they were done two launches ago
-    std::int64_t masked_rows = 0;  // rows of an expert; 0: offsets
-    std::int64_t rows;             // most rows there can be in all
-    std::int64_t likely_rows = 0;  // what the kernel is chosen for; 0: rows
+    const std::int32_t* index;      // offsets [E + 1] or counts [E]
+    std::int32_t* taken = nullptr;  // a zero, which is zero again afterwards; null: tiles are shared out beforehand
+    bool index_late = false;        // launches that wrote them may still run; otherwise they were done two launches ago
+    std::int64_t masked_rows = 0;   // rows of an expert; 0: offsets
+    std::int64_t rows;              // most rows there can be in all
+    std::int64_t likely_rows = 0;   // what the kernel is chosen for; 0: rows
     const std::int32_t* row_source = nullptr;
     const float* row_factor = nullptr;
     const float* bias = nullptr;  // null: the matrix's own

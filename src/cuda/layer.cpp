@@ -302,6 +302,7 @@ class CudaLayer final : public LayerBackend {
       DeviceMatrix::Problem first;
       first.a = sx;
       first.index = ints(p.token_offsets);
+      first.taken = ints(p.token_offsets) + 2;
       first.index_late = true;
       first.rows = tokens;
       run_expert(launcher, *shared_, p.shared, base, p, first, ints(p.token_offsets) + 1, tokens);
@@ -316,6 +317,7 @@ class CudaLayer final : public LayerBackend {
       gather(launcher, p, xq, first.a, ints(p.row_token), ints(p.offsets) + experts_);
     }
     first.index = ints(p.offsets);
+    first.taken = ints(p.offsets) + experts_ + 1;
     first.index_late = !shared_;
     first.rows = p.rows;
     // Of a rank: its share of the routes, as `octomoe tune` counts them.
@@ -384,7 +386,7 @@ class CudaLayer final : public LayerBackend {
       bad_argument("x: expected at most {} routes (tokens x top_k) in a call, got {} x {}",
                    std::numeric_limits<std::int32_t>::max() / 2, tokens, top_k);
     }
-    p.offsets = p.memory.add((experts_ + 1) * 4, kSort, kGemm2);
+    p.offsets = p.memory.add((experts_ + 1 + kernels::kTakenWords) * 4, kSort, kGemm2);
     // The sort's last step is beside the first of those that follow.
     if (sort_chunks(p.rows) > 1 && !sorts_by_cluster(p.rows))
       p.chunk_counts = p.memory.add(sort_chunks(p.rows) * experts_ * 4, kSort, kQuantizeX);
@@ -394,7 +396,7 @@ class CudaLayer final : public LayerBackend {
     p.x = add_rows(p, routed_.w13, tokens, kQuantizeX, fused_gather_ ? kGemm1 : kGather);
     if (!fused_gather_) p.gathered = add_rows(p, routed_.w13, p.rows, kGather, kGemm1);
     if (shared_) {
-      p.token_offsets = p.memory.add(8, kSort, kQuantizeX);
+      p.token_offsets = p.memory.add((2 + kernels::kTakenWords) * 4, kSort, kQuantizeX);
       if (shared_gate_.defined()) p.shared_weight = p.memory.add(tokens * 4, kQuantizeX, kCombine);
       if (!shares_input()) p.shared_x = add_rows(p, shared_->w13, tokens, kQuantizeX, kQuantizeX);
       p.shared = add_expert(p, *shared_, tokens, kQuantizeX, kQuantizeX, kQuantizeX, kQuantizeX);
@@ -475,6 +477,7 @@ class CudaLayer final : public LayerBackend {
                            reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
                            reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
     DeviceMatrix::Problem second = first;
+    ++second.taken;
     second.index_late = false;
     first.up_first = e.up_first;
     first.limit = limit_;

@@ -84,6 +84,7 @@ class CudaMatrix final : public MatrixBackend {
     DeviceMatrix::Problem problem;
     problem.a = q;
     problem.index = index;
+    problem.taken = index + matrix_.experts() + 1;
     problem.masked_rows = masked ? group_rows : 0;
     problem.rows = rows;
     problem.bias = g.bias.as<float>();
@@ -108,7 +109,7 @@ class CudaMatrix final : public MatrixBackend {
   Plan plan(std::int64_t rows) const {
     const ScaleColumns c = matrix_.scale_columns();
     Plan p;
-    p.index = p.memory.add((matrix_.experts() + 1) * 4, 0, 0);
+    p.index = p.memory.add((matrix_.experts() + 1 + kernels::kTakenWords) * 4, 0, 0);
     p.q = p.memory.add(rows * matrix_.k(), 0, 0);
     p.scale = p.memory.add(rows * c.scale * 4, 0, 0);
     p.block_q = p.memory.add(rows * c.block_q * 4, 0, 0);

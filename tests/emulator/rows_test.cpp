@@ -206,8 +206,8 @@ TEST(Sort, RoutesByExpertThenToken) {
         }
         offsets.push_back(static_cast<std::int32_t>(row_token.size()));
       }
-      const Memory<std::int32_t> got_offsets(offsets.size()), got_token(row_token.size()), got_row(route_row.size()),
-          token_offsets(2);
+      const Memory<std::int32_t> got_offsets(offsets.size() + kernels::kTakenWords), got_token(row_token.size()),
+          got_row(route_row.size()), token_offsets(2 + kernels::kTakenWords);
       const Memory<float> got_factor(row_token.size());
       const int chunks = (tokens * top_k + kernels::kSortChunk - 1) / kernels::kSortChunk;
       const Memory<std::int32_t> counts(static_cast<std::size_t>(chunks * experts));
@@ -245,6 +245,10 @@ TEST(Sort, RoutesByExpertThenToken) {
       ASSERT_TRUE(variant == 1 || equal(factor, got_factor));
       ASSERT_EQ(token_offsets[0], 0);
       ASSERT_EQ(token_offsets[1], tokens);
+      for (std::size_t i = 0; i < kernels::kTakenWords; ++i) {
+        ASSERT_EQ(got_offsets[offsets.size() + i], 0);
+        ASSERT_EQ(token_offsets[2 + i], 0);
+      }
     }
   }
 }
@@ -392,7 +396,8 @@ TEST(GroupIndex, MakesOffsetsSafe) {
         for (std::int64_t& v : index) v = static_cast<std::int64_t>(rng() % 200) - 20;
         if (wide) index.back() = std::int64_t{1} << 40;
         const std::vector<std::int32_t> narrow(index.begin(), index.end());
-        const Memory<std::int32_t> offsets(count);
+        const auto end = static_cast<std::size_t>(experts + 1);
+        const Memory<std::int32_t> offsets(end + kernels::kTakenWords);
         const kernels::GroupIndexArgs args{
             wide ? static_cast<const void*>(index.data()) : narrow.data(), wide, masked, experts, 150, offsets.data()};
         run(1, kernels::kGroupIndexThreads, [&] { kernels::group_index(args); });
@@ -402,6 +407,7 @@ TEST(GroupIndex, MakesOffsetsSafe) {
           top = !masked && i == 0 ? 0 : std::max(masked ? 0 : top, v);
           ASSERT_EQ(offsets[i], top) << i;
         }
+        for (std::size_t i = 0; i < kernels::kTakenWords; ++i) ASSERT_EQ(offsets[end + i], 0);
       }
     }
   }

@@ -21,6 +21,8 @@ void check(GemmCase c, int ctas = 2) {
   c.block_k = 128 * C.block_stages;
   GemmProblem problem(c);
   const cuda::TensorBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
+  const Memory<std::int32_t> taken(1);
+  taken[0] = 0;
   problem.check([&](const GemmArgs& args, const Schedule& schedule) {
     const cuda::TensorBoxes rows = cuda::token_boxes(std::max<std::int64_t>(args.a_rows, 1), c.k);
     const WgmmaArgs all{.weights = encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box),
@@ -28,9 +30,11 @@ void check(GemmCase c, int ctas = 2) {
                         .evict_first = c.seed % 2 == 0,
                         .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
                         .offsets_late = c.seed % 3 == 0,
+                        .taken = c.seed % 4 == 3 ? nullptr : taken.data(),
                         .tokens = encode_tensor_map(args.a, rows.sizes, rows.strides, rows.box)};
     launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
            [&] { sm90::grouped_gemm<C>(all); });
+    EXPECT_EQ(taken[0], 0) << "left for the next launch";
   });
 }
 
