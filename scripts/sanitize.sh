@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds and runs the C++ tests under sanitizers: scripts/sanitize.sh address,undefined|thread [ctest arguments]
-# The address build is clang's and holds the fuzzers too (scripts/fuzz.sh): its tests replay their corpora.
+# The address build is clang's and holds the fuzzers too (scripts/fuzz.sh): its tests replay their corpora. BUILD_CLI=OFF: the
+# library alone, without the command and its tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sanitizers=$1
 shift
 options=(-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 "-DOCTOMOE_SANITIZE=$sanitizers"
-  -DOCTOMOE_INSTALL=OFF)
+  -DOCTOMOE_INSTALL=OFF "-DOCTOMOE_BUILD_CLI=${BUILD_CLI:-ON}")
 case $sanitizers in
   address,undefined)
     build=build-asan
