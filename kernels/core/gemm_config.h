@@ -101,7 +101,7 @@ struct WgmmaConfig {
            (has_blocks() ? token_stages * 2 * block_n * 4 : 4) +
            (token_stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
            ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * kConsumers * 2 + 4) * block_n : 8) + token_stages * 32 +
-           weight_stages * 32 + (takes_tiles() ? 24 : 8) + 64;
+           weight_stages * 32 + 24 + 64;
   }
 };
 

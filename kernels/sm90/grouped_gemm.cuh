@@ -87,7 +87,7 @@ struct GroupedGemm {
     Rounding rounding;
     uint64_t weights_full[C.kConsumers][kWeightStages], weights_empty[C.kConsumers][kWeightStages];
     uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
-    uint64_t next_full, next_empty;  // of next_tile: TileTaker
+    uint64_t next_full, next_empty;  // of next_tile: take_tiles
     int32_t next_tile;
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
@@ -122,8 +122,8 @@ struct GroupedGemm {
   static __device__ __forceinline__ int padded(int rows) { return (rows + 15) & ~15; }
 
   // Tiles of an expert: its rows shared out in steps of 16, so that no tile is more than a step wider than another and
-  // CTAs that meet the same tile of each expert have as much to do as others; weight tiles in groups of kRaster, so that CTAs that
-  // run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
+  // CTAs that meet the same tile of each expert have as much to do as others; weight tiles in groups of kRaster, so that
+  // CTAs that run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
   static __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index,
                                                    int32_t m_tiles) {
     const int32_t lo = kernels::find_expert(list, args.experts, index / m_tiles);
@@ -163,8 +163,8 @@ struct GroupedGemm {
   }
 
   // ---- which tiles ----
-  // A CTA's tiles one after another: every gridDim-th, or, as TileTaker brings them, whichever is next when this CTA is
-  // about to need one. Then no CTA ends long before the others, whose tiles are narrower or whose memory is nearer.
+  // A CTA's tiles one after another: every gridDim-th, or, as take_tiles brings them, whichever is next when this CTA is
+  // about to need one. Then no CTA ends long before others whose tiles are wider or whose memory is farther away.
   struct TileQueue {
     int32_t index = first_tile();
     uint32_t phase = 0;
@@ -347,8 +347,8 @@ struct GroupedGemm {
       TileQueue queue;
       int32_t ahead = 0;
       if (queue.index >= total) return;  // in all CTAs of a cluster
-      // Stages before a tile's end at which the next one is asked for, and looked up: what a tile holds of the next as
-      // late as can be, but neither that answer nor its rows' places are waited for.
+      // Stages before a tile's end at which the next one is asked for, and looked up: as late as can be, so that the tile
+      // goes to who needs it first, and early enough that neither the answer nor its rows' places are waited for.
       constexpr int32_t kAsk = 6, kLook = 3;
       const int32_t ask_at = max(k_tiles - kAsk, 0), look_at = C.takes_tiles() ? max(k_tiles - kLook, 0) : 0;
       Tile t = find_tile(shared.list, args, queue.index, m_tiles), next = t;
