@@ -87,7 +87,7 @@ struct WgmmaConfig {
   OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
   OCTOMOE_HD constexpr int threads() const { return 128 * (kConsumers + (own_rings() ? 2 : 1)); }
   // Whether CTAs may take tiles as they get to them (WgmmaArgs::taken): a warp that would idle asks for the next one.
-  OCTOMOE_HD constexpr bool takes_tiles() const { return own_rings() && cluster == 1; }
+  OCTOMOE_HD constexpr bool takes_tiles() const { return own_rings(); }
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }

@@ -169,9 +169,16 @@ struct GroupedGemm {
     int32_t index = first_tile();
     uint32_t phase = 0;
 
-    // Of one lane of each reader: from now on the next tile may be taken.
+    // Of one lane of each reader: from now on the next tile may be taken. A pair's first CTA does it for both.
     static __device__ __forceinline__ void ask(Shared& shared) {
-      if constexpr (C.takes_tiles()) ptx::barrier_arrive(ptx::shared_address(&shared.next_empty));
+      if constexpr (C.takes_tiles()) {
+        const uint32_t barrier = ptx::shared_address(&shared.next_empty);
+        if constexpr (C.cluster > 1) {
+          ptx::barrier_arrive_at(barrier, 0);
+        } else {
+          ptx::barrier_arrive(barrier);
+        }
+      }
     }
     __device__ __forceinline__ void advance(Shared& shared, bool taken) {
       if (C.takes_tiles() && taken) {
@@ -191,8 +198,13 @@ struct GroupedGemm {
       ptx::barrier_wait(ptx::shared_address(&shared.next_empty), phase);
       const int32_t before = atomicAdd(taken, 1), next = before + tile_step();
       if (before == total - 1) *taken = 0;  // each tile's CTA asks once, so that was the last time
-      shared.next_tile = next;
-      ptx::barrier_arrive(ptx::shared_address(&shared.next_full));
+      const uint32_t to = ptx::shared_address(&shared.next_tile), full = ptx::shared_address(&shared.next_full);
+      if constexpr (C.cluster > 1) {
+        for (uint32_t r = 0; r < C.cluster; ++r) ptx::send_word(to, full, r, next);
+      } else {
+        shared.next_tile = next;
+        ptx::barrier_arrive(full);
+      }
       if (next >= total) return;
     }
   }
@@ -904,7 +916,7 @@ struct GroupedGemm {
         ptx::barrier_init(ptx::shared_address(&shared.tokens_empty[i]), 4 * C.kConsumers);
       }
       ptx::barrier_init(ptx::shared_address(&shared.next_full), 1);
-      ptx::barrier_init(ptx::shared_address(&shared.next_empty), C.kConsumers + 4);
+      ptx::barrier_init(ptx::shared_address(&shared.next_empty), (C.kConsumers + 4) * C.cluster);
       ptx::barrier_init_fence();
     }
     if (all.offsets_late != 0) ptx::grid_dependency_wait();
@@ -925,7 +937,7 @@ struct GroupedGemm {
       ptx::lower_registers<kWeightRegisters>();
       const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
       if (warp < C.kConsumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
-      if (C.takes_tiles() && warp == C.kConsumers && lane() == 0 && all.taken != nullptr) {
+      if (C.takes_tiles() && warp == C.kConsumers && lane() == 0 && all.taken != nullptr && rank() == 0) {
         take_tiles(all.taken, shared, total);
       }
       __syncwarp();  // whole warps meet the cluster's barrier

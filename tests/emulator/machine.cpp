@@ -554,6 +554,11 @@ std::int32_t load_remote(std::uint32_t shared, std::uint32_t rank) {
   std::memcpy(&word, bytes_of(cta->cluster->ctas.at(rank), shared, 4), 4);
   return word;
 }
+void send_word(std::uint32_t to, std::uint32_t barrier, std::uint32_t rank, std::int32_t word) {
+  Cta& other = cta->cluster->ctas.at(rank);
+  std::memcpy(bytes_of(other, to, 4), &word, 4);
+  arrive(other, barrier, 0);
+}
 void fence_proxy_async() {
   for (const auto& [at, bytes] : cta->unfenced) {
     if (at < kStaticAddress / 2) std::memcpy(cta->engine_view.data() + at, bytes_of(*cta, at, bytes), bytes);

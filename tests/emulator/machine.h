@@ -61,6 +61,7 @@ void cta_barrier(int id, int threads);  // threads 0: all
 void cluster_barrier();
 std::uint32_t cluster_rank();
 std::int32_t load_remote(std::uint32_t shared, std::uint32_t rank);
+void send_word(std::uint32_t to, std::uint32_t barrier, std::uint32_t rank, std::int32_t word);
 
 std::uint32_t shared_address(const void* p);
 std::uint8_t* shared_bytes(std::uint32_t address, std::uint32_t bytes);

@@ -38,6 +38,9 @@ inline void copy_box_5d_multicast(uint32_t shared, const kernels::TensorMap* map
 
 inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
 inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) { emulator::barrier_arrive_at(barrier, rank); }
+inline void send_word(uint32_t to, uint32_t barrier, uint32_t rank, int32_t word) {
+  emulator::send_word(to, barrier, rank, word);
+}
 inline int32_t load_remote(uint32_t shared, uint32_t rank) { return emulator::load_remote(shared, rank); }
 inline void cluster_sync() { emulator::cluster_barrier(); }
 
