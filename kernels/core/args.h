@@ -22,33 +22,43 @@ struct RowView {
 // Behind offsets: WgmmaArgs::taken of the GEMMs that go by them.
 inline constexpr int kTakenWords = 2;
 
+// A call's tokens and the experts that they go to.
+struct Routes {
+  const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
+  int64_t ids_stride;
+  int32_t ids_are_64;
+  int32_t tokens, top_k;
+  const int32_t* expert_map;  // global -> local, or null
+  int32_t id_limit;           // ids outside [0, id_limit) count as -1
+  const float* topk_weights;  // [T, k], row stride in elements
+  int64_t weights_stride;
+  int32_t weight_on_input;  // the router weight multiplies x, not y
+};
+
+// Up to so many routes a GEMM counts its experts' rows itself (WgmmaArgs::routes).
+inline constexpr int kCountedRoutes = 2048;
+
 inline constexpr int kSortThreads = 256, kSortChunk = 2048;  // a CTA's threads and routes
 // sm90/sort.cuh
 inline constexpr int kSortCluster = 8, kClusterSortThreads = 1024, kClusterSortRoutes = 65536;
 constexpr int cluster_sort_bytes(int experts) { return (kClusterSortThreads / 32 + 2) * experts * 4; }
 
 struct SortArgs {
-  const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
-  int64_t ids_stride;
-  int32_t ids_are_64;
-  int32_t tokens, top_k, experts;
-  const int32_t* expert_map;  // global -> local, or null
-  int32_t id_limit;           // ids outside [0, id_limit) count as -1
-  int32_t* expert_offsets;    // [E + 1], and kTakenWords zeros
-  int32_t* row_token;         // [R] row -> token
-  int32_t* route_row;         // [T * k] -> row, -1 = skipped
-  const float* topk_weights;  // [T, k], row stride in elements; with row_factor
-  int64_t weights_stride;
-  float* row_factor;       // [R] each row's router weight, or null
-  int32_t* token_offsets;  // [2] = 0, T: the rows of a shared expert, and kTakenWords zeros; or null
-  int32_t chunks;          // of kSortChunk routes
-  int32_t* chunk_counts;   // [chunks, E]; one chunk, or sm90/sort.cuh: unused
+  Routes routes;
+  int32_t experts;
+  int32_t* expert_offsets;  // [E + 1], and kTakenWords zeros
+  int32_t* row_token;       // [R] row -> token
+  int32_t* route_row;       // [T * k] -> row, -1 = skipped
+  float* row_factor;        // [R] each row's router weight; weight_on_input
+  int32_t* token_offsets;   // [2] = 0, T: the rows of a shared expert, and kTakenWords zeros; or null
+  int32_t chunks;           // of kSortChunk routes
+  int32_t* chunk_counts;    // [chunks, E]; one chunk, or sm90/sort.cuh: unused
 };
 
 struct QuantizeArgs {
   RowView x;                 // [rows, K]
   int32_t rows;              // upper bound; with row_count the device knows how many
-  const int32_t* row_count;  // null: rows
+  const int32_t* row_count;  // null: rows; not a matter of the launch before
   int32_t k;                 // a multiple of 16
   int8_t* q;                 // [rows, K]
   float* scale;              // [rows]; block: [KB, rows_total]; hybrid F: [SG, rows_total]
@@ -75,7 +85,8 @@ struct ActivateArgs {
 };
 
 struct CombineArgs {
-  const uint16_t* y;          // [R, H] bf16
+  const uint16_t* y;  // [R, H] bf16
+  // Neither is a matter of the launch before.
   const int32_t* route_row;   // [T, k], -1 = skipped
   const float* topk_weights;  // [T, k], row stride in elements; null: 1 each
   int64_t weights_stride;

@@ -33,18 +33,6 @@ constexpr int few_streams(int stage_columns, int stages) {
   return streams < stages ? streams : stages;
 }
 
-struct FewRoutes {
-  const void* topk_ids;  // [T, k] int32 or int64, row stride in elements
-  int64_t ids_stride;
-  int32_t ids_are_64;
-  int32_t tokens, top_k;
-  const int32_t* expert_map;  // global -> local, or null
-  int32_t id_limit;
-  const float* topk_weights;  // [T, k], row stride in elements
-  int64_t weights_stride;
-  int32_t weight_on_input;  // the router weight multiplies x, not y
-};
-
 // One of the two matrices of every expert.
 struct FewMatrix {
   const int8_t* w;            // [E, n, k]
@@ -56,7 +44,7 @@ struct FewMatrix {
 };
 
 struct FewGateUpArgs {
-  FewRoutes routes;
+  Routes routes;
   FewMatrix w13;
   RowView x;    // [T, H]
   uint16_t* h;  // [T * k, I] bf16, by route
@@ -65,7 +53,7 @@ struct FewGateUpArgs {
 };
 
 struct FewDownArgs {
-  FewRoutes routes;
+  Routes routes;
   FewMatrix w2;
   const uint16_t* h;  // [T * k, I] bf16
   void* out;          // [T, H]

@@ -75,13 +75,16 @@ struct WgmmaConfig {
   int block_stages;   // stages of a K-block of the scales; channel: 1
   int cluster;        // 2: CTAs work in pairs on two token tiles of one expert and share the weights
 
+  // Tiles of fewer tokens are computed so wide: for few rows an expert there are other kernels, and each width is code.
+  OCTOMOE_HD constexpr int min_n() const { return block_n > 128 || (has_blocks() && block_n > 64) ? 64 : 16; }
+
   static constexpr int kBlockK = 128;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * kConsumers; }
   // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
-  // per K-block need the registers that a fourth warpgroup takes.
-  OCTOMOE_HD constexpr bool own_rings() const { return !has_blocks(); }
+  // per K-block of wide tiles need the registers that a fourth warpgroup takes.
+  OCTOMOE_HD constexpr bool own_rings() const { return !has_blocks() || block_n <= 64; }
   // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map): int8_block loses by it
   // (docs/kernels.md).
   OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
@@ -93,14 +96,14 @@ struct WgmmaConfig {
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
-  // The rings; per token stage a word for each token and two scale blocks, or for each of token_stages + 1 tiles the
-  // scales of its tokens and weight rows; the tile list; where a stage's tile lies; what requantising exchanges (a
-  // maximum of each token and warp, and an inverse); barriers. Rounded up for what alignment takes.
+  // The rings; per token stage a word for each token and two scale blocks; for each of token_stages + 1 tiles where it
+  // lies and the scales of its tokens and weight rows; the tile list; what requantising exchanges (a maximum of each
+  // token and warp, and an inverse); barriers and the next tile. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return (weight_stages * block_m() + token_stages * block_n) * kBlockK +
            (has_blocks() ? token_stages * 2 * block_n * 4 : 4) +
-           (token_stages + 1) * (promotion != Promotion::block ? block_n + block_m() : 2) * 4 +
-           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * kConsumers * 2 + 4) * block_n : 8) + token_stages * 32 +
+           (token_stages + 1) * (16 + (promotion != Promotion::block ? block_n + block_m() : 4) * 4) +
+           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * kConsumers * 2 + 4) * block_n : 8) + token_stages * 16 +
            weight_stages * 32 + 24 + 64;
   }
 };
@@ -144,8 +147,10 @@ struct WgmmaArgs {
   int32_t evict_first;    // weights pass through L2: their lines are the first to go
   int32_t tokens_by_map;  // gemm.row_source is null, and `tokens` is a's map
   // The launches before this kernel's may still be writing gemm.expert_offsets. Otherwise it reads them, and asks for
-  // its first weights, before it waits for its predecessor.
+  // its first weights, before it waits for its predecessor; which it also does if it has the routes that the rows come
+  // from, at most kCountedRoutes, and counts them itself. routes.topk_ids null: none.
   int32_t offsets_late;
+  Routes routes;
   // How many tiles have been asked for, 0 before and after: CTAs take them as they get to them. null: every gridDim-th.
   int32_t* taken;
   TensorMap tokens;  // src/cuda/tensor_map.h

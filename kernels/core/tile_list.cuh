@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/gemm_config.h"
+#include "route/routes.cuh"
 
 namespace octomoe::kernels {
 
@@ -20,16 +21,37 @@ struct TileList {
   int32_t scan[32];
 };
 
-// All threads call it; ends with a barrier. Any number of threads that is a multiple of 32.
+// Rows of each expert -> list.row_begin.
+template <int kThreads>
+__device__ __forceinline__ void count_rows(TileList& list, int32_t experts, const Routes& routes) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int e = thread; e < experts; e += kThreads) list.row_begin[e] = 0;
+  __syncthreads();
+  constexpr int kCount = (kCountedRoutes + kThreads - 1) / kThreads;
+  int32_t expert[kCount];
+  find_experts(routes, thread, kThreads, routes.tokens * routes.top_k, expert);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (expert[i] >= 0) atomicAdd(&list.row_begin[expert[i]], 1);
+  }
+  __syncthreads();
+}
+
+// All threads call it; ends with a barrier. Any number of threads that is a multiple of 32. With routes, at most
+// kCountedRoutes, they are counted, and args.expert_offsets is not looked at.
 template <int kBlockN, int kThreads>
-__device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& args) {
+__device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& args, const Routes* routes = nullptr) {
+  static_assert(kCountedRoutes < 1 << 15);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int32_t carry = 0;
+  if (routes != nullptr) count_rows<kThreads>(list, args.experts, *routes);
+  int32_t carry = 0;  // tiles; with routes, in the upper half, and rows in the lower one
   for (int base = 0; base < args.experts; base += kThreads) {
     const int e = base + static_cast<int>(threadIdx.x);
     int32_t begin = 0, count = 0;
     if (e < args.experts) {
-      if (args.masked_rows > 0) {
+      if (routes != nullptr) {
+        count = list.row_begin[e];
+      } else if (args.masked_rows > 0) {
         begin = e * args.masked_rows;
         count = args.expert_offsets[e];
       } else {
@@ -38,7 +60,8 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
       }
     }
     const int32_t tiles = (count + kBlockN - 1) / kBlockN;
-    int32_t sum = tiles;
+    const int32_t mine = routes != nullptr ? tiles << 16 | count : tiles;
+    int32_t sum = mine;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int32_t other = __shfl_up_sync(0xffffffffu, sum, d);
@@ -52,15 +75,18 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
       total += list.scan[i];
     }
     if (e < args.experts) {
-      list.first_tile[e] = before + sum - tiles;
-      list.row_begin[e] = begin;
+      const int32_t at = before + sum - mine;
+      list.first_tile[e] = routes != nullptr ? at >> 16 : at;
+      list.row_begin[e] = routes != nullptr ? at & 0xffff : begin;
     }
     carry = total;
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    list.first_tile[args.experts] = carry;
-    list.row_begin[args.experts] = args.masked_rows > 0 ? 0 : args.expert_offsets[args.experts];
+    list.first_tile[args.experts] = routes != nullptr ? carry >> 16 : carry;
+    list.row_begin[args.experts] = routes != nullptr         ? carry & 0xffff
+                                   : args.masked_rows > 0 ? 0
+                                                          : args.expert_offsets[args.experts];
   }
   __syncthreads();
 }

@@ -165,11 +165,11 @@ struct RowQuantizer {
   static __device__ __forceinline__ void run(const QuantizeArgs& args) {
     __shared__ Shared shared;
     if (args.next_early != 0) ptx::grid_dependency_launch();
+    const int32_t rows = args.row_count != nullptr ? min(*args.row_count, args.rows) : args.rows;
     if (args.beside_last == 0) {
       ptx::grid_dependency_wait();
       ptx::grid_dependency_launch();
     }
-    const int32_t rows = args.row_count != nullptr ? min(*args.row_count, args.rows) : args.rows;
     const int part = static_cast<int>(threadIdx.x) / kRowThreads, step = static_cast<int>(gridDim.x) * kRows;
     for (int32_t row = static_cast<int32_t>(blockIdx.x) * kRows + part; row < rows; row += step) {
       if constexpr (kPasses > 0) {

@@ -9,15 +9,25 @@ namespace octomoe::kernels {
 
 inline constexpr int kCombineThreads = 256;
 
-__device__ __forceinline__ void load_y(const uint16_t* y, int64_t at, float (&v)[8]) {
-  const uint4 p = *reinterpret_cast<const uint4*>(y + at);
-  const uint32_t w[4] = {p.x, p.y, p.z, p.w};
+inline constexpr int kCombineSlots = 8;  // rows that a thread has under way
+
+// Of a token: the rows of some of its slots, -1 where there is none, and what multiplies them.
+struct CombineSlots {
+  int32_t row[kCombineSlots];
+  float weight[kCombineSlots];
+
+  __device__ __forceinline__ void load(const CombineArgs& args, int64_t token, int32_t first) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = num::bf16_low(w[i]);
-    v[2 * i + 1] = num::bf16_high(w[i]);
+    for (int j = 0; j < kCombineSlots; ++j) {
+      const bool exists = first + j < args.top_k;
+      row[j] = exists ? args.route_row[token * args.top_k + first + j] : -1;
+      weight[j] = exists && args.topk_weights != nullptr ? args.topk_weights[token * args.weights_stride + first + j]
+                                                         : 1.0f;
+    }
   }
-}
+};
+
+__device__ __forceinline__ uint4 load_y(const uint16_t* y, int64_t at) { return *reinterpret_cast<const uint4*>(y + at); }
 
 __device__ __forceinline__ void load_out(const CombineArgs& args, int64_t at, float (&v)[8]) {
 #pragma unroll
@@ -66,42 +76,42 @@ __device__ __forceinline__ void store_out(const CombineArgs& args, int64_t at, c
 
 // A thread owns 8 columns of a token.
 __device__ __forceinline__ void combine(const CombineArgs& args) {
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
   const int32_t per_token = args.hidden / 8;
   const int64_t all = static_cast<int64_t>(args.tokens) * per_token;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x; i < all;
-       i += static_cast<int64_t>(gridDim.x) * kCombineThreads) {
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
+  CombineSlots slots{};
+  if (i < all) slots.load(args, i / per_token, 0);
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+  for (bool loaded = true; i < all; i += static_cast<int64_t>(gridDim.x) * kCombineThreads, loaded = false) {
     const int64_t token = i / per_token;
     const int32_t column = static_cast<int32_t>(i % per_token) * 8;
     float sum[8] = {};
     bool first = true;
-    const auto add = [&](float weight, const float(&y)[8]) {
+    const auto add = [&](float weight, const uint4& p) {
+      const uint32_t w[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
-      for (int c = 0; c < 8; ++c) sum[c] = first ? __fmul_rn(weight, y[c]) : __fmaf_rn(weight, y[c], sum[c]);
+      for (int c = 0; c < 8; ++c) {
+        const float y = c % 2 ? num::bf16_high(w[c / 2]) : num::bf16_low(w[c / 2]);
+        sum[c] = first ? __fmul_rn(weight, y) : __fmaf_rn(weight, y, sum[c]);
+      }
       first = false;
     };
-    for (int32_t base = 0; base < args.top_k; base += 4) {  // four rows in flight
-      int32_t row[4];
-      float y[4][8];
+    for (int32_t base = 0; base < args.top_k; base += kCombineSlots) {
+      if (!loaded || base > 0) slots.load(args, token, base);
+      uint4 y[kCombineSlots];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        row[j] = base + j < args.top_k ? args.route_row[token * args.top_k + base + j] : -1;
+      for (int j = 0; j < kCombineSlots; ++j) {
+        if (slots.row[j] >= 0) y[j] = load_y(args.y, static_cast<int64_t>(slots.row[j]) * args.hidden + column);
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (row[j] >= 0) load_y(args.y, static_cast<int64_t>(row[j]) * args.hidden + column, y[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (row[j] >= 0)
-          add(args.topk_weights != nullptr ? args.topk_weights[token * args.weights_stride + base + j] : 1.0f, y[j]);
+      for (int j = 0; j < kCombineSlots; ++j) {
+        if (slots.row[j] >= 0) add(slots.weight[j], y[j]);
       }
     }
     if (args.shared_y != nullptr) {
-      float y[8];
-      load_y(args.shared_y, token * args.hidden + column, y);
-      add(args.shared_weight != nullptr ? args.shared_weight[token] : 1.0f, y);
+      add(args.shared_weight != nullptr ? args.shared_weight[token] : 1.0f,
+          load_y(args.shared_y, token * args.hidden + column));
     }
     const int64_t at = token * args.out_stride + column;
     if (args.accumulate) {

@@ -9,6 +9,7 @@
 #include "core/args.h"
 #include "core/gemm_config.h"
 #include "ptx/grid.cuh"
+#include "route/routes.cuh"
 
 namespace octomoe::kernels {
 
@@ -20,38 +21,6 @@ struct SortRun {
   static constexpr int kCount = kSortRun / 32;
   int32_t begin, end;  // routes
   int32_t expert[kCount], place[kCount];
-
-  // Local experts of routes first, first + step, ... below `end`; -1: skipped, or no such route. What does not differ
-  // between routes is decided outside of loops, so that all loads are under way at once.
-  template <int kCount>
-  static __device__ __forceinline__ void find_experts(const SortArgs& args, int32_t first, int32_t step, int32_t end,
-                                                      int32_t (&expert)[kCount]) {
-    int64_t at[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int32_t r = min(first + i * step, end - 1), token = r / args.top_k;
-      at[i] = token * args.ids_stride + (r - token * args.top_k);
-    }
-    const auto local = [&](int64_t id, int i) {
-      return first + i * step < end && id >= 0 && id < args.id_limit ? static_cast<int32_t>(id) : -1;
-    };
-    if (args.ids_are_64) {
-      int64_t id[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) id[i] = static_cast<const int64_t*>(args.topk_ids)[at[i]];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) expert[i] = local(id[i], i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) expert[i] = static_cast<const int32_t*>(args.topk_ids)[at[i]];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) expert[i] = local(expert[i], i);
-    }
-    if (args.expert_map != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) expert[i] = expert[i] >= 0 ? args.expert_map[expert[i]] : -1;
-    }
-  }
 
   // Routes of each of `warps` warps, which share out at most as many as they can take.
   static __device__ __forceinline__ int32_t length(int32_t routes, int32_t warps) {
@@ -66,7 +35,7 @@ struct SortRun {
   // Each route's place among those of its expert in the run, and how many of each there are.
   __device__ __forceinline__ void count(const SortArgs& args, int32_t* count) {
     const int lane = static_cast<int>(threadIdx.x) & 31;
-    find_experts(args, begin + lane, 32, end, expert);
+    find_experts(args.routes, begin + lane, 32, end, expert);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (begin + i * 32 >= end) break;
@@ -85,7 +54,7 @@ struct SortRun {
   __device__ __forceinline__ void write(const SortArgs& args, const FirstRow& first_row) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int32_t r = begin + i * 32 + (static_cast<int>(threadIdx.x) & 31), token = r / args.top_k;
+      const int32_t r = begin + i * 32 + (static_cast<int>(threadIdx.x) & 31), token = r / args.routes.top_k;
       if (r >= end) break;
       if (expert[i] < 0) {
         args.route_row[r] = -1;
@@ -94,8 +63,8 @@ struct SortRun {
       const int32_t row = first_row(expert[i]) + place[i];
       args.row_token[row] = token;
       args.route_row[r] = row;
-      if (args.row_factor != nullptr) {
-        args.row_factor[row] = args.topk_weights[token * args.weights_stride + (r - token * args.top_k)];
+      if (args.routes.weight_on_input != 0) {
+        args.row_factor[row] = args.routes.topk_weights[token * args.routes.weights_stride + (r - token * args.routes.top_k)];
       }
     }
   }
@@ -124,7 +93,7 @@ __device__ __forceinline__ void write_constants(const SortArgs& args) {
   for (int i = 0; i < kTakenWords; ++i) args.expert_offsets[args.experts + 1 + i] = 0;
   if (args.token_offsets == nullptr) return;
   args.token_offsets[0] = 0;
-  args.token_offsets[1] = args.tokens;
+  args.token_offsets[1] = args.routes.tokens;
   for (int i = 0; i < kTakenWords; ++i) args.token_offsets[2 + i] = 0;
 }
 
@@ -138,7 +107,7 @@ __device__ __forceinline__ void count_routes(const SortArgs& args) {
   __syncthreads();
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * kSortChunk;
   int32_t expert[kSortChunk / kSortThreads];
-  SortRun::find_experts(args, begin + thread, kSortThreads, min(begin + kSortChunk, args.tokens * args.top_k), expert);
+  find_experts(args.routes, begin + thread, kSortThreads, min(begin + kSortChunk, args.routes.tokens * args.routes.top_k), expert);
   for (const int32_t e : expert) {
     if (e >= 0) atomicAdd(&count[e], 1);
   }
@@ -157,7 +126,7 @@ __device__ __forceinline__ void sort_routes(const SortArgs& args) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   // Few routes are shared out over all warps.
-  const int32_t routes = args.tokens * args.top_k, per_warp = SortRun::length(routes, kSortWarps);
+  const int32_t routes = args.routes.tokens * args.routes.top_k, per_warp = SortRun::length(routes, kSortWarps);
   run.begin = min(static_cast<int32_t>(blockIdx.x) * kSortChunk + warp * per_warp, routes);
   run.end = min(run.begin + per_warp, routes);
   run.count(args, count[warp]);

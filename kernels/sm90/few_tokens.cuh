@@ -22,13 +22,14 @@
 #include "core/numerics.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/sm90.cuh"
+#include "route/routes.cuh"
 
 namespace octomoe::sm90 {
 
 using kernels::FewDownArgs;
 using kernels::FewGateUpArgs;
 using kernels::FewMatrix;
-using kernels::FewRoutes;
+using kernels::Routes;
 using kernels::kFewDownWarps;
 using kernels::kFewGateUpWarps;
 using kernels::kFewHeaderBytes;
@@ -72,26 +73,14 @@ __device__ __forceinline__ int few_lane() { return static_cast<int>(threadIdx.x)
 __device__ __forceinline__ int few_warp() { return __shfl_sync(kFewAll, static_cast<int>(threadIdx.x) >> 5, 0); }
 
 // ---- routes ----
-__device__ __forceinline__ int32_t few_expert_of(const FewRoutes& r, int32_t route) {
-  const int32_t token = route / r.top_k, slot = route - token * r.top_k;
-  const int64_t at = token * r.ids_stride + slot;
-  const int64_t id =
-      r.ids_are_64 ? static_cast<const int64_t*>(r.topk_ids)[at] : static_cast<const int32_t*>(r.topk_ids)[at];
-  if (id < 0 || id >= r.id_limit) return -1;
-  return r.expert_map != nullptr ? r.expert_map[id] : static_cast<int32_t>(id);
-}
-
 // Makes the entries; one warp. Rows of activations are tokens in gate_up, routes in down.
-__device__ __forceinline__ void few_group(FewShared& shared, const FewRoutes& r, bool rows_are_tokens) {
+__device__ __forceinline__ void few_group(FewShared& shared, const Routes& r, bool rows_are_tokens) {
   const int32_t lane = few_lane(), routes = r.tokens * r.top_k;
   int32_t e[2];
   uint64_t same[2];
+  find_experts(r, lane, 32, routes, e);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int32_t route = lane + 32 * i;
-    e[i] = route < routes ? few_expert_of(r, route) : -1;
-    shared.expert[route] = e[i];
-  }
+  for (int i = 0; i < 2; ++i) shared.expert[lane + 32 * i] = e[i];
 #pragma unroll
   for (int i = 0; i < 2; ++i) same[i] = static_cast<uint64_t>(__match_any_sync(kFewAll, e[i])) << (32 * i);
   if (routes > 32) {

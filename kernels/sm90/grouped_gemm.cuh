@@ -55,7 +55,8 @@ struct GroupedGemm {
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   static constexpr int kRaster = 8;                  // weight tiles that run side by side
   // 65536 registers over the multiprocessor's threads, in steps of 8.
-  static constexpr int kWeightRegisters = 32, kTokenRegisters = kBlocks ? 72 : 48, kConsumerRegisters = 216;
+  static constexpr int kWeightRegisters = 32, kTokenRegisters = kBlocks ? 72 : 48;
+  static constexpr int kConsumerRegisters = kBlocks && C.own_rings() ? 200 : 216;
 
   static_assert(kBlockN % 16 == 0 && kBlockN <= 160 && (!kBlocks || kBlockN <= 128));
   // Chunks of K-blocks whose int32 sums enter float values: three sets of sums, so tiles are narrow.
@@ -66,11 +67,12 @@ struct GroupedGemm {
   // What the epilogue needs of a tile. The producer may be as many tiles ahead as there are stages.
   static constexpr int kTables = kTokenStages + 1;
   static constexpr bool kScaled = C.promotion == Promotion::channel || C.promotion == Promotion::hybrid;
-  struct alignas(8) Table {
+  struct alignas(16) Table {
+    Tile tile;  // rows -1: there is no further tile
     float a_scale[kScaled ? kBlockN : 1];
     float w_scale[kScaled ? C.block_m() : 1];  // by consumer, half of a gated tile, column
   };
-  // swiglu_block: the absmax over a warp's columns, as bf16, of tokens i and i + 64; what a token's values are
+  // swiglu_block: the absmax over a warp's columns, as bf16, of tokens i and i + kBlockN / 2; what a token's values are
   // multiplied with.
   struct Rounding {
     uint32_t top[C.quantizes() ? 4 * C.kConsumers : 1][C.quantizes() ? kBlockN / 2 : 1];
@@ -82,7 +84,6 @@ struct GroupedGemm {
     alignas(8) int32_t products[kBlocks ? kTokenStages * 2 * kBlockN : 1];
     Table table[kTables];
     TileList list;
-    Tile tile[kTokenStages];  // of the stage, valid in a tile's first
     bool plain;               // Consumer::finish; kept here because consumers have no register for it
     Rounding rounding;
     uint64_t weights_full[C.kConsumers][kWeightStages], weights_empty[C.kConsumers][kWeightStages];
@@ -194,6 +195,7 @@ struct GroupedGemm {
   // One thread. It takes a tile when the token producer's warps and the weight producers have asked, and tells all.
   static __device__ __forceinline__ void take_tiles(int32_t* taken, Shared& shared, int32_t total) {
     if (first_tile() >= total) return;
+    ptx::grid_dependency_wait();  // the counter may be zeroed as late as the offsets are written
     for (uint32_t phase = 0;; phase ^= 1) {
       ptx::barrier_wait(ptx::shared_address(&shared.next_empty), phase);
       const int32_t before = atomicAdd(taken, 1), next = before + tile_step();
@@ -400,7 +402,7 @@ struct GroupedGemm {
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
           ptx::barrier_wait(ptx::shared_address(&shared.tokens_empty[slot.index]), slot.phase);
           if (thread == 0) {
-            if (k_tile == 0) shared.tile[slot.index] = t;
+            if (k_tile == 0) shared.table[table].tile = t;
             if constexpr (!C.own_rings()) {
               if (ahead > 0) {
                 --ahead;  // its bytes are under way
@@ -457,8 +459,8 @@ struct GroupedGemm {
           __syncwarp();
           if (lane() == 0) ptx::barrier_arrive(full);
           slot.advance();
-          // The next tile's rows are looked up while this one's copies are under way.
           if (C.takes_tiles() && k_tile == ask_at && lane() == 0) queue.ask(shared);
+          // The next tile's rows are looked up while this one's copies are under way.
           if (k_tile == look_at) {
             if constexpr (C.takes_tiles()) queue.advance(shared, all.taken != nullptr);
             if (queue.index < total) {
@@ -481,7 +483,7 @@ struct GroupedGemm {
       }
       if constexpr (C.takes_tiles()) {  // a stage that says that there is no further tile
         ptx::barrier_wait(ptx::shared_address(&shared.tokens_empty[slot.index]), slot.phase);
-        if (thread == 0) shared.tile[slot.index].rows = -1;
+        if (thread == 0) shared.table[table].tile.rows = -1;
         const uint32_t full = ptx::shared_address(&shared.tokens_full[slot.index]);
         ptx::cp_async_arrive(full);
         __syncwarp();
@@ -784,8 +786,8 @@ struct GroupedGemm {
     // of its rows. h[4j + e]: two columns of token 8j + 2 * (lane % 4) + e, as bf16; where there is no such token or
     // column, anything.
     __device__ __forceinline__ void quantize(const Tile& t, const int32_t (&h)[kSums]) const {
-      static_assert(kBlockN == 128 && C.features() == 128);
-      constexpr int kPairs = kBlockN / 8;
+      static_assert((kBlockN == 64 || kBlockN == 128) && C.features() == 128);
+      constexpr int kPairs = kBlockN / 8, kKept = kPairs / 8, kHalf = kBlockN / 2;
       Rounding& rounding = shared.rounding;
       const int thread = static_cast<int>(threadIdx.x), warp = (thread >> 5) & 3, group = lane() >> 2;
       const bool odd = (group & 1) != 0;
@@ -803,8 +805,8 @@ struct GroupedGemm {
         v[j][0] = odd ? other : a;
         v[j][1] = odd ? b : other;
       }
-      // Absmax bits of tokens 8j + first and 64 more, as the halves of a word. A lane keeps half of its words and sends
-      // the others to the one that keeps those, until it has two, of all the warp's columns.
+      // Absmax bits of tokens 8j + first and kHalf more, as the halves of a word. A lane keeps half of its words and
+      // sends the others to the one that keeps those, until it has kKept, of all the warp's columns.
       const auto most = [&](int j) {
         const uint32_t mask = exists ? 0x7fff7fffu : 0u;
         return ptx::max_u16x2(v[j][0] & mask, v[j][1] & mask);
@@ -814,16 +816,18 @@ struct GroupedGemm {
         const uint32_t a = most(j), b = most(j + kPairs / 2);
         top[j] = ptx::max_u16x2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
       }
-      keep_half<kPairs / 4>(top, 16);
-      keep_half<kPairs / 8>(top, 8);
+      keep_half<2 * kKept>(top, 16);
+      keep_half<kKept>(top, 8);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) rounding.top[4 * warpgroup + warp][8 * (2 * (group >> 1) + i) + first] = top[i];
+      for (int i = 0; i < kKept; ++i) {
+        rounding.top[4 * warpgroup + warp][8 * (kKept * (group >> 1) + i) + first] = top[i];
+      }
       ptx::named_barrier(1, 128 * C.kConsumers);
-      const int token = thread & 127;
+      const int token = thread & (kBlockN - 1);
       uint32_t absmax = 0;
 #pragma unroll
-      for (int i = 0; i < 4 * C.kConsumers; ++i) absmax = ptx::max_u16x2(absmax, rounding.top[i][token & 63]);
-      absmax = token < 64 ? absmax << 16 : absmax & 0xffff0000u;  // a bf16's bits are the first of a float's
+      for (int i = 0; i < 4 * C.kConsumers; ++i) absmax = ptx::max_u16x2(absmax, rounding.top[i][token & (kHalf - 1)]);
+      absmax = token < kHalf ? absmax << 16 : absmax & 0xffff0000u;  // a bf16's bits are the first of a float's
       const num::GroupScale scale = num::symmetric_scale(absmax, num::kInt8Max);
       if (warpgroup == 0) {
         rounding.inverse[token] = scale.inverse;
@@ -881,14 +885,15 @@ struct GroupedGemm {
       if (first_tile() >= total) return;
       for (int32_t index = first_tile(); C.takes_tiles() || index < total; index += tile_step()) {
         ptx::barrier_wait(ptx::shared_address(&shared.tokens_full[at.t.index]), at.t.phase);
-        const Tile t = shared.tile[at.t.index];
-        if (C.takes_tiles() && t.rows < 0) return;
+        const Table& tile = shared.table[table];
+        if (C.takes_tiles() && tile.tile.rows < 0) return;
         int32_t sums[2][kSums];
-        multiply_tile<16>(t, sums);
+        multiply_tile<C.min_n()>(tile.tile, sums);
+        const Tile t = tile.tile;  // read again: there are no registers to keep it in
         if (shared.plain) {
-          finish<true>(t, sums, shared.table[table]);
+          finish<true>(t, sums, tile);
         } else {
-          finish<false>(t, sums, shared.table[table]);
+          finish<false>(t, sums, tile);
         }
         if constexpr (C.quantizes()) quantize(t, sums[0]);
         table = table + 1 == kTables ? 0 : table + 1;
@@ -919,8 +924,9 @@ struct GroupedGemm {
       ptx::barrier_init(ptx::shared_address(&shared.next_empty), (C.kConsumers + 4) * C.cluster);
       ptx::barrier_init_fence();
     }
-    if (all.offsets_late != 0) ptx::grid_dependency_wait();
-    kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args);
+    const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
+    if (all.offsets_late != 0 && routes == nullptr) ptx::grid_dependency_wait();
+    kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args, routes);
     // Before anything is sent to the other CTA, its barriers must stand.
     if constexpr (C.cluster > 1) ptx::cluster_sync();
     const int32_t m_tiles = (width(args) + C.features() - 1) / C.features();

@@ -23,7 +23,7 @@ __device__ __forceinline__ void sort_routes(const kernels::SortArgs& args) {
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   const auto rank = static_cast<int32_t>(ptx::cluster_rank());
-  const int32_t routes = args.tokens * args.top_k, per_warp = run.length(routes, kCluster * kWarps);
+  const int32_t routes = args.routes.tokens * args.routes.top_k, per_warp = run.length(routes, kCluster * kWarps);
   run.begin = min((rank * kWarps + warp) * per_warp, routes);
   run.end = min(run.begin + per_warp, routes);
   run.count(args, count + warp * experts);

@@ -95,6 +95,7 @@ class Stack {
     quantise();
     taken_ = upload(std::vector<std::int32_t>{0}, gpu.device());
     out_ = Tensor::empty(DType::bfloat16, {most * s.top_k, columns()}, gpu.device());
+    out_scale_ = Tensor::empty(DType::float32, {ceil_div(columns(), 128), most * s.top_k}, gpu.device());
   }
 
   TunePoint measure(std::int64_t tokens) {
@@ -139,7 +140,7 @@ class Stack {
 
   std::unique_ptr<cuda::DeviceMatrix> matrix(const QuantizedMatrix& m) const {
     return std::make_unique<cuda::DeviceMatrix>(m, Tensor(),
-                                                is_w13_ ? kernels::Epilogue::swiglu : kernels::Epilogue::store,
+                                                is_w13_ ? cuda::swiglu_epilogue(m.scheme) : kernels::Epilogue::store,
                                                 in_.family, gpu_.info(), is_w13_ ? "w13" : "w2");
   }
   const cuda::DeviceMatrix& copy(std::int64_t i) {
@@ -203,6 +204,8 @@ class Stack {
       call.problem.row_source = is_w13_ ? call.source.as<std::int32_t>() : nullptr;
       call.problem.out = out_.as<std::uint16_t>();
       call.problem.out_stride = columns();
+      call.problem.out_scale = out_scale_.as<float>();
+      call.problem.out_rows = out_scale_.dim(1);
       call.problem.limit = std::numeric_limits<float>::infinity();
       calls_.push_back(std::move(call));
     }
@@ -227,7 +230,7 @@ class Stack {
   std::int64_t experts_ = 0, n_ = 0, k_ = 0, a_rows_ = 0;
   QuantizedMatrix weights_;
   std::vector<std::unique_ptr<cuda::DeviceMatrix>> copies_;
-  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, taken_;
+  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, out_scale_, taken_;
   std::vector<Call> calls_;  // of the point at hand
 };
 

@@ -34,7 +34,7 @@ struct Point {
 };
 
 std::string model_of(const plan::TuneKey& key) {
-  const bool gated = key.epilogue == kernels::Epilogue::swiglu;
+  const bool gated = key.epilogue != kernels::Epilogue::store;
   for (const Preset& p : kPresets) {
     const std::int64_t n = gated ? 2 * p.intermediate : p.hidden, k = gated ? p.hidden : p.intermediate;
     if (key.n == n && key.k == k) return p.name;
@@ -72,7 +72,7 @@ std::vector<Point> points_of(const plan::TunedTable& table, bool wgmma, std::vec
       p.model = static_cast<std::size_t>(std::ranges::find(models, model) - models.begin());
       if (p.model == models.size()) models.push_back(model);
       p.where = fmt::format("{} {} of {} rows", plan::to_string(key.promotion),
-                            key.epilogue == kernels::Epilogue::swiglu ? "w13" : "w2", rows);
+                            key.epilogue != kernels::Epilogue::store ? "w13" : "w2", rows);
       points.push_back(std::move(p));
     }
   }
@@ -117,15 +117,17 @@ template <class Wanted>
 CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wanted) {
   const std::vector<double> openings = {0, 25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200};
   const std::vector<double> epilogues = {0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8};
+  const std::vector<double> feeds = {0, 0.1, 0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.325, 0.35, 0.4};
   std::vector<double> factors;
   for (int percent = 80; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
   struct Search {
     double CostConstants::*constant;
     const std::vector<double>& values;
   };
-  const std::vector<Search> of_wgmma = {{&CostConstants::opening, openings}, {&CostConstants::epilogue, epilogues}};
+  const std::vector<Search> of_wgmma = {
+      {&CostConstants::opening, openings}, {&CostConstants::epilogue, epilogues}, {&CostConstants::feed, feeds}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings}, {&CostConstants::mma_resident, factors}};
-  CostConstants c{0, 0, 0, 1};
+  CostConstants c{0, 0, 0, 0, 1};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -225,8 +227,8 @@ std::string render(const TuneCheck& check, bool colour) {
   text += check.leaves_out ? "left out: with constants fitted to the other models\n"
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
-    text += fmt::format("constants {}: opening {}, epilogue {}, mma_opening {}, mma_resident {}\n", name, c->opening,
-                        c->epilogue, c->mma_opening, c->mma_resident);
+    text += fmt::format("constants {}: opening {}, epilogue {}, feed {}, mma_opening {}, mma_resident {}\n", name,
+                        c->opening, c->epilogue, c->feed, c->mma_opening, c->mma_resident);
   }
   return text;
 }
@@ -235,6 +237,7 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
   const auto constants = [](const CostConstants& c) {
     return nlohmann::ordered_json{{"opening", c.opening},
                                   {"epilogue", c.epilogue},
+                                  {"feed", c.feed},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident}};
   };

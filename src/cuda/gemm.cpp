@@ -315,6 +315,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
                            .evict_first = rows <= kFewRows * m_.experts,
                            .tokens_by_map = kernel.token_map && p.row_source == nullptr && p.a.rows > 0,
                            .offsets_late = p.index_late,
+                           .routes = p.routes,
                            .taken = p.taken,
                            .tokens = {}};
     if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k);

@@ -70,6 +70,13 @@ struct ScaleColumns {
   std::int64_t scale, block_q;
 };
 
+// Of a GEMM1 with SwiGLU: with swiglu_block it quantises what it makes, since a K-block of w2 is what a tile of w13 has
+// (kernels/sm90/grouped_gemm.cuh). DeviceMatrix falls back to swiglu where no kernel can.
+inline kernels::Epilogue swiglu_epilogue(const Scheme& w2) {
+  return w2.kind == SchemeKind::int8_block && w2.block_k == 128 ? kernels::Epilogue::swiglu_block
+                                                                : kernels::Epilogue::swiglu;
+}
+
 // What KernelFamily::automatic means in this process.
 KernelFamily default_family();
 
@@ -98,6 +105,7 @@ class DeviceMatrix {
     const std::int32_t* index;      // offsets [E + 1] or counts [E]
     std::int32_t* taken = nullptr;  // a zero, which is zero again afterwards; null: tiles are shared out beforehand
     bool index_late = false;        // launches that wrote them may still run; otherwise they were done two launches ago
+    kernels::Routes routes{};       // what index was made of, at most kCountedRoutes: then it need not be waited for
     std::int64_t masked_rows = 0;   // rows of an expert; 0: offsets
     std::int64_t rows;              // most rows there can be in all
     std::int64_t likely_rows = 0;   // what the kernel is chosen for; 0: rows

@@ -41,13 +41,10 @@ struct Expert {
         w13(std::move(w.w13), w.b13, epilogue(o, w.w2.scheme), o.family, device, (std::string(prefix) + "w13").c_str()),
         w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {}
 
-  // GEMM1 quantises what it makes: a K-block of w2 is what a tile of w13 has (kernels/sm90/grouped_gemm.cuh).
   bool requantizes() const { return w13.epilogue() == kernels::Epilogue::swiglu_block; }
   kernels::Epilogue epilogue(const LayerOptions& o, const Scheme& w2) const {
     if (!fused) return kernels::Epilogue::store;
-    return o.fused_requantize && w2.kind == SchemeKind::int8_block && w2.block_k == 128
-               ? kernels::Epilogue::swiglu_block
-               : kernels::Epilogue::swiglu;
+    return o.fused_requantize ? swiglu_epilogue(w2) : kernels::Epilogue::swiglu;
   }
 
   Activation activation;
@@ -217,20 +214,22 @@ class CudaLayer final : public LayerBackend {
     return p;
   }
 
+  kernels::Routes routes_of(const ForwardArgs& a) const {
+    return {.topk_ids = a.topk_ids.data(),
+            .ids_stride = a.topk_ids.strides()[0],
+            .ids_are_64 = a.topk_ids.dtype() == DType::int64,
+            .tokens = static_cast<std::int32_t>(a.topk_ids.dim(0)),
+            .top_k = static_cast<std::int32_t>(a.topk_ids.dim(1)),
+            .expert_map = expert_map_.as<std::int32_t>(),
+            .id_limit = static_cast<std::int32_t>(id_limit_),
+            .topk_weights = a.topk_weights.as<float>(),
+            .weights_stride = a.topk_weights.strides()[0],
+            .weight_on_input = weight_on_input_};
+  }
+
   void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, const Launcher& launcher,
                   std::uint8_t* base) const {
-    const kernels::FewRoutes routes{
-        .topk_ids = a.topk_ids.data(),
-        .ids_stride = a.topk_ids.strides()[0],
-        .ids_are_64 = a.topk_ids.dtype() == DType::int64,
-        .tokens = static_cast<std::int32_t>(p.tokens),
-        .top_k = p.top_k,
-        .expert_map = expert_map_.as<std::int32_t>(),
-        .id_limit = static_cast<std::int32_t>(id_limit_),
-        .topk_weights = a.topk_weights.as<float>(),
-        .weights_stride = a.topk_weights.strides()[0],
-        .weight_on_input = weight_on_input_,
-    };
+    const kernels::Routes routes = routes_of(a);
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
     launcher.stage("gate_up");
     launcher.exactly(
@@ -319,6 +318,7 @@ class CudaLayer final : public LayerBackend {
     first.index = ints(p.offsets);
     first.taken = ints(p.offsets) + experts_ + 1;
     first.index_late = !shared_;
+    if (first.index_late && p.rows <= kernels::kCountedRoutes) first.routes = routes_of(a);
     first.rows = p.rows;
     // Of a rank: its share of the routes, as `octomoe tune` counts them.
     first.likely_rows = std::max<std::int64_t>(1, p.rows * experts_ / id_limit_);
@@ -416,19 +416,11 @@ class CudaLayer final : public LayerBackend {
       return b < 0 ? nullptr : reinterpret_cast<std::int32_t*>(base + p.memory.offset(b));
     };
     const kernels::SortArgs args{
-        .topk_ids = a.topk_ids.data(),
-        .ids_stride = a.topk_ids.strides()[0],
-        .ids_are_64 = a.topk_ids.dtype() == DType::int64,
-        .tokens = static_cast<std::int32_t>(p.tokens),
-        .top_k = p.top_k,
+        .routes = routes_of(a),
         .experts = static_cast<std::int32_t>(experts_),
-        .expert_map = expert_map_.as<std::int32_t>(),
-        .id_limit = static_cast<std::int32_t>(id_limit_),
         .expert_offsets = ints(p.offsets),
         .row_token = ints(p.row_token),
         .route_row = ints(p.route_row),
-        .topk_weights = a.topk_weights.as<float>(),
-        .weights_stride = a.topk_weights.strides()[0],
         .row_factor = reinterpret_cast<float*>(ints(p.row_factor)),
         .token_offsets = ints(p.token_offsets),
         .chunks = static_cast<std::int32_t>(sort_chunks(p.rows)),
@@ -479,6 +471,7 @@ class CudaLayer final : public LayerBackend {
     DeviceMatrix::Problem second = first;
     ++second.taken;
     second.index_late = false;
+    second.routes = {};
     first.up_first = e.up_first;
     first.limit = limit_;
     first.out = e.requantizes() ? static_cast<void*>(hq.q) : e.fused ? static_cast<void*>(h) : at(b.v);

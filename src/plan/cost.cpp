@@ -25,6 +25,7 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
                     .wgmma = true,
                     .block_m = c.block_m(),
                     .block_n = c.block_n,
+                    .min_n = c.min_n(),
                     .features = c.features(),
                     .cluster = c.cluster,
                     .token_map = c.takes_token_map()});
@@ -80,7 +81,7 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   // A wgmma tile is as wide as its share of the rows, in steps of 16.
   const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9);
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
-          .width = kernel.wgmma ? std::clamp(share + 8, 16.0, std::max<double>(16, kernel.block_n)) : kernel.block_n,
+          .width = kernel.wgmma ? std::clamp<double>(share + 8, kernel.min_n, kernel.block_n) : kernel.block_n,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 
@@ -91,7 +92,8 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     const double stage = kernel.resident > 1 ? constants.mma_resident : 1;
     return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
-  return work.rounds * part * (work.width * (work.stages + constants.epilogue) + constants.opening);
+  const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.width));
+  return work.rounds * part * (stage * work.stages + work.width * constants.epilogue + constants.opening);
 }
 
 }  // namespace octomoe::plan

@@ -16,6 +16,7 @@ struct GemmKernel {
   std::string id;
   bool wgmma = false;
   int block_m = 0, block_n = 0;  // a tile: weight rows, most tokens
+  int min_n = 16;                // wgmma: tokens that a tile is computed for at least
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
@@ -31,6 +32,7 @@ struct CostConstants {
   // wgmma
   double opening = 400;  // a tile's, whatever its width
   double epilogue = 3;   // of a token
+  double feed = 0.25;    // a row's part of a stage, of weights or tokens, on its way from L2
   // mma.sync
   double mma_opening = 1200;
   double mma_resident = 1.28;  // a stage of two CTAs, whose tiles are smaller

@@ -149,8 +149,8 @@ TEST_F(Command, TuneChecksTheCostModel) {
   for (Json e : all) {
     if (e["experts"] != 128 || !((e["n"] == 1536 && e["k"] == 2048) || (e["n"] == 2048 && e["k"] == 768))) continue;
     table["entries"].push_back(e);
-    e["n"] = e["epilogue"] == "swiglu" ? 1024 : 2048;
-    e["k"] = e["epilogue"] == "swiglu" ? 2048 : 512;
+    e["n"] = e["epilogue"] != "store" ? 1024 : 2048;
+    e["k"] = e["epilogue"] != "store" ? 2048 : 512;
     e["experts"] = 256;
     table["entries"].push_back(e);
   }

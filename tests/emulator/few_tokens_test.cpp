@@ -6,7 +6,7 @@ namespace octomoe::emulator {
 namespace {
 
 using kernels::FewMatrix;
-using kernels::FewRoutes;
+using kernels::Routes;
 using testing::LayerCase;
 using testing::LayerInput;
 
@@ -48,16 +48,16 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   const auto tokens = static_cast<std::int32_t>(c.tokens);
   std::vector<std::int64_t> wide;
   for (std::int64_t i = 0; i < in.ids.elems(); ++i) wide.push_back(in.ids.as<std::int32_t>()[i]);
-  const FewRoutes routes{.topk_ids = o.wide_ids ? static_cast<const void*>(wide.data()) : in.ids.as<std::int32_t>(),
-                         .ids_stride = c.top_k,
-                         .ids_are_64 = o.wide_ids,
-                         .tokens = tokens,
-                         .top_k = c.top_k,
-                         .expert_map = options.expert_map.as<std::int32_t>(),
-                         .id_limit = static_cast<std::int32_t>(c.experts),
-                         .topk_weights = in.weights.as<float>(),
-                         .weights_stride = c.top_k,
-                         .weight_on_input = o.weight_on_input};
+  const Routes routes{.topk_ids = o.wide_ids ? static_cast<const void*>(wide.data()) : in.ids.as<std::int32_t>(),
+                      .ids_stride = c.top_k,
+                      .ids_are_64 = o.wide_ids,
+                      .tokens = tokens,
+                      .top_k = c.top_k,
+                      .expert_map = options.expert_map.as<std::int32_t>(),
+                      .id_limit = static_cast<std::int32_t>(c.experts),
+                      .topk_weights = in.weights.as<float>(),
+                      .weights_stride = c.top_k,
+                      .weight_on_input = o.weight_on_input};
   const std::int64_t count = c.tokens * c.top_k, columns = (c.hidden + o.ctas - 1) / o.ctas;
   const std::int64_t stage_columns = std::min<std::int64_t>(columns, o.stage_columns);
   const int streams = kernels::few_streams(static_cast<int>(stage_columns), o.stages);

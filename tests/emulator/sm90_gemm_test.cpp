@@ -23,13 +23,30 @@ void check(GemmCase c, int ctas = 2) {
   const cuda::TensorBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
   const Memory<std::int32_t> taken(1);
   taken[0] = 0;
-  problem.check([&](const GemmArgs& args, const Schedule& schedule) {
+  // Where experts' rows are counted, the offsets are not looked at.
+  std::vector<std::int64_t> ids;
+  for (std::size_t left = 1, i = 0; c.seed % 3 == 0 && !c.masked && left > 0; ++i) {
+    left = 0;
+    for (std::size_t e = 0; e < c.rows.size(); ++e) {
+      if (static_cast<std::size_t>(c.rows[e]) <= i) continue;
+      ids.push_back(static_cast<std::int64_t>(e));
+      ++left;
+    }
+  }
+  kernels::Routes routes{};
+  if (!ids.empty()) routes.topk_ids = ids.data();
+  routes.ids_stride = routes.ids_are_64 = routes.top_k = 1;
+  routes.tokens = static_cast<std::int32_t>(ids.size());
+  routes.id_limit = static_cast<std::int32_t>(c.rows.size());
+  problem.check([&](GemmArgs args, const Schedule& schedule) {
+    if (!ids.empty()) args.expert_offsets = nullptr;
     const cuda::TensorBoxes rows = cuda::token_boxes(std::max<std::int64_t>(args.a_rows, 1), c.k);
     const WgmmaArgs all{.weights = encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box),
                         .gemm = args,
                         .evict_first = c.seed % 2 == 0,
                         .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
                         .offsets_late = c.seed % 3 == 0,
+                        .routes = routes,
                         .taken = c.seed % 4 == 3 ? nullptr : taken.data(),
                         .tokens = encode_tensor_map(args.a, rows.sizes, rows.strides, rows.box)};
     launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
@@ -40,9 +57,14 @@ void check(GemmCase c, int ctas = 2) {
 
 constexpr WgmmaConfig config(Promotion promotion, Epilogue epilogue, int block_stages = 1, int block_n = 128,
                              int cluster = 1) {
-  const bool wide = block_n == 160;
-  return {promotion,    epilogue, block_n, wide ? 3 : 4, wide || promotion == Promotion::channel ? 5 : 4,
-          block_stages, cluster};
+  const bool wide = block_n == 160, narrow = block_n == 64;
+  return {promotion,
+          epilogue,
+          block_n,
+          wide ? 3 : narrow ? 5 : 4,
+          wide || narrow || promotion == Promotion::channel ? 5 : 4,
+          block_stages,
+          cluster};
 }
 constexpr WgmmaConfig kStore = config(Promotion::channel, Epilogue::store);
 constexpr WgmmaConfig kSwiglu = config(Promotion::channel, Epilogue::swiglu);
@@ -109,9 +131,9 @@ TEST(Sm90Gemm, ChannelSwiglu) {
   }
 }
 
-template <Promotion kPromotion, int kBlockStages>
+template <Promotion kPromotion, int kBlockStages, int kBlockN = 128>
 void check_blocks() {
-  constexpr WgmmaConfig kPlain = config(kPromotion, Epilogue::store, kBlockStages);
+  constexpr WgmmaConfig kPlain = config(kPromotion, Epilogue::store, kBlockStages, kBlockN);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 784, .seed = 20});
   check<kPlain>({.rows = {5, 30}, .n = 96, .k = 80, .seed = 21}, 1);  // less than a K-block
   check<kPlain>({.rows = {19, 2},
@@ -124,7 +146,7 @@ void check_blocks() {
                  .row_factor = true,
                  .seed = 22});
   check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 256, .out = OutType::fp16, .masked = true, .seed = 23});
-  constexpr WgmmaConfig kGated = config(kPromotion, Epilogue::swiglu, kBlockStages);
+  constexpr WgmmaConfig kGated = config(kPromotion, Epilogue::swiglu, kBlockStages, kBlockN);
   for (const bool up_first : {false, true}) {
     check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .up_first = up_first, .seed = 24u + up_first});
     check<kGated>({.rows = {20, 3},
@@ -141,6 +163,16 @@ void check_blocks() {
 }
 TEST(Sm90Gemm, Block128) { check_blocks<Promotion::block, 1>(); }
 TEST(Sm90Gemm, Block256) { check_blocks<Promotion::block, 2>(); }
+// Few rows an expert: rings of their own, tiles taken.
+TEST(Sm90Gemm, Block128Narrow) { check_blocks<Promotion::block, 1, 64>(); }
+TEST(Sm90Gemm, Hybrid256Narrow) { check_blocks<Promotion::hybrid, 2, 64>(); }
+TEST(Sm90Gemm, BlockSwigluQuantizedNarrow) {
+  constexpr WgmmaConfig kQuantized = config(Promotion::block, Epilogue::swiglu_block, 1, 64);
+  check<kQuantized>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .seed = 70});
+  check<kQuantized>(
+      {.rows = {20, 3, 64}, .n = 2 * 208, .k = 272, .gather = true, .bias = true, .limit = 2.5f, .seed = 71});
+  check<kQuantized>({.rows = {33, 28}, .n = 2 * 256, .k = 256, .extreme = true, .seed = 72}, 1);
+}
 // SwiGLU and requantising: output columns that end inside a tile (in either consumer's part, or with the first one's),
 // many tiles one after another in a CTA, values that are not finite.
 TEST(Sm90Gemm, BlockSwigluQuantized) {
@@ -207,6 +239,8 @@ TEST(Sm90Gemm, ClustersOfTwo) {
       {.rows = {5, 0, 37, 1, 300}, .n = 288, .k = 784, .seed = 30});
   check<config(Promotion::channel, Epilogue::swiglu, 1, 128, 2)>(
       {.rows = {130, 2}, .n = 2 * 144, .k = 272, .gather = true, .zero_points = true, .bias = true, .seed = 31});
+  check<config(Promotion::channel, Epilogue::store, 1, 160, 2)>(
+      {.rows = {5, 0, 37, 400}, .n = 544, .k = 144, .seed = 33}, 1);
 }
 
 }  // namespace
