@@ -76,7 +76,7 @@ struct WgmmaConfig {
   int cluster;        // 2: CTAs work in pairs on two token tiles of one expert and share the weights
 
   // Tiles of fewer tokens are computed so wide: for few rows an expert there are other kernels, and each width is code.
-  OCTOMOE_HD constexpr int min_n() const { return block_n > 128 || (has_blocks() && block_n > 64) ? 64 : 16; }
+  OCTOMOE_HD constexpr int min_n() const { return block_n > 128 ? 96 : has_blocks() && block_n > 64 ? 80 : 16; }
 
   static constexpr int kBlockK = 128;
   static constexpr int kConsumers = 2;  // warpgroups

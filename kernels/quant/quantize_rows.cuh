@@ -46,6 +46,7 @@ struct RowQuantizer {
 
   struct Shared {
     uint32_t block_top[kBlocks ? kRows * kMaxBlocks : 1];  // absmax bits of each K-block
+    float block_inverse[kBlocks ? kRows * kMaxBlocks : 1];
     uint32_t top[kWarps];
     float low[kWarps], high[kWarps];
   };
@@ -63,7 +64,20 @@ struct RowQuantizer {
     float lo = 0.0f, hi = 0.0f;
   };
 
-  static __device__ __forceinline__ void widen(Range& range, const QuantizeArgs& args, uint32_t* block_top, int32_t c,
+  static __device__ __forceinline__ int32_t blocks_of(const QuantizeArgs& args) {
+    return (args.k + args.block_k - 1) / args.block_k;
+  }
+  // c / block_k, by 2^32 / block_k, rounded up: exact since columns and block_k are at most 65536.
+  struct BlockOf {
+    uint32_t inverse;
+    explicit __device__ __forceinline__ BlockOf(const QuantizeArgs& args)
+        : inverse(kBlocks ? 0xffffffffu / static_cast<uint32_t>(args.block_k) + 1 : 0) {}
+    __device__ __forceinline__ uint32_t operator()(int32_t c) const {
+      return static_cast<uint32_t>(static_cast<uint64_t>(inverse) * static_cast<uint32_t>(c) >> 32);
+    }
+  };
+
+  static __device__ __forceinline__ void widen(Range& range, BlockOf block_of, uint32_t* block_top, int32_t c,
                                                const float (&v)[kRowElems]) {
     uint32_t m = 0;
 #pragma unroll
@@ -75,7 +89,7 @@ struct RowQuantizer {
       }
     }
     // Blocks are multiples of 32 columns: a thread's 8 lie in one.
-    if constexpr (kBlocks) atomicMax(&block_top[c / args.block_k], m);
+    if constexpr (kBlocks) atomicMax(&block_top[block_of(c)], m);
     range.absmax = max(range.absmax, m);
   }
 
@@ -108,13 +122,35 @@ struct RowQuantizer {
     }
   }
 
-  // How columns [c, c + 8) are rounded; writes the scales that begin there.
+  // The scales of a row's K-blocks, a thread for each.
+  static __device__ __forceinline__ void scale_blocks(const QuantizeArgs& args, int32_t row, int lane,
+                                                      const uint32_t* top, float* inverse) {
+    const int32_t blocks = blocks_of(args);
+    for (int32_t b = lane; b < blocks; b += kRowThreads) {
+      if constexpr (S == RowScheme::block) {
+        const num::GroupScale g = num::symmetric_scale(top[b], num::kInt8Max);
+        inverse[b] = g.inverse;
+        args.scale[b * args.rows_total + row] = g.scale;
+      } else {
+        const int32_t group = b / args.super_group, begin = group * args.super_group;
+        const int32_t end = min(begin + args.super_group, blocks);
+        uint32_t m = 0;
+#pragma unroll 8
+        for (int32_t i = begin; i < end; ++i) m = max(m, top[i]);
+        const num::SuperScale super = num::super_scale(m, args.q_max);
+        const num::BlockScale q = num::block_scale(super, top[b], args.q_max);
+        inverse[b] = q.inverse;
+        args.block_q[b * args.rows_total + row] = q.q;
+        if (b == begin) args.scale[group * args.rows_total + row] = super.f;
+      }
+    }
+  }
+
+  // How values are rounded.
   struct Rounding {
     float inverse = 0.0f;
     int32_t zero = 0;
     float lo = -num::kInt8Max;
-    num::SuperScale super{};
-    int32_t super_index = -1;
 
     __device__ __forceinline__ void set_row(const QuantizeArgs& args, int32_t row, const Range& range, bool writes) {
       if constexpr (S == RowScheme::channel) {
@@ -133,30 +169,6 @@ struct RowQuantizer {
         if (writes) {
           args.scale[row] = g.scale;
           args.zero[row] = g.zero;
-        }
-      }
-    }
-    __device__ __forceinline__ void set_block(const QuantizeArgs& args, int32_t row, int32_t c,
-                                              const uint32_t* block_top) {
-      if constexpr (S == RowScheme::block) {
-        const int32_t b = c / args.block_k;
-        const num::GroupScale g = num::symmetric_scale(block_top[b], num::kInt8Max);
-        inverse = g.inverse;
-        if (c == b * args.block_k) args.scale[b * args.rows_total + row] = g.scale;
-      } else if constexpr (S == RowScheme::hybrid) {
-        const int32_t b = c / args.block_k, sg = b / args.super_group;
-        if (sg != super_index) {
-          const int32_t end = min((sg + 1) * args.super_group, (args.k + args.block_k - 1) / args.block_k);
-          uint32_t m = 0;
-          for (int32_t i = sg * args.super_group; i < end; ++i) m = max(m, block_top[i]);
-          super = num::super_scale(m, args.q_max);
-          super_index = sg;
-        }
-        const num::BlockScale q = num::block_scale(super, block_top[b], args.q_max);
-        inverse = q.inverse;
-        if (c == b * args.block_k) {
-          args.block_q[b * args.rows_total + row] = q.q;
-          if (b == sg * args.super_group) args.scale[sg * args.rows_total + row] = super.f;
         }
       }
     }
@@ -187,9 +199,10 @@ struct RowQuantizer {
   template <bool kHeld>
   static __device__ __forceinline__ void quantize_row(const QuantizeArgs& args, Shared& shared, int32_t row) {
     const int lane = static_cast<int>(threadIdx.x) % kRowThreads, part = static_cast<int>(threadIdx.x) / kRowThreads;
-    uint32_t* block_top = shared.block_top + (kBlocks ? part * kMaxBlocks : 0);
+    uint32_t* const block_top = shared.block_top + (kBlocks ? part * kMaxBlocks : 0);
+    float* const block_inverse = shared.block_inverse + (kBlocks ? part * kMaxBlocks : 0);
     if constexpr (kBlocks) {
-      for (int32_t b = lane; b < (args.k + args.block_k - 1) / args.block_k; b += kRowThreads) block_top[b] = 0;
+      for (int32_t b = lane; b < blocks_of(args); b += kRowThreads) block_top[b] = 0;
       sync();
     }
     uint4 held[kHeld ? kPasses : 1];
@@ -219,17 +232,20 @@ struct RowQuantizer {
       }
     };
     Range range;
-    for_all([&](int32_t c, const float(&v)[kRowElems]) { widen(range, args, block_top, c, v); });
+    const BlockOf block_of(args);
+    for_all([&](int32_t c, const float(&v)[kRowElems]) { widen(range, block_of, block_top, c, v); });
     if constexpr (kBlocks) {
+      sync();
+      scale_blocks(args, row, lane, block_top, block_inverse);
       sync();
     } else {
       reduce(range, shared);
     }
     Rounding rounding;
-    rounding.set_row(args, row, range, lane == 0);
+    if constexpr (!kBlocks) rounding.set_row(args, row, range, lane == 0);
     int8_t* q = args.q + static_cast<int64_t>(row) * args.k;
     for_all([&](int32_t c, const float(&v)[kRowElems]) {
-      rounding.set_block(args, row, c, block_top);
+      if constexpr (kBlocks) rounding.inverse = block_inverse[block_of(c)];
       store_int8<kWithin>(q + c, v, rounding.inverse, rounding.zero, rounding.lo, num::kInt8Max);
     });
     sync();

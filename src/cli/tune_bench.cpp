@@ -198,6 +198,9 @@ class Stack {
       passed += rows.busy;
       call.problem.a = a(0);
       call.problem.index = call.offsets.as<std::int32_t>();
+      // In a layer only short kernels run before GEMM1, so no call may begin beside the one before: kernels that leave
+      // multiprocessors idle would look as good as others.
+      call.problem.index_late = is_w13_;
       call.problem.taken = taken_.as<std::int32_t>();
       call.problem.rows = routes;
       call.problem.likely_rows = likely_rows;

@@ -24,8 +24,8 @@ namespace {
 // two or three calls, and 0.11 MiB on the GPU (H100, bench/results/host_cost_h100.json).
 constexpr int kCallsBeforeGraph = 3;
 
-// Of weights that the kernels for few tokens read at most: they save launches and lose some bandwidth, and from 140 MB
-// on the others are as fast (H100, docs/kernels.md).
+// Of weights that the kernels for few tokens are likely to read at most: they save launches and lose some bandwidth,
+// and from 140 MB on the others are as fast (H100, docs/kernels.md).
 constexpr std::int64_t kFewMostBytes = 128'000'000;
 
 // The steps of a layer, for the lifetimes of its buffers.
@@ -181,6 +181,11 @@ class CudaLayer final : public LayerBackend {
     }
   }
 
+  // Of a rank: its share of the routes, as `octomoe tune` counts them.
+  std::int64_t likely_rows(std::int64_t routes) const {
+    return std::max<std::int64_t>(1, routes * experts_ / id_limit_);
+  }
+
   // How the kernels for few tokens run; stages 0: the call is none for them.
   struct FewPlan {
     std::int64_t gate_up_shared = 0, down_shared = 0;
@@ -189,7 +194,7 @@ class CudaLayer final : public LayerBackend {
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
-        routes * 3 * hidden_ * row > kFewMostBytes) {
+        likely_rows(routes) * 3 * hidden_ * row > kFewMostBytes) {
       return {};
     }
     FewPlan p;
@@ -320,8 +325,7 @@ class CudaLayer final : public LayerBackend {
     first.index_late = !shared_;
     if (first.index_late && p.rows <= kernels::kCountedRoutes) first.routes = routes_of(a);
     first.rows = p.rows;
-    // Of a rank: its share of the routes, as `octomoe tune` counts them.
-    first.likely_rows = std::max<std::int64_t>(1, p.rows * experts_ / id_limit_);
+    first.likely_rows = likely_rows(p.rows);
     first.row_factor = floats(p.row_factor);
     run_expert(launcher, routed_, p.routed, base, p, first, ints(p.offsets) + experts_, p.rows);
 
