@@ -222,11 +222,11 @@ class Bench {
   BenchRow row_of(const std::string& name, bool is_peer, const Scheme& scheme, const Timing& timing,
                   const BenchBlock& block) const {
     const ProblemShape& s = report_.shape;
-    const double part = static_cast<double>(block.touched_experts) / static_cast<double>(s.experts_local);
+    const double part = block.touched_experts / static_cast<double>(s.experts_local);
     BenchRow row{.name = name, .is_peer = is_peer, .timing = timing};
     row.weight_bytes = s.weight_bytes(scheme);
     row.bytes = row.weight_bytes * part + 2.0 * 2.0 * static_cast<double>(block.tokens * s.hidden);  // x, out in bf16
-    row.ops = 2.0 * 3.0 * static_cast<double>(block.routes) * static_cast<double>(s.hidden * s.intermediate);
+    row.ops = 2.0 * 3.0 * block.routes * static_cast<double>(s.hidden * s.intermediate);
     const double bandwidth = block.read ? block.read_bytes_per_s() : report_.ceilings.read_bytes_per_s;
     row.floor = floor_of(row.bytes, bandwidth, row.ops, report_.ceilings.int8_ops_per_s);
     return row;
@@ -248,7 +248,9 @@ class Bench {
       contenders.push_back({"torch " + way, [=, this] { return peer_->run_us(way, tokens); }});
     }
     const std::vector<Timing> timings = time(contenders, tokens);
-    BenchBlock block{.tokens = tokens, .routes = routes.local, .touched_experts = routes.touched_experts};
+    BenchBlock block{.tokens = tokens,
+                     .routes = static_cast<double>(routes.local),
+                     .touched_experts = static_cast<double>(routes.touched_experts)};
     for (std::size_t i = 0; i < contenders.size(); ++i) {
       const bool is_peer = i >= schemes_.size();
       block.rows.push_back(
@@ -270,11 +272,9 @@ class Bench {
     std::vector<std::pair<Tensor, Tensor>> on_device;
     for (const Routes& r : routes) {
       on_device.emplace_back(Tensor::copy_of(r.ids, device_), Tensor::copy_of(r.weights, device_));
-      block.routes += r.local;
-      block.touched_experts += r.touched_experts;
+      block.routes += static_cast<double>(r.local) / kGpuCalls;
+      block.touched_experts += static_cast<double>(r.touched_experts) / kGpuCalls;
     }
-    block.routes /= kGpuCalls;  // the mean of what the calls touch
-    block.touched_experts /= kGpuCalls;
 
     std::vector<std::vector<GpuCall>> calls;  // of each scheme
     for (const auto& copies : layers_) {

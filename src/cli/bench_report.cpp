@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "cli/table.h"
 #include "octomoe/version.h"
@@ -128,7 +129,8 @@ std::string render(const BenchBlock& b, bool colour) {
     gpu = fmt::format("; a plain read of {}: {} ({:.0f} GB/s)", format_bytes(b.read_bytes),
                       format_us(b.read->median_us), b.read_bytes_per_s() / 1e9);
   }
-  std::string text = fmt::format("{} routes to {} experts, {} rounds{}\n{}", b.routes, b.touched_experts,
+  const auto count = [](double x) { return fmt::format("{:.{}f}", x, x == std::floor(x) ? 0 : 1); };
+  std::string text = fmt::format("{} routes to {} experts, {} rounds{}\n{}", count(b.routes), count(b.touched_experts),
                                  b.rows.empty() ? 0 : b.rows.front().timing.rounds, gpu, table.render(colour));
   if (!b.stages.empty()) text += "\n" + render_stages(b, colour);
   return text;

@@ -43,7 +43,8 @@ struct StageTime {  // of one layer, with an event at each end
 };
 
 struct BenchBlock {  // one token count
-  std::int64_t tokens = 0, routes = 0, touched_experts = 0;
+  std::int64_t tokens = 0;
+  double routes = 0, touched_experts = 0;  // means of the calls
   std::vector<BenchRow> rows = {};
   // GPU
   std::optional<Timing> read = {};  // a plain read of read_bytes in the same rounds
