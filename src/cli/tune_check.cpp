@@ -61,10 +61,11 @@ std::vector<Point> points_of(const plan::TunedTable& table, bool wgmma, std::vec
       for (const GemmKernel& k : known) {
         const auto us = choice.us.find(k.id);
         if (us == choice.us.end()) continue;
-        // With wgmma kernels at hand the model does not look at others, but those count.
+        // With wgmma kernels at hand the model looks at one other at most, but all count.
         if (wgmma || !k.wgmma) p.least_us = std::min(p.least_us, us->second);
-        if (wgmma == k.wgmma) {
+        if (wgmma == k.wgmma || (wgmma && k.can_stand_in())) {
           p.candidates.push_back({k, plan::work_of(k, key, static_cast<double>(rows)), us->second});
+          p.candidates.back().kernel.stands_in = wgmma && !k.wgmma;
         }
       }
       if (p.candidates.empty()) continue;
@@ -124,10 +125,12 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
     double CostConstants::*constant;
     const std::vector<double>& values;
   };
-  const std::vector<Search> of_wgmma = {
-      {&CostConstants::opening, openings}, {&CostConstants::epilogue, epilogues}, {&CostConstants::feed, feeds}};
+  const std::vector<Search> of_wgmma = {{&CostConstants::opening, openings},
+                                        {&CostConstants::epilogue, epilogues},
+                                        {&CostConstants::feed, feeds},
+                                        {&CostConstants::stand_in_opening, openings}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings}, {&CostConstants::mma_resident, factors}};
-  CostConstants c{0, 0, 0, 0, 1};
+  CostConstants c{0, 0, 0, 0, 0, 1};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -227,8 +230,9 @@ std::string render(const TuneCheck& check, bool colour) {
   text += check.leaves_out ? "left out: with constants fitted to the other models\n"
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
-    text += fmt::format("constants {}: opening {}, epilogue {}, feed {}, mma_opening {}, mma_resident {}\n", name,
-                        c->opening, c->epilogue, c->feed, c->mma_opening, c->mma_resident);
+    text += fmt::format(
+        "constants {}: opening {}, epilogue {}, feed {}, stand_in_opening {}, mma_opening {}, mma_resident {}\n", name,
+        c->opening, c->epilogue, c->feed, c->stand_in_opening, c->mma_opening, c->mma_resident);
   }
   return text;
 }
@@ -238,6 +242,7 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
     return nlohmann::ordered_json{{"opening", c.opening},
                                   {"epilogue", c.epilogue},
                                   {"feed", c.feed},
+                                  {"stand_in_opening", c.stand_in_opening},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident}};
   };

@@ -142,7 +142,9 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   if (!wgmma || automatic) {
     const int tiles = plan::tile_family(device.max_shared_bytes);
     for (plan::GemmKernel& k : plan::mma_kernels(promotion, epilogue_, key_.block_k, tiles)) {
-      kernels_.push_back({std::move(k), !wgmma});
+      k.stands_in = wgmma && k.can_stand_in();
+      const bool by_model = !wgmma || k.stands_in;
+      kernels_.push_back({std::move(k), by_model});
     }
   }
   const std::vector<std::string> tuned = automatic ? plan::tuned_table().kernels(key_) : std::vector<std::string>{};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "plan/catalogue.h"
 
@@ -81,11 +82,16 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   // A wgmma tile is as wide as its share of the rows, in steps of 16.
   const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9);
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
+          .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
           .width = kernel.wgmma ? std::clamp<double>(share + 8, kernel.min_n, kernel.block_n) : kernel.block_n,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 
 double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
+  if (kernel.stands_in) {
+    if (!work.one_each) return std::numeric_limits<double>::infinity();
+    return constants.feed * (kernel.block_m + work.width) * work.stages + constants.stand_in_opening;
+  }
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
   if (!kernel.wgmma) {

@@ -21,6 +21,10 @@ struct GemmKernel {
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
   bool token_map = false;        // rows that follow one another are read through a tensor map
+  bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
+
+  // Its tiles are small in both directions.
+  bool can_stand_in() const { return !wgmma && block_m == 128 && block_n == 8; }
 };
 // Of the wgmma kernels, and of the mma.sync ones with the tiles of a family (catalogue.h: tile_family).
 std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k);
@@ -33,6 +37,7 @@ struct CostConstants {
   double opening = 400;  // a tile's, whatever its width
   double epilogue = 3;   // of a token
   double feed = 0.25;    // a row's part of a stage, of weights or tokens, on its way from L2
+  double stand_in_opening = 800;
   // mma.sync
   double mma_opening = 1200;
   double mma_resident = 1.28;  // a stage of two CTAs, whose tiles are smaller
@@ -41,6 +46,7 @@ struct CostConstants {
 // What a kernel has to do, however long that takes.
 struct GemmWork {
   double rounds;  // tiles of the CTA that has most of them
+  bool one_each;  // no multiprocessor has more than one tile
   double width;   // tokens of a tile
   double stages;  // of K
 };

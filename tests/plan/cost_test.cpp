@@ -2,6 +2,7 @@
 #include "plan/cost.h"
 
 #include <gtest/gtest.h>
+#include <limits>
 
 #include <algorithm>
 #include <cmath>
@@ -123,6 +124,30 @@ TEST(Cost, NarrowMmaTilesForFewRows) {
   EXPECT_EQ(width(8), 8);
   EXPECT_LE(width(1024), 32);
   EXPECT_GE(width(65536), 96);
+}
+
+// Where wgmma tiles leave half of the multiprocessors idle, the kernel with the smallest tiles may be faster.
+TEST(Cost, SmallTilesStandIn) {
+  const auto least = [](std::vector<GemmKernel> list, const TuneKey& k, double rows) {
+    double cost_of_least = std::numeric_limits<double>::infinity();
+    for (const GemmKernel& kernel : list)
+      cost_of_least = std::min(cost_of_least, cost(kernel, work_of(kernel, k, rows)));
+    return cost_of_least;
+  };
+  std::vector<GemmKernel> others;
+  for (GemmKernel k : mma_kernels(Promotion::channel, Epilogue::swiglu, 0, 90)) {
+    k.stands_in = k.can_stand_in();
+    if (k.stands_in) others.push_back(k);
+  }
+  ASSERT_EQ(others.size(), 1u);
+  const std::vector<GemmKernel> wide = wgmma_kernels(Promotion::channel, Epilogue::swiglu, 0);
+  TuneKey k = key(32);
+  k.n = 4096;
+  k.k = 7168;
+  EXPECT_LT(least(others, k, 2), least(wide, k, 2));
+  EXPECT_EQ(least(others, k, 64), std::numeric_limits<double>::infinity());
+  k.k = 512;  // too short to win back what it opens with
+  EXPECT_GT(least(others, k, 2), least(wide, k, 2));
 }
 
 }  // namespace
