@@ -84,7 +84,9 @@ struct WgmmaConfig {
   OCTOMOE_HD constexpr int block_m() const { return 128 * kConsumers; }
   // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
   // per K-block of wide tiles need the registers that a fourth warpgroup takes.
-  OCTOMOE_HD constexpr bool own_rings() const { return !has_blocks() || block_n <= 64; }
+  OCTOMOE_HD constexpr bool own_rings() const {
+    return !has_blocks() || block_n <= (promotion == Promotion::hybrid_flush ? 32 : 64);
+  }
   // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map): int8_block loses by it
   // (docs/kernels.md).
   OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
