@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/gemm_config.h"
-#include "route/routes.cuh"
+#include "core/routes.cuh"
 
 namespace octomoe::kernels {
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
   }
   if (threadIdx.x == 0) {
     list.first_tile[args.experts] = routes != nullptr ? carry >> 16 : carry;
-    list.row_begin[args.experts] = routes != nullptr         ? carry & 0xffff
+    list.row_begin[args.experts] = routes != nullptr      ? carry & 0xffff
                                    : args.masked_rows > 0 ? 0
                                                           : args.expert_offsets[args.experts];
   }

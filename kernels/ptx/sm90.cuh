@@ -108,7 +108,8 @@ __device__ __forceinline__ int32_t load_remote(uint32_t shared, uint32_t rank) {
       : "memory");
   return d;
 }
-// A word -> the place `to` of CTA `rank` of the cluster, and an arrival at its `barrier`, whose phase ends when both are there.
+// A word -> the place `to` of CTA `rank` of the cluster, and an arrival at its `barrier`, whose phase ends when both are
+// there.
 __device__ __forceinline__ void send_word(uint32_t to, uint32_t barrier, uint32_t rank, int32_t word) {
   asm volatile(
       "{\n.reg .b32 there, at;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 at, %1, %2;\n"

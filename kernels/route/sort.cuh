@@ -8,8 +8,8 @@
 
 #include "core/args.h"
 #include "core/gemm_config.h"
+#include "core/routes.cuh"
 #include "ptx/grid.cuh"
-#include "route/routes.cuh"
 
 namespace octomoe::kernels {
 
@@ -64,7 +64,8 @@ struct SortRun {
       args.row_token[row] = token;
       args.route_row[r] = row;
       if (args.routes.weight_on_input != 0) {
-        args.row_factor[row] = args.routes.topk_weights[token * args.routes.weights_stride + (r - token * args.routes.top_k)];
+        const int32_t slot = r - token * args.routes.top_k;
+        args.row_factor[row] = args.routes.topk_weights[token * args.routes.weights_stride + slot];
       }
     }
   }
@@ -106,8 +107,9 @@ __device__ __forceinline__ void count_routes(const SortArgs& args) {
   for (int e = thread; e < args.experts; e += kSortThreads) count[e] = 0;
   __syncthreads();
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * kSortChunk;
+  const int32_t end = min(begin + kSortChunk, args.routes.tokens * args.routes.top_k);
   int32_t expert[kSortChunk / kSortThreads];
-  find_experts(args.routes, begin + thread, kSortThreads, min(begin + kSortChunk, args.routes.tokens * args.routes.top_k), expert);
+  find_experts(args.routes, begin + thread, kSortThreads, end, expert);
   for (const int32_t e : expert) {
     if (e >= 0) atomicAdd(&count[e], 1);
   }

@@ -20,16 +20,15 @@
 #include "core/few_args.h"
 #include "core/load_row.cuh"
 #include "core/numerics.cuh"
+#include "core/routes.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/sm90.cuh"
-#include "route/routes.cuh"
 
 namespace octomoe::sm90 {
 
 using kernels::FewDownArgs;
 using kernels::FewGateUpArgs;
 using kernels::FewMatrix;
-using kernels::Routes;
 using kernels::kFewDownWarps;
 using kernels::kFewGateUpWarps;
 using kernels::kFewHeaderBytes;
@@ -39,6 +38,7 @@ using kernels::kFewRoutes;
 using kernels::kFewTokens;
 using kernels::kFewUnit;
 using kernels::OutType;
+using kernels::Routes;
 
 inline constexpr int kFewDepth = 5;  // units of gate_up in flight: 80 KB a CTA
 inline constexpr int kFewPieces = kFewUnit / 512;  // loads of a warp
@@ -72,7 +72,6 @@ __device__ __forceinline__ int few_lane() { return static_cast<int>(threadIdx.x)
 // By a shuffle: so the compiler knows that a warp agrees on what follows from it.
 __device__ __forceinline__ int few_warp() { return __shfl_sync(kFewAll, static_cast<int>(threadIdx.x) >> 5, 0); }
 
-// ---- routes ----
 // Makes the entries; one warp. Rows of activations are tokens in gate_up, routes in down.
 __device__ __forceinline__ void few_group(FewShared& shared, const Routes& r, bool rows_are_tokens) {
   const int32_t lane = few_lane(), routes = r.tokens * r.top_k;
