@@ -83,9 +83,9 @@ struct WgmmaConfig {
   static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * kConsumers; }
   // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
-  // per K-block of wide tiles need the registers that a fourth warpgroup takes.
+  // per K-block of wide tiles need the registers that a fourth warpgroup takes, as do three sets of sums.
   OCTOMOE_HD constexpr bool own_rings() const {
-    return !has_blocks() || block_n <= (promotion == Promotion::hybrid_flush ? 32 : 64);
+    return !has_blocks() || (block_n <= 64 && promotion != Promotion::hybrid_flush);
   }
   // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map): int8_block loses by it
   // (docs/kernels.md).

@@ -132,13 +132,9 @@ constexpr WgmmaConfig kWgmma[] = {
     {Promotion::hybrid, Epilogue::store, 128, 4, 4, 2, 1},
     {Promotion::hybrid, Epilogue::swiglu, 64, 5, 5, 2, 1},
     {Promotion::hybrid, Epilogue::swiglu, 128, 4, 4, 2, 1},
-    {Promotion::hybrid_flush, Epilogue::store, 32, 5, 5, 1, 1},
     {Promotion::hybrid_flush, Epilogue::store, 64, 4, 4, 1, 1},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 32, 5, 5, 1, 1},
     {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 4, 1, 1},
-    {Promotion::hybrid_flush, Epilogue::store, 32, 5, 5, 2, 1},
     {Promotion::hybrid_flush, Epilogue::store, 64, 4, 4, 2, 1},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 32, 5, 5, 2, 1},
     {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 4, 2, 1},
 };
 

@@ -57,7 +57,7 @@ void check(GemmCase c, int ctas = 2) {
 
 constexpr WgmmaConfig config(Promotion promotion, Epilogue epilogue, int block_stages = 1, int block_n = 128,
                              int cluster = 1) {
-  const bool wide = block_n == 160, narrow = block_n <= (promotion == Promotion::hybrid_flush ? 32 : 64);
+  const bool wide = block_n == 160, narrow = block_n == 64 && promotion != Promotion::hybrid_flush;
   return {promotion,
           epilogue,
           block_n,
@@ -203,10 +203,10 @@ TEST(Sm90Gemm, Hybrid128) { check_blocks<Promotion::hybrid, 1>(); }
 TEST(Sm90Gemm, Hybrid256) { check_blocks<Promotion::hybrid, 2>(); }
 
 // Chunks that end with a super group, with flush_blocks, with K.
-template <int kBlockStages, int kBlockN = 64>
+template <int kBlockStages>
 void check_flush() {
-  constexpr WgmmaConfig kPlain = config(Promotion::hybrid_flush, Epilogue::store, kBlockStages, kBlockN);
-  constexpr WgmmaConfig kGated = config(Promotion::hybrid_flush, Epilogue::swiglu, kBlockStages, kBlockN);
+  constexpr WgmmaConfig kPlain = config(Promotion::hybrid_flush, Epilogue::store, kBlockStages, 64);
+  constexpr WgmmaConfig kGated = config(Promotion::hybrid_flush, Epilogue::swiglu, kBlockStages, 64);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 1168, .super_group = 4, .flush_blocks = 3, .seed = 40});
   check<kPlain>({.rows = {19, 2},
                  .n = 512,
@@ -232,7 +232,6 @@ void check_flush() {
 }
 TEST(Sm90Gemm, HybridFlush128) { check_flush<1>(); }
 TEST(Sm90Gemm, HybridFlush256) { check_flush<2>(); }
-TEST(Sm90Gemm, HybridFlush128Narrow) { check_flush<1, 32>(); }
 
 // Pairs of CTAs that share the weights: both work, one has no rows, uneven numbers of tiles.
 TEST(Sm90Gemm, ClustersOfTwo) {
