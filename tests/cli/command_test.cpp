@@ -175,7 +175,8 @@ TEST_F(Command, TuneCheckSeesALoss) {
   Json one = table;
   one["entries"] = Json::array();
   for (const Json& e : table["entries"]) {
-    if (one["entries"].empty() && e["promotion"] == "channel") one["entries"].push_back(e);
+    // Of rows that fill a GPU: no other kernel stands in for wgmma's.
+    if (one["entries"].empty() && e["promotion"] == "channel" && e["rows"] > 4096) one["entries"].push_back(e);
   }
   Json& us = one["entries"][0]["us"];
   const auto check = [&] {
