@@ -10,8 +10,8 @@
 //   tokens:  128 threads, cp.async 16 B gathered by row_source, or TMA boxes of 16 --> [stage][block_n][128 bytes]
 //            consumers: wgmma m64nNk32, two m64 blocks each, int32 sums in registers -> epilogue -> global
 //
-// The rings are independent (WgmmaConfig::own_rings): a consumer may run ahead of the other. With sums per K-block one
-// thread copies all weights, and they arrive at the tokens' barrier.
+// The rings are independent (WgmmaConfig::own_rings): a consumer may run ahead of the other. With sums per K-block of
+// wide tiles one thread copies all weights, and they arrive at the tokens' barrier.
 //
 // Shared rows of a consumer's 128 hold weight rows in an order that the 5-D tensor map makes out of the natural layout:
 // shared row (b, w, h, g) = 64b + 16w + 8h + g holds output column 32w + 4g + 2b + h; gated, b = 0 holds the first half

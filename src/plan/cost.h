@@ -34,10 +34,10 @@ std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilo
 // `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
 struct CostConstants {
   // wgmma
-  double opening = 400;  // a tile's, whatever its width
-  double epilogue = 3;   // of a token
-  double feed = 0.25;    // a row's part of a stage, of weights or tokens, on its way from L2
-  double stand_in_opening = 800;
+  double opening = 400;           // a tile's, whatever its width
+  double epilogue = 3;            // of a token
+  double feed = 0.25;             // a row's part of a stage, of weights or tokens, on its way from L2
+  double stand_in_opening = 800;  // of a kernel that stands in for wgmma's
   // mma.sync
   double mma_opening = 1200;
   double mma_resident = 1.28;  // a stage of two CTAs, whose tiles are smaller
