@@ -65,48 +65,59 @@ struct GemmConfig {
 
 inline constexpr int kMaxExperts = 1024;
 
-// The same for the wgmma kernels of SM90 (sm90/grouped_gemm.cuh): 128 weight rows a consumer by up to block_n tokens.
+// The same for the wgmma kernels of SM90 with one sum over K (sm90/grouped_gemm.cuh): int8_channel. 128 weight rows a
+// consumer by up to block_n tokens.
 struct WgmmaConfig {
-  Promotion promotion;
-  Epilogue epilogue;
+  Epilogue epilogue;  // store, swiglu
   int block_n;        // most tokens of a tile, a multiple of 16; a tile is computed as wide as its rows need
   int weight_stages;  // of each consumer's ring of weights
   int token_stages;   // of the ring of tokens, which the consumers share
-  int block_stages;   // stages of a K-block of the scales; channel: 1
   int cluster;        // 2: CTAs work in pairs on two token tiles of one expert and share the weights
 
   // Tiles of fewer tokens are computed so wide: for few rows an expert there are other kernels, and each width is code.
-  OCTOMOE_HD constexpr int min_n() const { return block_n > 128 ? 96 : has_blocks() && block_n > 64 ? 80 : 16; }
+  OCTOMOE_HD constexpr int min_n() const { return block_n > 128 ? 96 : 16; }
 
   static constexpr int kBlockK = 128;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * kConsumers; }
-  // Whether each consumer's weights have a ring and a producer of their own, so that one consumer may run ahead; sums
-  // per K-block of wide tiles need the registers that a fourth warpgroup takes, as do three sets of sums.
-  OCTOMOE_HD constexpr bool own_rings() const {
-    return !has_blocks() || (block_n <= 64 && promotion != Promotion::hybrid_flush);
-  }
-  // Whether rows that follow one another come in boxes (WgmmaArgs::tokens_by_map): int8_block loses by it
-  // (docs/kernels.md).
-  OCTOMOE_HD constexpr bool takes_token_map() const { return promotion != Promotion::block; }
-  OCTOMOE_HD constexpr int threads() const { return 128 * (kConsumers + (own_rings() ? 2 : 1)); }
-  // Whether CTAs may take tiles as they get to them (WgmmaArgs::taken): a warp that would idle asks for the next one.
-  OCTOMOE_HD constexpr bool takes_tiles() const { return own_rings(); }
-
+  OCTOMOE_HD constexpr int threads() const { return 128 * (kConsumers + 2); }
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
-  OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
-  OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
-  // The rings; per token stage a word for each token and two scale blocks; for each of token_stages + 1 tiles where it
-  // lies and the scales of its tokens and weight rows; the tile list; what requantising exchanges (a maximum of each
-  // token and warp, and an inverse); barriers and the next tile. Rounded up for what alignment takes.
+  // The rings; for each of token_stages + 1 tiles where it lies and the scales of its tokens and weight rows; the tile
+  // list; barriers and the next tile. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return (weight_stages * block_m() + token_stages * block_n) * kBlockK +
-           (has_blocks() ? token_stages * 2 * block_n * 4 : 4) +
-           (token_stages + 1) * (16 + (promotion != Promotion::block ? block_n + block_m() : 4) * 4) +
-           ((kMaxExperts + 1) * 8 + 128) + (quantizes() ? (4 * kConsumers * 2 + 4) * block_n : 8) + token_stages * 16 +
+           (token_stages + 1) * (16 + (block_n + block_m()) * 4) + ((kMaxExperts + 1) * 8 + 128) + token_stages * 16 +
            weight_stages * 32 + 24 + 64;
+  }
+};
+
+// The same for those with sums per K-block (sm90/token_major.cuh), whose M operand are tokens: tiles of 128 tokens,
+// which two consumers share, by 128 or 256 weight rows.
+struct TokenMajorConfig {
+  Promotion promotion;
+  Epilogue epilogue;
+  int parts;         // of 128 weight rows, one after the other
+  int stages;        // of the ring
+  int block_stages;  // stages of a K-block of the scales
+
+  static constexpr int kBlockK = 128, kBlockN = 128, kConsumers = 2;
+  static constexpr int kTokenBox = 64;  // rows of a box of the tokens' map
+  OCTOMOE_HD constexpr int block_m() const { return 128 * parts; }
+  OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
+  OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
+  OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
+  // Boxes of weights a stage: gated, one of each half.
+  OCTOMOE_HD constexpr int boxes() const { return gated() ? 2 : parts; }
+  OCTOMOE_HD constexpr int box_rows() const { return block_m() / boxes(); }
+  OCTOMOE_HD constexpr int threads() const { return 128 * (2 + kConsumers); }
+  // The ring; per stage a scale of each token and of two scale blocks; for each of stages + 1 tiles where it lies, a
+  // factor and a scale of its tokens, and the scale blocks; the tile list; barriers and the next tile.
+  OCTOMOE_HD constexpr int pipeline_bytes() const {
+    return stages * ((block_m() + kBlockN) * kBlockK + (kBlockN + 2) * 4) +
+           (stages + 1) * (16 + (promotion == Promotion::hybrid ? 2 * kBlockN : kBlockN + 4) * 4 + 16) +
+           ((kMaxExperts + 1) * 8 + 128) + stages * 16 + 24 + 64;
   }
 };
 
@@ -117,7 +128,7 @@ struct GemmArgs {
   const float* a_scale;           // channel: [rows of a]; block: [KB, rows of a]; hybrid: [SG, rows of a]
   const float* w_scale;           // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
   const int32_t* a_q;             // hybrid: [KB, rows of a]
-  const uint8_t* w_q;             // hybrid: [E, NB, KB]
+  const uint8_t* w_q;             // hybrid: [E, NB, KB], 4-byte aligned
   const int32_t* a_zero;          // asymmetric: [rows of a]; null: symmetric
   const int32_t* column_sum;      // asymmetric: [E, N]
   const int32_t* expert_offsets;  // [E + 1]; masked: rows used of each expert, [E]

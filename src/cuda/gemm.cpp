@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -39,6 +40,17 @@ int row_scheme_of(const Scheme& s) {  // kernels::RowScheme
 Tensor upload(const Tensor& t, Device device) {
   if (!t.defined() || t.device() == device) return t;
   return Tensor::copy_of(t.view(), device);
+}
+
+// Bytes that kernels read by words of four, the last one too.
+Tensor upload_words(const Tensor& t, Device device) {
+  if (!t.defined() || (t.bytes() % 4 == 0 && reinterpret_cast<std::uintptr_t>(t.view().data()) % 4 == 0)) {
+    return upload(t, device);
+  }
+  const Tensor bytes = upload(t, Device::cpu());
+  const Tensor words = Tensor::zeros(t.dtype(), {ceil_div(t.elems(), 4) * 4});
+  std::memcpy(words.view().data(), bytes.view().data(), t.bytes());
+  return Tensor::copy_of(words.view(), device);
 }
 
 }  // namespace
@@ -108,7 +120,7 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
     bad_argument("{}: expected values aligned to 16 bytes, got {}", name, m_.values.view().data());
   }
   m_.scale = upload(m_.scale, where);
-  m_.q = upload(m_.q, where);
+  m_.q = upload_words(m_.q, where);
   m_.column_sum = upload(m_.column_sum, where);
   m_.activation_scale = upload(m_.activation_scale, where);
   bias_ = upload(bias, where);
@@ -137,7 +149,10 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
       kernels_.push_back({std::move(k), true});
     }
     const ContextGuard context(device);
-    weight_map_ = weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, gated());
+    const Kernel& any = kernels_.front();  // they all read the same boxes
+    weight_map_ = any.token_major
+                      ? token_major_weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, any.weight_box)
+                      : weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, gated());
   }
   if (!wgmma || automatic) {
     const int tiles = plan::tile_family(device.max_shared_bytes);
@@ -172,13 +187,13 @@ std::string DeviceMatrix::why_not_wgmma(const DeviceInfo& device) const {
                        device.compute_capability % 10);
   }
   if (!driver().cuTensorMapEncodeTiled) return "a driver of CUDA 12.0 or newer";
-  const std::int64_t rows = gated() ? m_.n / 2 : m_.n, unit = gated() ? 16 : 32;
+  const std::int64_t rows = gated() ? m_.n / 2 : m_.n, unit = gated() && !s.has_blocks() ? 16 : 32;
   if (rows % unit != 0) return fmt::format("a multiple of {} output columns, got {}", unit, rows);
   if (s.has_blocks()) {
     if (plan::wgmma_kernels(promotion_of(m_), epilogue_, s.block_k).empty()) {
       return fmt::format("scale blocks of 128 or 256 columns, got {}", s.block_k);
     }
-    // A consumer's 128 rows share a scale block; gated, the tile's 128 of each half.
+    // 128 rows of a tile share a scale block; gated, those of each half.
     constexpr std::int64_t kGroup = 128;
     if (s.block_n % kGroup != 0) return fmt::format("block_n of a multiple of {}, got {}", kGroup, s.block_n);
     if (!gated() && m_.segments > 1 && m_.n / m_.segments % kGroup != 0) {
@@ -315,12 +330,12 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
     kernels::WgmmaArgs all{.weights = weight_map_,
                            .gemm = args,
                            .evict_first = rows <= kFewRows * m_.experts,
-                           .tokens_by_map = kernel.token_map && p.row_source == nullptr && p.a.rows > 0,
+                           .tokens_by_map = p.row_source == nullptr && p.a.rows > 0,
                            .offsets_late = p.index_late,
                            .routes = p.routes,
                            .taken = p.taken,
                            .tokens = {}};
-    if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k);
+    if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k, kernel.token_box);
     launcher(*kernel.loaded, blocks, all, true, static_cast<unsigned>(kernel.cluster));
   } else {
     launcher(*kernel.loaded, blocks, args);

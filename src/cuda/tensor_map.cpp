@@ -19,12 +19,21 @@ TensorBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, b
           {128, 8, 2, 4, 2}};
 }
 
-TensorBoxes token_boxes(std::int64_t rows, std::int64_t k) {
+TensorBoxes token_major_weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, int box_rows) {
+  // Columns; row e, q and j of 32, whose shared row is 8j + 2q + e; and the runs of 32.
+  const std::uint64_t columns = static_cast<std::uint64_t>(k);
+  return {5,
+          {columns, 2, 4, 4, static_cast<std::uint64_t>(experts * n) / 32},
+          {columns, 8 * columns, 2 * columns, 32 * columns},
+          {128, 2, 4, 4, static_cast<std::uint32_t>(box_rows) / 32}};
+}
+
+TensorBoxes token_boxes(std::int64_t rows, std::int64_t k, int box_rows) {
   const std::uint64_t columns = static_cast<std::uint64_t>(k), all = static_cast<std::uint64_t>(rows) * columns;
   return {2,
           {columns, static_cast<std::uint64_t>(rows), 1, 1, 1},
           {columns, all, all, all},
-          {128, kernels::WgmmaConfig::kTokenBox, 1, 1, 1}};
+          {128, static_cast<std::uint32_t>(box_rows), 1, 1, 1}};
 }
 
 namespace {
@@ -50,20 +59,25 @@ kernels::TensorMap encode(const void* base, const TensorBoxes& boxes) {
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated) {
   return encode(w, weight_boxes(experts, n, k, gated));
 }
-kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k) {
+kernels::TensorMap token_major_weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k,
+                                          int box_rows) {
+  return encode(w, token_major_weight_boxes(experts, n, k, box_rows));
+}
+kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k, int box_rows) {
   // A layer asks for the same map in every call (its rows of h lie in its workspace): no driver call on that path.
   struct Known {
     const void* a = nullptr;
     std::int64_t rows = 0, k = 0;
+    int box_rows = 0;
     kernels::TensorMap map;
   };
   thread_local std::array<Known, 8> known;
   thread_local std::size_t oldest = 0;
   for (const Known& m : known) {
-    if (m.a == a && m.rows == rows && m.k == k) return m.map;
+    if (m.a == a && m.rows == rows && m.k == k && m.box_rows == box_rows) return m.map;
   }
-  const kernels::TensorMap map = encode(a, token_boxes(rows, k));
-  known[oldest++ % known.size()] = {a, rows, k, map};
+  const kernels::TensorMap map = encode(a, token_boxes(rows, k, box_rows));
+  known[oldest++ % known.size()] = {a, rows, k, box_rows, map};
   return map;
 }
 

@@ -18,8 +18,13 @@ TensorBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, b
 // order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
 
-// a: int8 [rows, k], 16-byte aligned, k a multiple of 16. A box is WgmmaConfig::kTokenBox rows by 128 columns.
-TensorBoxes token_boxes(std::int64_t rows, std::int64_t k);
-kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k);
+// The same for kernels/sm90/token_major.cuh: boxes of box_rows rows by 128 columns; n a multiple of 32, gated n / 2.
+TensorBoxes token_major_weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, int box_rows);
+kernels::TensorMap token_major_weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k,
+                                          int box_rows);
+
+// a: int8 [rows, k], 16-byte aligned, k a multiple of 16. A box is box_rows rows by 128 columns.
+TensorBoxes token_boxes(std::int64_t rows, std::int64_t k, int box_rows);
+kernels::TensorMap token_map(const void* a, std::int64_t rows, std::int64_t k, int box_rows);
 
 }  // namespace octomoe::cuda

@@ -18,6 +18,7 @@ using kernels::Epilogue;
 using kernels::GemmConfig;
 using kernels::Order;
 using kernels::Promotion;
+using kernels::TokenMajorConfig;
 using kernels::WgmmaConfig;
 
 constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
@@ -108,51 +109,49 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
   return e;
 }
 
-// The SM90 family's kernels (sm90/grouped_gemm.cuh); every one computes tiles of any width up to its block_n.
+// The SM90 family's kernels: int8_channel (sm90/grouped_gemm.cuh), ...
 constexpr WgmmaConfig kWgmma[] = {
-    {Promotion::channel, Epilogue::store, 128, 4, 5, 1, 1},
-    {Promotion::channel, Epilogue::swiglu, 128, 4, 5, 1, 1},
-    {Promotion::channel, Epilogue::store, 160, 3, 5, 1, 1},
-    {Promotion::channel, Epilogue::swiglu, 160, 3, 5, 1, 1},
-    {Promotion::channel, Epilogue::store, 160, 3, 5, 1, 2},
-    {Promotion::block, Epilogue::store, 64, 5, 5, 1, 1},
-    {Promotion::block, Epilogue::store, 128, 4, 4, 1, 1},
-    {Promotion::block, Epilogue::swiglu, 128, 4, 4, 1, 1},
-    {Promotion::block, Epilogue::swiglu_block, 64, 5, 5, 1, 1},
-    {Promotion::block, Epilogue::swiglu_block, 128, 4, 4, 1, 1},
-    {Promotion::block, Epilogue::store, 64, 5, 5, 2, 1},
-    {Promotion::block, Epilogue::store, 128, 4, 4, 2, 1},
-    {Promotion::block, Epilogue::swiglu, 64, 5, 5, 2, 1},
-    {Promotion::block, Epilogue::swiglu, 128, 4, 4, 2, 1},
-    {Promotion::hybrid, Epilogue::store, 64, 5, 5, 1, 1},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 4, 1, 1},
-    {Promotion::hybrid, Epilogue::swiglu, 64, 5, 5, 1, 1},
-    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 4, 1, 1},
-    {Promotion::hybrid, Epilogue::store, 64, 5, 5, 2, 1},
-    {Promotion::hybrid, Epilogue::store, 128, 4, 4, 2, 1},
-    {Promotion::hybrid, Epilogue::swiglu, 64, 5, 5, 2, 1},
-    {Promotion::hybrid, Epilogue::swiglu, 128, 4, 4, 2, 1},
-    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 4, 1, 1},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 4, 1, 1},
-    {Promotion::hybrid_flush, Epilogue::store, 64, 4, 4, 2, 1},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 64, 4, 4, 2, 1},
+    {Epilogue::store, 128, 4, 5, 1},  {Epilogue::swiglu, 128, 4, 5, 1}, {Epilogue::store, 160, 3, 5, 1},
+    {Epilogue::swiglu, 160, 3, 5, 1}, {Epilogue::store, 160, 3, 5, 2},
+};
+// ... and sums per K-block (sm90/token_major.cuh). Three sets of sums leave registers for half as many weight rows.
+constexpr TokenMajorConfig kTokenMajor[] = {
+    {Promotion::block, Epilogue::store, 2, 4, 1},         {Promotion::block, Epilogue::swiglu, 2, 4, 1},
+    {Promotion::block, Epilogue::swiglu_block, 2, 4, 1},  {Promotion::block, Epilogue::store, 2, 4, 2},
+    {Promotion::block, Epilogue::swiglu, 2, 4, 2},        {Promotion::hybrid, Epilogue::store, 2, 4, 1},
+    {Promotion::hybrid, Epilogue::swiglu, 2, 4, 1},       {Promotion::hybrid, Epilogue::store, 2, 4, 2},
+    {Promotion::hybrid, Epilogue::swiglu, 2, 4, 2},       {Promotion::hybrid_flush, Epilogue::store, 1, 6, 1},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 1, 6, 1}, {Promotion::hybrid_flush, Epilogue::store, 1, 6, 2},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 1, 6, 2},
 };
 
-KernelEntry gemm_entry(const WgmmaConfig& c) {
+template <class Config>
+KernelEntry wgmma_entry(const Config& c, const char* header) {
   KernelEntry e;
   e.id = gemm_id(c);
-  e.header = "sm90/grouped_gemm.cuh";
-  e.call = fmt::format(
-      "octomoe::sm90::grouped_gemm<octomoe::kernels::WgmmaConfig{{octomoe::kernels::Promotion::{}, "
-      "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}, {}}}>",
-      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.weight_stages,
-      c.token_stages, c.block_stages, c.cluster);
+  e.header = header;
   e.args_type = "octomoe::kernels::WgmmaArgs";
   e.threads = c.threads();
   e.shared_bytes = c.pipeline_bytes();
   e.archs = {90};
   e.expect = "IGMMA";
+  return e;
+}
+KernelEntry gemm_entry(const WgmmaConfig& c) {
+  KernelEntry e = wgmma_entry(c, "sm90/grouped_gemm.cuh");
+  e.call = fmt::format(
+      "octomoe::sm90::grouped_gemm<octomoe::kernels::WgmmaConfig{{octomoe::kernels::Epilogue::{}, {}, {}, {}, {}}}>",
+      kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.weight_stages, c.token_stages, c.cluster);
   e.cluster = c.cluster > 1;
+  return e;
+}
+KernelEntry gemm_entry(const TokenMajorConfig& c) {
+  KernelEntry e = wgmma_entry(c, "sm90/token_major.cuh");
+  e.call = fmt::format(
+      "octomoe::sm90::token_major_gemm<octomoe::kernels::TokenMajorConfig{{octomoe::kernels::Promotion::{}, "
+      "octomoe::kernels::Epilogue::{}, {}, {}, {}}}>",
+      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.parts, c.stages,
+      c.block_stages);
   return e;
 }
 
@@ -214,6 +213,7 @@ std::vector<KernelEntry> make_catalogue() {
     }
   }
   for (const WgmmaConfig& c : kWgmma) all.push_back(gemm_entry(c));
+  for (const TokenMajorConfig& c : kTokenMajor) all.push_back(gemm_entry(c));
   KernelEntry sort = simple_entry("sm90_sort", "sm90/sort.cuh", "", "SortArgs", kernels::kClusterSortThreads,
                                   kernels::cluster_sort_bytes(kernels::kMaxExperts));
   sort.call = fmt::format("octomoe::sm90::sort_routes<{}>", kernels::kSortCluster);
@@ -255,23 +255,18 @@ std::string gemm_id(const GemmConfig& c) {
 }
 
 std::string gemm_id(const WgmmaConfig& c) {
-  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}w{}t{}c{}", kPromotions[static_cast<int>(c.promotion)],
-                     c.has_blocks() ? std::to_string(c.block_stages * WgmmaConfig::kBlockK) : "",
-                     kEpilogues[static_cast<int>(c.epilogue)], c.block_m(), c.block_n, c.weight_stages, c.token_stages,
-                     c.cluster);
+  return fmt::format("sm90_gemm:channel:{}:m{}n{}w{}t{}c{}", kEpilogues[static_cast<int>(c.epilogue)], c.block_m(),
+                     c.block_n, c.weight_stages, c.token_stages, c.cluster);
 }
 
-std::span<const WgmmaConfig> wgmma_configs(Promotion promotion, Epilogue epilogue, int block_stages) {
-  static const auto* all = [] {
-    auto* map = new std::map<std::array<int, 3>, std::vector<WgmmaConfig>>;
-    for (const WgmmaConfig& c : kWgmma) {
-      (*map)[{static_cast<int>(c.promotion), static_cast<int>(c.epilogue), c.block_stages}].push_back(c);
-    }
-    return map;
-  }();
-  const auto found = all->find({static_cast<int>(promotion), static_cast<int>(epilogue), block_stages});
-  return found == all->end() ? std::span<const WgmmaConfig>{} : found->second;
+std::string gemm_id(const TokenMajorConfig& c) {
+  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}s{}", kPromotions[static_cast<int>(c.promotion)],
+                     c.block_stages * TokenMajorConfig::kBlockK, kEpilogues[static_cast<int>(c.epilogue)], c.block_m(),
+                     TokenMajorConfig::kBlockN, c.stages);
 }
+
+std::span<const WgmmaConfig> wgmma_configs() { return kWgmma; }
+std::span<const TokenMajorConfig> token_major_configs() { return kTokenMajor; }
 
 int tile_family(int max_shared_bytes) {
   return max_shared_bytes >= 220 * 1024 ? 90 : max_shared_bytes >= 160 * 1024 ? 80 : 89;

@@ -25,10 +25,11 @@ std::string gemm_id(const kernels::GemmConfig& config);
 // Tiles of the SM80 family for one promotion and epilogue, by rising block_n. family: tile_family of the device.
 std::span<const kernels::GemmConfig> gemm_configs(kernels::Promotion promotion, bool fine_groups,
                                                   kernels::Epilogue epilogue, int family);
-// Kernels of the SM90 family: block_stages is 1 for int8_channel, else K-blocks of 128 or 256 columns.
+// Kernels of the SM90 family: int8_channel's, and those with scale blocks of 128 or 256 columns.
 std::string gemm_id(const kernels::WgmmaConfig& config);
-std::span<const kernels::WgmmaConfig> wgmma_configs(kernels::Promotion promotion, kernels::Epilogue epilogue,
-                                                    int block_stages);
+std::string gemm_id(const kernels::TokenMajorConfig& config);
+std::span<const kernels::WgmmaConfig> wgmma_configs();
+std::span<const kernels::TokenMajorConfig> token_major_configs();
 // 90, 80 or 89: which tiles a device's blocks have shared memory for.
 int tile_family(int max_shared_bytes);
 

@@ -12,16 +12,15 @@ namespace {
 using kernels::Epilogue;
 using kernels::GemmConfig;
 using kernels::Promotion;
+using kernels::TokenMajorConfig;
 using kernels::WgmmaConfig;
 
 }  // namespace
 
 std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, int block_k) {
-  // Of 128 columns in a K-block, as WgmmaConfig counts them.
-  if (block_k % WgmmaConfig::kBlockK != 0) return {};
-  const int block_stages = block_k == 0 ? 1 : block_k / WgmmaConfig::kBlockK;
   std::vector<GemmKernel> list;
-  for (const WgmmaConfig& c : wgmma_configs(promotion, epilogue, block_stages)) {
+  for (const WgmmaConfig& c : wgmma_configs()) {
+    if (promotion != Promotion::channel || c.epilogue != epilogue) continue;
     list.push_back({.id = gemm_id(c),
                     .wgmma = true,
                     .block_m = c.block_m(),
@@ -29,7 +28,23 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
                     .min_n = c.min_n(),
                     .features = c.features(),
                     .cluster = c.cluster,
-                    .token_map = c.takes_token_map()});
+                    .token_box = WgmmaConfig::kTokenBox,
+                    .weight_box = 128});
+  }
+  for (const TokenMajorConfig& c : token_major_configs()) {
+    if (c.promotion != promotion || c.epilogue != epilogue || c.block_stages * TokenMajorConfig::kBlockK != block_k) {
+      continue;
+    }
+    list.push_back({.id = gemm_id(c),
+                    .wgmma = true,
+                    .block_m = c.block_m(),
+                    .block_n = TokenMajorConfig::kBlockN,
+                    .min_n = TokenMajorConfig::kTokenBox,
+                    .step_n = TokenMajorConfig::kTokenBox,
+                    .features = c.features(),
+                    .token_box = TokenMajorConfig::kTokenBox,
+                    .weight_box = c.box_rows(),
+                    .token_major = true});
   }
   return list;
 }
@@ -79,11 +94,12 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   const Moments tiles{experts * of_expert.mean * weight_tiles,
                       experts * of_expert.variance * weight_tiles * weight_tiles};
   const double ctas = static_cast<double>(key.multiprocessors) * kernel.resident;
-  // A wgmma tile is as wide as its share of the rows, in steps of 16.
+  // A wgmma tile is as wide as its share of the rows, in steps.
   const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9);
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
-          .width = kernel.wgmma ? std::clamp<double>(share + 8, kernel.min_n, kernel.block_n) : kernel.block_n,
+          .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, kernel.block_n)
+                                : kernel.block_n,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 

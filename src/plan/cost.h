@@ -16,11 +16,14 @@ struct GemmKernel {
   std::string id;
   bool wgmma = false;
   int block_m = 0, block_n = 0;  // a tile: weight rows, most tokens
-  int min_n = 16;                // wgmma: tokens that a tile is computed for at least
+  int min_n = 16;                // wgmma: tokens that a tile is computed for at least,
+  int step_n = 16;               // and in steps of so many
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
-  bool token_map = false;        // rows that follow one another are read through a tensor map
+  int token_box = 0;             // wgmma: rows of a box of the tokens' map,
+  int weight_box = 0;            // weight rows of a box, and
+  bool token_major = false;      // whether tokens are wgmma's M operand
   bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
 
   // Its tiles are small in both directions.

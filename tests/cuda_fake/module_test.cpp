@@ -263,20 +263,21 @@ TEST_F(Module, TokenMapsAreMadeOnce) {
   };
   const auto both = [](int i, std::uint64_t rows) { return std::pair<const void*, std::uint64_t>(memory[i], rows); };
   get_state()->fail_next_map = 1;
-  EXPECT_THROW(token_map(memory[0], 5, 16), Error);
+  EXPECT_THROW(token_map(memory[0], 5, 16, 16), Error);
   for (int turn = 0; turn < 3; ++turn) {
-    EXPECT_EQ(of(token_map(memory[0], 5, 16)), both(0, 5));
-    EXPECT_EQ(of(token_map(memory[1], 5, 16)), both(1, 5));
-    EXPECT_EQ(of(token_map(memory[0], 6, 16)), both(0, 6));
-    EXPECT_EQ(of(token_map(memory[0], 5, 32)), both(0, 5));
+    EXPECT_EQ(of(token_map(memory[0], 5, 16, 16)), both(0, 5));
+    EXPECT_EQ(of(token_map(memory[1], 5, 16, 16)), both(1, 5));
+    EXPECT_EQ(of(token_map(memory[0], 6, 16, 16)), both(0, 6));
+    EXPECT_EQ(of(token_map(memory[0], 5, 32, 16)), both(0, 5));
+    EXPECT_EQ(of(token_map(memory[0], 5, 32, 64)), both(0, 5));
   }
-  EXPECT_EQ(get_state()->tensor_maps, 5);
+  EXPECT_EQ(get_state()->tensor_maps, 6);
   for (int rows = 1; rows <= 20; ++rows) {  // more than are kept
-    EXPECT_EQ(of(token_map(memory[1], rows, 16)), both(1, static_cast<std::uint64_t>(rows)));
+    EXPECT_EQ(of(token_map(memory[1], rows, 16, 16)), both(1, static_cast<std::uint64_t>(rows)));
   }
-  EXPECT_EQ(of(token_map(memory[0], 5, 16)), both(0, 5));
+  EXPECT_EQ(of(token_map(memory[0], 5, 16, 16)), both(0, 5));
   const int before = get_state()->tensor_maps;
-  std::thread([&] { EXPECT_EQ(of(token_map(memory[0], 5, 16)), both(0, 5)); }).join();
+  std::thread([&] { EXPECT_EQ(of(token_map(memory[0], 5, 16, 16)), both(0, 5)); }).join();
   EXPECT_EQ(get_state()->tensor_maps, before + 1);
 }
 

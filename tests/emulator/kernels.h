@@ -30,4 +30,5 @@
 #include "sm90/few_tokens.cuh"
 #include "sm90/grouped_gemm.cuh"
 #include "sm90/sort.cuh"
+#include "sm90/token_major.cuh"
 #undef num

@@ -128,7 +128,7 @@ struct GemmProblem {
     const auto integer_scale = [&] { return 1 + rng() % 16; };
     if (c.promotion >= kernels::Promotion::hybrid) {
       a_q = Memory<std::int32_t>::of(count(blocks_k, a_rows), integer_scale);
-      w_q = Memory<std::uint8_t>::of(count(experts, blocks_n, blocks_k), integer_scale);
+      w_q = Memory<std::uint8_t>::of((count(experts, blocks_n, blocks_k) + 3) / 4 * 4, integer_scale);
     }
     if (c.zero_points) {
       a_zero = Memory<std::int32_t>::of(count(a_rows), byte);

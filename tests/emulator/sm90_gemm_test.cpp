@@ -1,4 +1,4 @@
-// kernels/sm90/grouped_gemm.cuh against docs/schemes.md section 3 as plain loops, bit for bit.
+// kernels/sm90/grouped_gemm.cuh and token_major.cuh against docs/schemes.md section 3 as plain loops, bit for bit.
 #include "cuda/tensor_map.h"
 #include "emulator/problem.h"
 
@@ -9,18 +9,18 @@ using kernels::Epilogue;
 using kernels::GemmArgs;
 using kernels::OutType;
 using kernels::Promotion;
+using kernels::TokenMajorConfig;
 using kernels::WgmmaArgs;
 using kernels::WgmmaConfig;
 
-template <WgmmaConfig C>
-void check(GemmCase c, int ctas = 2) {
-  c.promotion = C.promotion;
-  c.gated = C.gated();
-  c.quantized = C.quantizes();
-  if (C.gated()) c.segments = 2;
-  c.block_k = 128 * C.block_stages;
-  GemmProblem problem(c);
-  const cuda::TensorBoxes boxes = cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated);
+// What a launch of a kernel needs beside the problem.
+struct Launch {
+  int ctas, threads, bytes, cluster, token_box;
+  cuda::TensorBoxes weights;
+};
+
+void check_launch(GemmProblem& problem, const GemmCase& c, const Launch& how,
+                  const std::function<void(const WgmmaArgs&)>& kernel) {
   const Memory<std::int32_t> taken(1);
   taken[0] = 0;
   // Where experts' rows are counted, the offsets are not looked at.
@@ -40,8 +40,8 @@ void check(GemmCase c, int ctas = 2) {
   routes.id_limit = static_cast<std::int32_t>(c.rows.size());
   problem.check([&](GemmArgs args, const Schedule& schedule) {
     if (!ids.empty()) args.expert_offsets = nullptr;
-    const cuda::TensorBoxes rows = cuda::token_boxes(std::max<std::int64_t>(args.a_rows, 1), c.k);
-    const WgmmaArgs all{.weights = encode_tensor_map(args.w, boxes.sizes, boxes.strides, boxes.box),
+    const cuda::TensorBoxes rows = cuda::token_boxes(std::max<std::int64_t>(args.a_rows, 1), c.k, how.token_box);
+    const WgmmaArgs all{.weights = encode_tensor_map(args.w, how.weights.sizes, how.weights.strides, how.weights.box),
                         .gemm = args,
                         .evict_first = c.seed % 2 == 0,
                         .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
@@ -49,25 +49,46 @@ void check(GemmCase c, int ctas = 2) {
                         .routes = routes,
                         .taken = c.seed % 4 == 3 ? nullptr : taken.data(),
                         .tokens = encode_tensor_map(args.a, rows.sizes, rows.strides, rows.box)};
-    launch({ctas * C.cluster, C.threads(), C.pipeline_bytes(), C.cluster, schedule},
-           [&] { sm90::grouped_gemm<C>(all); });
+    launch({how.ctas * how.cluster, how.threads, how.bytes, how.cluster, schedule}, [&] { kernel(all); });
     EXPECT_EQ(taken[0], 0) << "left for the next launch";
   });
 }
 
-constexpr WgmmaConfig config(Promotion promotion, Epilogue epilogue, int block_stages = 1, int block_n = 128,
-                             int cluster = 1) {
-  const bool wide = block_n == 160, narrow = block_n == 64 && promotion != Promotion::hybrid_flush;
-  return {promotion,
-          epilogue,
-          block_n,
-          wide ? 3 : narrow ? 5 : 4,
-          wide || narrow || promotion == Promotion::channel ? 5 : 4,
-          block_stages,
-          cluster};
+template <WgmmaConfig C>
+void check(GemmCase c, int ctas = 2) {
+  c.promotion = Promotion::channel;
+  c.gated = C.gated();
+  if (C.gated()) c.segments = 2;
+  GemmProblem problem(c);
+  check_launch(problem, c,
+               {ctas, C.threads(), C.pipeline_bytes(), C.cluster, WgmmaConfig::kTokenBox,
+                cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated)},
+               [](const WgmmaArgs& all) { sm90::grouped_gemm<C>(all); });
 }
-constexpr WgmmaConfig kStore = config(Promotion::channel, Epilogue::store);
-constexpr WgmmaConfig kSwiglu = config(Promotion::channel, Epilogue::swiglu);
+
+template <TokenMajorConfig C>
+void check(GemmCase c, int ctas = 2) {
+  c.promotion = C.promotion;
+  c.gated = C.gated();
+  c.quantized = C.quantizes();
+  if (C.gated()) c.segments = 2;
+  c.block_k = 128 * C.block_stages;
+  GemmProblem problem(c);
+  check_launch(problem, c,
+               {ctas, C.threads(), C.pipeline_bytes(), 1, TokenMajorConfig::kTokenBox,
+                cuda::token_major_weight_boxes(problem.args.experts, c.n, c.k, C.box_rows())},
+               [](const WgmmaArgs& all) { sm90::token_major_gemm<C>(all); });
+}
+
+constexpr WgmmaConfig config(Epilogue epilogue, int block_n = 128, int cluster = 1) {
+  return {epilogue, block_n, block_n == 160 ? 3 : 4, 5, cluster};
+}
+constexpr WgmmaConfig kStore = config(Epilogue::store);
+constexpr WgmmaConfig kSwiglu = config(Epilogue::swiglu);
+constexpr TokenMajorConfig blocks(Promotion promotion, Epilogue epilogue, int block_stages = 1) {
+  const bool flush = promotion == Promotion::hybrid_flush;
+  return {promotion, epilogue, flush ? 1 : 2, flush ? 6 : 4, block_stages};
+}
 
 // Widths of tiles: 16 to 128 in steps of 16, two tiles that share an expert's rows, one row, none.
 TEST(Sm90Gemm, ChannelRaggedExperts) { check<kStore>({.rows = {5, 0, 37, 1, 0, 128, 150}, .n = 288, .k = 272}); }
@@ -113,7 +134,7 @@ TEST(Sm90Gemm, ChannelScalePerExpertAndMaskedRows) {
                  .seed = 11});
 }
 TEST(Sm90Gemm, Channel160) {
-  check<config(Promotion::channel, Epilogue::store, 1, 160)>({.rows = {150, 3, 200}, .n = 96, .k = 144, .seed = 12});
+  check<config(Epilogue::store, 160)>({.rows = {150, 3, 200}, .n = 96, .k = 144, .seed = 12});
 }
 TEST(Sm90Gemm, ChannelSwiglu) {
   for (const bool up_first : {false, true}) {
@@ -131,9 +152,9 @@ TEST(Sm90Gemm, ChannelSwiglu) {
   }
 }
 
-template <Promotion kPromotion, int kBlockStages, int kBlockN = 128>
+template <Promotion kPromotion, int kBlockStages>
 void check_blocks() {
-  constexpr WgmmaConfig kPlain = config(kPromotion, Epilogue::store, kBlockStages, kBlockN);
+  constexpr TokenMajorConfig kPlain = blocks(kPromotion, Epilogue::store, kBlockStages);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 784, .seed = 20});
   check<kPlain>({.rows = {5, 30}, .n = 96, .k = 80, .seed = 21}, 1);  // less than a K-block
   check<kPlain>({.rows = {19, 2},
@@ -146,9 +167,9 @@ void check_blocks() {
                  .row_factor = true,
                  .seed = 22});
   check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 256, .out = OutType::fp16, .masked = true, .seed = 23});
-  constexpr WgmmaConfig kGated = config(kPromotion, Epilogue::swiglu, kBlockStages, kBlockN);
+  constexpr TokenMajorConfig kGated = blocks(kPromotion, Epilogue::swiglu, kBlockStages);
   for (const bool up_first : {false, true}) {
-    check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .up_first = up_first, .seed = 24u + up_first});
+    check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 160, .k = 528, .up_first = up_first, .seed = 24u + up_first});
     check<kGated>({.rows = {20, 3},
                    .n = 2 * 128,
                    .k = 272,
@@ -163,24 +184,21 @@ void check_blocks() {
 }
 TEST(Sm90Gemm, Block128) { check_blocks<Promotion::block, 1>(); }
 TEST(Sm90Gemm, Block256) { check_blocks<Promotion::block, 2>(); }
-// Few rows an expert: rings of their own, tiles taken.
-TEST(Sm90Gemm, Block128Narrow) { check_blocks<Promotion::block, 1, 64>(); }
-TEST(Sm90Gemm, Hybrid256Narrow) { check_blocks<Promotion::hybrid, 2, 64>(); }
-TEST(Sm90Gemm, BlockSwigluQuantizedNarrow) {
-  constexpr WgmmaConfig kQuantized = config(Promotion::block, Epilogue::swiglu_block, 1, 64);
-  check<kQuantized>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .seed = 70});
-  check<kQuantized>(
-      {.rows = {20, 3, 64}, .n = 2 * 208, .k = 272, .gather = true, .bias = true, .limit = 2.5f, .seed = 71});
-  check<kQuantized>({.rows = {33, 28}, .n = 2 * 256, .k = 256, .extreme = true, .seed = 72}, 1);
+// Tiles of one consumer and of both, full and not; an expert's rows shared out over two tiles.
+TEST(Sm90Gemm, BlockRowsOfEveryTile) {
+  check<blocks(Promotion::block, Epilogue::store)>(
+      {.rows = {1, 63, 64, 65, 128, 129, 192, 0, 193}, .n = 288, .k = 128, .seed = 70}, 3);
+  check<blocks(Promotion::hybrid, Epilogue::store)>(
+      {.rows = {1, 63, 64, 65, 128, 129, 192, 0, 193}, .n = 544, .k = 272, .gather = true, .seed = 71}, 1);
 }
 // SwiGLU and requantising: output columns that end inside a tile (in either consumer's part, or with the first one's),
 // many tiles one after another in a CTA, values that are not finite.
 TEST(Sm90Gemm, BlockSwigluQuantized) {
-  constexpr WgmmaConfig kQuantized = config(Promotion::block, Epilogue::swiglu_block);
+  constexpr TokenMajorConfig kQuantized = blocks(Promotion::block, Epilogue::swiglu_block);
   for (const bool up_first : {false, true}) {
-    check<kQuantized>({.rows = {5, 0, 61, 70}, .n = 2 * 144, .k = 528, .up_first = up_first, .seed = 60u + up_first});
+    check<kQuantized>({.rows = {5, 0, 61, 70}, .n = 2 * 160, .k = 528, .up_first = up_first, .seed = 60u + up_first});
     check<kQuantized>({.rows = {20, 3, 150},
-                       .n = 2 * 208,
+                       .n = 2 * 224,
                        .k = 272,
                        .block_n = 256,
                        .gather = true,
@@ -190,13 +208,13 @@ TEST(Sm90Gemm, BlockSwigluQuantized) {
                        .limit = 2.5f,
                        .seed = 62u + up_first});
   }
-  check<kQuantized>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 2 * 272, .k = 112, .seed = 64}, 1);
+  check<kQuantized>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 2 * 288, .k = 112, .seed = 64}, 1);
   check<kQuantized>({.rows = {37, 128}, .n = 2 * 64, .k = 128, .seed = 65});
   check<kQuantized>({.rows = {19, 0, 2}, .n = 2 * 256, .k = 256, .masked = true, .seed = 66});
   check<kQuantized>({.rows = {100, 28}, .n = 2 * 256, .k = 256, .extreme = true, .seed = 67});
 }
 TEST(Sm90Gemm, HybridManyShortTiles) {
-  check<config(Promotion::hybrid, Epilogue::store)>(
+  check<blocks(Promotion::hybrid, Epilogue::store)>(
       {.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .row_factor = true, .seed = 28}, 1);
 }
 TEST(Sm90Gemm, Hybrid128) { check_blocks<Promotion::hybrid, 1>(); }
@@ -205,8 +223,8 @@ TEST(Sm90Gemm, Hybrid256) { check_blocks<Promotion::hybrid, 2>(); }
 // Chunks that end with a super group, with flush_blocks, with K.
 template <int kBlockStages>
 void check_flush() {
-  constexpr WgmmaConfig kPlain = config(Promotion::hybrid_flush, Epilogue::store, kBlockStages, 64);
-  constexpr WgmmaConfig kGated = config(Promotion::hybrid_flush, Epilogue::swiglu, kBlockStages, 64);
+  constexpr TokenMajorConfig kPlain = blocks(Promotion::hybrid_flush, Epilogue::store, kBlockStages);
+  constexpr TokenMajorConfig kGated = blocks(Promotion::hybrid_flush, Epilogue::swiglu, kBlockStages);
   check<kPlain>({.rows = {5, 0, 37, 1, 140}, .n = 288, .k = 1168, .super_group = 4, .flush_blocks = 3, .seed = 40});
   check<kPlain>({.rows = {19, 2},
                  .n = 512,
@@ -222,7 +240,7 @@ void check_flush() {
   check<kPlain>({.rows = {30}, .n = 96, .k = 656, .super_group = 256, .flush_blocks = 1, .seed = 42});
   for (const bool up_first : {false, true}) {
     check<kGated>({.rows = {5, 0, 61, 70},
-                   .n = 2 * 144,
+                   .n = 2 * 160,
                    .k = 784,
                    .super_group = 2,
                    .flush_blocks = 2,
@@ -235,12 +253,10 @@ TEST(Sm90Gemm, HybridFlush256) { check_flush<2>(); }
 
 // Pairs of CTAs that share the weights: both work, one has no rows, uneven numbers of tiles.
 TEST(Sm90Gemm, ClustersOfTwo) {
-  check<config(Promotion::channel, Epilogue::store, 1, 128, 2)>(
-      {.rows = {5, 0, 37, 1, 300}, .n = 288, .k = 784, .seed = 30});
-  check<config(Promotion::channel, Epilogue::swiglu, 1, 128, 2)>(
+  check<config(Epilogue::store, 128, 2)>({.rows = {5, 0, 37, 1, 300}, .n = 288, .k = 784, .seed = 30});
+  check<config(Epilogue::swiglu, 128, 2)>(
       {.rows = {130, 2}, .n = 2 * 144, .k = 272, .gather = true, .zero_points = true, .bias = true, .seed = 31});
-  check<config(Promotion::channel, Epilogue::store, 1, 160, 2)>(
-      {.rows = {5, 0, 37, 400}, .n = 544, .k = 144, .seed = 33}, 1);
+  check<config(Epilogue::store, 160, 2)>({.rows = {5, 0, 37, 400}, .n = 544, .k = 144, .seed = 33}, 1);
 }
 
 }  // namespace

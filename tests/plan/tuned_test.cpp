@@ -7,7 +7,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "plan/catalogue.h"
+#include "plan/cost.h"
 #include "support/errors.h"
 
 namespace octomoe::plan {
@@ -17,7 +17,7 @@ using kernels::Epilogue;
 using kernels::Promotion;
 using testing::expect_error;
 
-std::string some_kernel(std::size_t i) { return gemm_id(wgmma_configs(Promotion::channel, Epilogue::swiglu, 1)[i]); }
+std::string some_kernel(std::size_t i) { return wgmma_kernels(Promotion::channel, Epilogue::swiglu, 0)[i].id; }
 
 TuneKey key(std::int64_t k = 2048) {
   return {.device = "GPU", .multiprocessors = 132, .epilogue = Epilogue::swiglu, .experts = 128, .n = 1536, .k = k};

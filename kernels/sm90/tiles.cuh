@@ -1,0 +1,136 @@
+// What the SM90 GEMM kernels' producers and consumers share: places in a ring, where a tile lies, whose it is.
+#pragma once
+
+#include "core/gemm_config.h"
+#include "core/tile_list.cuh"
+#include "ptx/grid.cuh"
+#include "ptx/sm90.cuh"
+
+namespace octomoe::sm90 {
+
+using kernels::GemmArgs;
+using kernels::Tile;
+using kernels::TileList;
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
+
+template <int kSize>
+struct Slot {
+  int32_t index = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++index == kSize) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Tiles of an expert: its rows shared out in steps of kStep, so that no tile is more than a step wider than another and
+// CTAs that meet the same tile of each expert have as much to do as others; weight tiles in groups of 8, so that CTAs
+// that run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
+template <int kStep, int kCluster>
+__device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index, int32_t m_tiles,
+                                          int rank = 0) {
+  constexpr int kRaster = 8;
+  const int32_t lo = kernels::find_expert(list, args.experts, index / m_tiles);
+  const int32_t first = list.first_tile[lo], count = list.first_tile[lo + 1] - first;
+  const int32_t local = index - first * m_tiles, per_group = kRaster * count;
+  const int32_t group = local / per_group, inside = local - group * per_group;
+  const int32_t wide = min(kRaster, m_tiles - group * kRaster), n_tile = inside / wide;
+  const int32_t begin = list.row_begin[lo];
+  const int32_t rows = args.masked_rows > 0 ? args.expert_offsets[lo] : list.row_begin[lo + 1] - begin;
+  const int32_t parts = count * kCluster, part = n_tile * kCluster + rank;
+  const auto steps = static_cast<uint32_t>(rows + kStep - 1) / kStep;
+  const auto each = static_cast<int32_t>(steps / static_cast<uint32_t>(parts));
+  const int32_t wider = static_cast<int32_t>(steps) - each * parts;  // tiles of a step more
+  const int32_t before = kStep * (part * each + min(part, wider));
+  Tile t;
+  t.expert = lo;
+  t.m_tile = group * kRaster + inside - n_tile * wide;
+  t.row_begin = begin + before;
+  t.rows = min(kStep * (each + (part < wider ? 1 : 0)), rows - before);
+  if (kCluster > 1 && t.rows <= 0) {  // nothing left for the second CTA: it works along and stores nothing
+    t.row_begin = begin;
+    t.rows = 0;
+  }
+  return t;
+}
+
+template <bool kGated>
+__device__ __forceinline__ int width_of(const GemmArgs& args) {
+  return kGated ? args.n / 2 : args.n;
+}
+
+// The scale block of an output column: the halves of a w13 restart at a block, also where they are not gated here.
+template <bool kGated>
+__device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, int column, int half) {
+  // Unsigned divisions take fewer registers, which the producer is short of.
+  const auto block = static_cast<uint32_t>(args.block_n);
+  const uint32_t rows = static_cast<uint32_t>(args.n) / static_cast<uint32_t>(args.segments);
+  const uint32_t per_segment = (rows + block - 1) / block;
+  const auto row = static_cast<uint32_t>(min(column, width_of<kGated>(args) - 1));
+  const uint32_t segment = kGated ? static_cast<uint32_t>(half) : row / rows;
+  const uint32_t inside = (kGated ? row : row - segment * rows) / block;
+  return expert * args.blocks_n + static_cast<int32_t>(segment * per_segment + inside);
+}
+
+// The tile that all readers of a CTA, or of a pair, are told of next.
+struct NextTile {
+  uint64_t full, empty;
+  int32_t tile;
+};
+
+// A CTA's tiles one after another: every gridDim-th, or, with kTakes, as take_tiles brings them: whichever is next when
+// this CTA is about to need one. Then no CTA ends long before others whose tiles are wider or whose memory is farther
+// away.
+template <bool kTakes, int kCluster>
+struct TileQueue {
+  int32_t index = first();
+  uint32_t phase = 0;
+
+  static __device__ __forceinline__ int32_t first() { return static_cast<int32_t>(blockIdx.x) / kCluster; }
+  static __device__ __forceinline__ int32_t step() { return static_cast<int32_t>(gridDim.x) / kCluster; }
+
+  // Of one lane of each reader: from now on the next tile may be taken. A pair's first CTA does it for both.
+  static __device__ __forceinline__ void ask(NextTile& next) {
+    if constexpr (kTakes) {
+      const uint32_t barrier = ptx::shared_address(&next.empty);
+      if constexpr (kCluster > 1) {
+        ptx::barrier_arrive_at(barrier, 0);
+      } else {
+        ptx::barrier_arrive(barrier);
+      }
+    }
+  }
+  __device__ __forceinline__ void advance(NextTile& next, bool taken) {
+    if (kTakes && taken) {
+      ptx::barrier_wait(ptx::shared_address(&next.full), phase);
+      index = next.tile;
+      phase ^= 1;
+    } else {
+      index += step();
+    }
+  }
+
+  // One thread. It takes a tile when all readers have asked, and tells them.
+  static __device__ __forceinline__ void take_tiles(int32_t* taken, NextTile& next, int32_t total) {
+    if (first() >= total) return;
+    ptx::grid_dependency_wait();  // the counter may be zeroed as late as the offsets are written
+    for (uint32_t phase = 0;; phase ^= 1) {
+      ptx::barrier_wait(ptx::shared_address(&next.empty), phase);
+      const int32_t before = atomicAdd(taken, 1), tile = before + step();
+      if (before == total - 1) *taken = 0;  // each tile's CTA asks once, so that was the last time
+      const uint32_t to = ptx::shared_address(&next.tile), full = ptx::shared_address(&next.full);
+      if constexpr (kCluster > 1) {
+        for (uint32_t r = 0; r < kCluster; ++r) ptx::send_word(to, full, r, tile);
+      } else {
+        next.tile = tile;
+        ptx::barrier_arrive(full);
+      }
+      if (tile >= total) return;
+    }
+  }
+};
+
+}  // namespace octomoe::sm90
