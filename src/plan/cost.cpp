@@ -94,19 +94,19 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   const Moments tiles{experts * of_expert.mean * weight_tiles,
                       experts * of_expert.variance * weight_tiles * weight_tiles};
   const double ctas = static_cast<double>(key.multiprocessors) * kernel.resident;
-  // A wgmma tile is as wide as its share of the rows, in steps.
-  const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9);
+  // A wgmma tile reads its share of the rows in steps of 16, and is as wide in steps of its own.
+  const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9), most = kernel.block_n;
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
-          .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, kernel.block_n)
-                                : kernel.block_n,
+          .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most) : most,
+          .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : most,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 
 double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
   if (kernel.stands_in) {
     if (!work.one_each) return std::numeric_limits<double>::infinity();
-    return constants.feed * (kernel.block_m + work.width) * work.stages + constants.stand_in_opening;
+    return constants.feed * (kernel.block_m + work.fed) * work.stages + constants.stand_in_opening;
   }
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
@@ -114,7 +114,7 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     const double stage = kernel.resident > 1 ? constants.mma_resident : 1;
     return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
-  const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.width));
+  const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.fed));
   return work.rounds * part * (stage * work.stages + work.width * constants.epilogue + constants.opening);
 }
 

@@ -50,7 +50,8 @@ struct CostConstants {
 struct GemmWork {
   double rounds;  // tiles of the CTA that has most of them
   bool one_each;  // no multiprocessor has more than one tile
-  double width;   // tokens of a tile
+  double width;   // tokens that a tile is computed for
+  double fed;     // and those that it reads
   double stages;  // of K
 };
 GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows);
