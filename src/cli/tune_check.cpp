@@ -92,6 +92,22 @@ double loss(const Point& p, const CostConstants& constants) {
   return us / p.least_us - 1;
 }
 
+// The same where costs are uncertain by `kDoubt`: what the near misses of the choice would cost counts too, so that
+// constants stand off from values at which a choice turns over.
+double doubtful_loss(const Point& p, const CostConstants& constants) {
+  constexpr double kDoubt = 0.05;
+  std::vector<double> costs;
+  for (const Candidate& c : p.candidates) costs.push_back(plan::cost(c.kernel, c.work, constants));
+  const double least = *std::ranges::min_element(costs);
+  double sum = 0, weights = 0;
+  for (std::size_t i = 0; i < costs.size(); ++i) {
+    const double weight = std::exp((least - costs[i]) / (kDoubt * std::max(least, 1e-9)));
+    sum += weight * (p.candidates[i].us / p.least_us - 1);
+    weights += weight;
+  }
+  return sum / weights;
+}
+
 template <class Wanted>
 Losses losses(const std::vector<Point>& points, const CostConstants& constants, const Wanted& wanted,
               std::string* worst_at = nullptr) {
@@ -112,8 +128,8 @@ Losses losses(const std::vector<Point>& points, const CostConstants& constants, 
   return l;
 }
 
-// From constants that say nothing, one after another is set to the value with the least loss (mean square), four times
-// through; of neighbouring values that are equally good, the middle one.
+// From constants that say nothing, one after another is set to the value with the least doubtful loss (mean square),
+// four times through; of neighbouring values that are equally good, the middle one.
 template <class Wanted>
 CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wanted) {
   const std::vector<double> openings = {0, 25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200};
@@ -140,7 +156,7 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
         double sum = 0;
         for (const Point& p : points) {
           if (!wanted(p)) continue;
-          const double x = loss(p, c);
+          const double x = doubtful_loss(p, c);
           sum += x * x;
         }
         if (sum < least - 1e-9) {

@@ -115,7 +115,7 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
   const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.fed));
-  return work.rounds * part * (stage * work.stages + work.width * constants.epilogue + constants.opening);
+  return work.rounds * part * (stage * work.stages + work.fed * constants.epilogue + constants.opening);
 }
 
 }  // namespace octomoe::plan
