@@ -83,6 +83,23 @@ TEST(Work, IsWhatRandomRoutingNeeds) {
   }
 }
 
+// Tokens as wgmma's M operand: a tile is computed in steps of 64, whatever it reads.
+TEST(Work, IsReadInStepsOf16WhateverIsComputed) {
+  GemmKernel k = kernel(128);
+  k.min_n = k.step_n = 64;
+  for (const double rows : {1.0, 40.0, 128 * 30.0, 128 * 100.0}) {
+    const GemmWork narrow = work_of(kernel(128), key(), rows), wide = work_of(k, key(), rows);
+    EXPECT_EQ(narrow.width, narrow.fed);
+    EXPECT_EQ(wide.fed, narrow.fed);
+    EXPECT_EQ(wide.rounds, narrow.rounds);
+    EXPECT_GE(wide.width, 64);
+    EXPECT_GE(wide.width, wide.fed);
+    EXPECT_LE(wide.width, 128);
+  }
+  EXPECT_LT(work_of(k, key(), 1).fed, 32);
+  EXPECT_LT(cost(k, work_of(k, key(), 1)), cost(k, work_of(k, key(), 128 * 60)));
+}
+
 TEST(Work, EndsAtWholeRounds) {
   // 22 experts x 6 weight tiles fill 132 multiprocessors once; tokens enough that none goes without rows.
   const double rows = 22 * 64;
