@@ -28,8 +28,7 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
                     .min_n = c.min_n(),
                     .features = c.features(),
                     .cluster = c.cluster,
-                    .token_box = WgmmaConfig::kTokenBox,
-                    .weight_box = 128});
+                    .token_box = WgmmaConfig::kTokenBox});
   }
   for (const TokenMajorConfig& c : token_major_configs()) {
     if (c.promotion != promotion || c.epilogue != epilogue || c.block_stages * TokenMajorConfig::kBlockK != block_k) {
@@ -43,8 +42,8 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
                     .step_n = TokenMajorConfig::kTokenBox,
                     .features = c.features(),
                     .token_box = TokenMajorConfig::kTokenBox,
-                    .weight_box = c.box_rows(),
-                    .token_major = true});
+                    .token_major = true,
+                    .weight_box = c.box_rows()});
   }
   return list;
 }

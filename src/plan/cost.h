@@ -21,9 +21,9 @@ struct GemmKernel {
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
-  int token_box = 0;             // wgmma: rows of a box of the tokens' map,
-  int weight_box = 0;            // weight rows of a box, and
-  bool token_major = false;      // whether tokens are wgmma's M operand
+  int token_box = 0;             // wgmma: rows of a box of the tokens' map
+  bool token_major = false;      // wgmma: tokens are the M operand
+  int weight_box = 0;            // token_major: rows of a box of the weights' map
   bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
 
   // Its tiles are small in both directions.

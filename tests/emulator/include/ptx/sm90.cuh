@@ -52,6 +52,5 @@ inline void lower_registers() {}
 inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
   return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16;
 }
-inline void named_barrier(int id, int threads) { emulator::cta_barrier(id, threads); }
 
 }  // namespace octomoe::ptx
