@@ -1,8 +1,8 @@
 // Arguments of the kernels for few tokens (sm90/few_tokens.cuh): at most kFewTokens tokens with kFewRoutes routes,
-// int8_channel, swiglu. Shared by host and device.
+// swiglu. Shared by host and device, as is where things lie in their shared memory.
 #pragma once
 
-#include "core/args.h"
+#include "core/gemm_config.h"
 
 namespace octomoe::kernels {
 
@@ -12,12 +12,13 @@ inline constexpr int kFewTokens = 8, kFewRoutes = 64;
 // have no room in shared memory.
 inline constexpr int kFewGateUpWarps = 8, kFewDownWarps = 16;
 inline constexpr int kFewGateUpThreads = 32 * kFewGateUpWarps, kFewDownThreads = 32 * kFewDownWarps;
-inline constexpr int kFewDownBound = kFewDownThreads + 32;  // two CTAs of so many threads: 56 registers each
+inline constexpr int kFewGateUpRegisters = 144, kFewDownRegisters = 56;  // at most
 // Of down's ring: enough to keep the memory busy while gate_up ends and h is quantised; more gains nothing.
 inline constexpr int kFewRingBytes = 112 * 1024;
 inline constexpr int kFewDownMinSharedBytes = 115 * 1024;
 inline constexpr int kFewHeaderBytes = 6144;  // shared memory before anything whose size depends on the shape
 inline constexpr int kFewMaxHidden = 8192;
+inline constexpr int kFewGateUpSharedBytes = 112 * 1024;  // at most: what `down` leaves
 inline constexpr int kFewMaxStages = 24;
 // Columns of out that lie in one stage of down's ring: four for each warp of a stream, but no more than this many
 // bytes.
@@ -27,21 +28,91 @@ inline constexpr int kFewMaxStageBytes = 49152, kFewMaxStageColumns = 4 * kFewDo
 inline constexpr int kFewUnit = 1024;
 constexpr int few_x_stride(int hidden) { return (hidden + kFewUnit - 1) / kFewUnit * kFewUnit; }
 
-// Four columns to a warp: how many stages down's warps work on at once.
+// Four columns to a warp: how many warps work on a stage, and on how many stages at once.
+constexpr int few_stream_warps(int stage_columns) { return (stage_columns + 3) / 4; }
 constexpr int few_streams(int stage_columns, int stages) {
-  const int streams = kFewDownWarps / ((stage_columns + 3) / 4);
+  const int streams = kFewDownWarps / few_stream_warps(stage_columns);
   return streams < stages ? streams : stages;
 }
 
 // One of the two matrices of every expert.
 struct FewMatrix {
   const int8_t* w;            // [E, n, k]
-  const float* scale;         // [E, n]; per_tensor: [E]
+  const float* scale;         // channel: [E, n] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
   const float* bias;          // [E, n] or null
   const int32_t* column_sum;  // asymmetric: [E, n]; null: symmetric
   const float* static_scale;  // or null
+  const uint8_t* q;           // hybrid: [E, NB, KB], 4-byte aligned
   int32_t n, k, per_tensor;
+  int32_t block_n, block_k;                 // scale blocks: weight rows; columns, 128 or 256
+  int32_t blocks_n, blocks_k, super_groups;  // NB, KB, SG
+  int32_t super_group, flush_blocks, q_max;  // hybrid: as in GemmArgs
 };
+
+// Columns that are summed up before any scale is applied: a scale block is one or two of them.
+inline constexpr int kFewPiece = 128;
+
+// Dynamic shared memory of gate_up, offsets: the header, x's quantised rows, then (not with Promotion::channel) their
+// scales, those of the scale blocks that a CTA's columns meet, and of each warp the sums of results that wait for the
+// epilogue. The host makes it, so that kernels have all of it as constants.
+struct FewGateUpLayout {
+  int32_t a, w, sums, bytes;
+  // Words of the scales of a row of x: s_a; hybrid: F_a, then Q_a. Of a block of weight rows: s_w; hybrid: F_w, then the
+  // words that hold Q_w.
+  int32_t a_words, w_words;
+  int32_t half_blocks;  // scale blocks of gate, or up
+  int32_t slots;        // results that wait, a power of two, ...
+  int32_t slot_words;   // ... and an odd number of words for each, so that lanes read different banks
+};
+// Of down: the header, the ring, h's quantised rows, the scales of the CTA's weight rows for each entry (channel: of each
+// column), y, the scales of h's rows and the largest magnitude of each of their K-blocks.
+struct FewDownLayout {
+  int32_t rows, w, y, a, top, bytes;
+  int32_t a_words, w_words;  // as in FewGateUpLayout
+  int32_t blocks;            // scale blocks that a CTA's columns meet at most
+  int32_t stream_warps, streams;
+};
+
+constexpr int few_a_words(Promotion p, const FewMatrix& m) {
+  return p == Promotion::channel ? 0 : p == Promotion::block ? m.blocks_k : m.super_groups + m.blocks_k;
+}
+constexpr int few_w_words(Promotion p, const FewMatrix& m) {
+  return p == Promotion::channel ? 0 : p == Promotion::block ? m.blocks_k : m.super_groups + (m.blocks_k + 6) / 4;
+}
+constexpr FewGateUpLayout few_gate_up_layout(Promotion p, const FewMatrix& w13, int tokens, int top_k, int ctas) {
+  FewGateUpLayout l{};
+  l.a = kFewHeaderBytes + tokens * few_x_stride(w13.k);
+  l.w = l.sums = l.bytes = l.a;
+  if (p == Promotion::channel) return l;
+  l.a_words = few_a_words(p, w13);
+  l.w_words = few_w_words(p, w13);
+  l.half_blocks = w13.blocks_n / 2;
+  l.slots = w13.k <= 2 * kFewUnit ? 32 : 16;
+  l.slot_words = 2 * ((w13.k + kFewPiece - 1) / kFewPiece) + 1;
+  // Scale blocks that a CTA's columns meet: an expert's last one may be short, and both ends lie inside of one.
+  const int width = w13.n / 2, columns = (tokens * top_k * width + ctas - 1) / ctas;
+  const int blocks = columns * l.half_blocks / width + 3;
+  l.w = l.a + tokens * l.a_words * 4;
+  l.sums = l.w + blocks * 2 * l.w_words * 4;
+  l.bytes = l.sums + kFewGateUpWarps * l.slots * l.slot_words * 4;
+  return l;
+}
+constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int routes, int columns, int stage_columns,
+                                        int stages) {
+  FewDownLayout l{};
+  l.stream_warps = few_stream_warps(stage_columns);
+  l.streams = few_streams(stage_columns, stages);
+  l.a_words = few_a_words(p, w2);
+  l.w_words = few_w_words(p, w2);
+  l.blocks = p == Promotion::channel ? 0 : (columns - 1) / w2.block_n + 2;
+  l.rows = kFewHeaderBytes + stages * stage_columns * w2.k;
+  l.w = l.rows + routes * w2.k;
+  l.y = l.w + routes * (p == Promotion::channel ? columns : l.blocks * l.w_words) * 4;
+  l.a = l.y + routes * columns * 4;
+  l.top = l.a + routes * l.a_words * 4;
+  l.bytes = l.top + (p == Promotion::channel ? 0 : routes * w2.blocks_k * 4);
+  return l;
+}
 
 struct FewGateUpArgs {
   Routes routes;
@@ -50,6 +121,7 @@ struct FewGateUpArgs {
   uint16_t* h;  // [T * k, I] bf16, by route
   int32_t up_first;
   float limit;  // +Inf: none
+  FewGateUpLayout layout;
 };
 
 struct FewDownArgs {
@@ -63,6 +135,7 @@ struct FewDownArgs {
   int32_t columns;        // of out that a CTA computes
   int32_t stage_columns;  // of them in a stage of the ring: at most kFewDownWarps
   int32_t stages;         // at most kFewMaxStages; a multiple of few_streams
+  FewDownLayout layout;
 };
 
 }  // namespace octomoe::kernels

@@ -1,20 +1,11 @@
 // A layer of a few tokens in two kernels: there, launches and the first bytes' way cost as much as the weights.
 //
-//   gate_up: quantise x (each CTA for itself) -> w13 -> SwiGLU -> h [routes, I] bf16
-//   down:    quantise h (each CTA for itself) -> w2 -> y -> combine -> out
+//   gate_up: quantise x (each CTA for itself) -> w13 -> SwiGLU -> h [routes, I] bf16      (few_gate_up.cuh)
+//   down:    quantise h (each CTA for itself) -> w2 -> y -> combine -> out                 (few_down.cuh)
 //
 // No sort: a warp of each CTA groups the routes by expert, so that an expert's weights are read once whoever chose it.
-//
-// gate_up shares out all pairs of a gate and an up row evenly over the CTAs, and a CTA's over its warps. Weights go
-// straight to registers, kFewDepth units ahead: a unit is 1 KB of each row of a pair, and as soon as one is
-// multiplied its registers are loaded again. Results stay in lanes until a warp is full of them, so that the epilogue's
-// latency is paid once.
-//
-// down gives a CTA some columns of out with all experts, so that it combines them alone. Its weights come by bulk copies
-// into a ring as long as shared memory has room: the last of gate_up, the quantising of h and the streaming of w2 go on
-// at once.
-//
-// The arithmetic is docs/schemes.md's, so results equal the other kernels' to the bit.
+// This file is what both kernels do. The arithmetic is docs/schemes.md's, so results equal the other kernels' to the
+// bit. Promotion::hybrid stands for sums with and without float steps.
 #pragma once
 
 #include "core/few_args.h"
@@ -34,17 +25,16 @@ using kernels::kFewGateUpWarps;
 using kernels::kFewHeaderBytes;
 using kernels::kFewMaxHidden;
 using kernels::kFewMaxStages;
+using kernels::kFewPiece;
 using kernels::kFewRoutes;
 using kernels::kFewTokens;
 using kernels::kFewUnit;
 using kernels::OutType;
+using kernels::Promotion;
 using kernels::Routes;
 
-inline constexpr int kFewDepth = 5;  // units of gate_up in flight: 80 KB a CTA
-inline constexpr int kFewPieces = kFewUnit / 512;  // loads of a warp
-inline constexpr int kFewPrefetchBytes = 8192;  // a warp's, ahead of the first loads
-inline constexpr int kFewTogether = 4;          // routes that share a pass over their expert's weights
-inline constexpr int kFewColumns = 256;         // values of a row that a warp quantises at once
+inline constexpr int kFewTogether = 4;   // routes that share a pass over their expert's weights
+inline constexpr int kFewColumns = 256;  // values of a row that a warp quantises at once
 inline constexpr unsigned kFewAll = 0xffffffffu;
 
 // Up to kFewTogether routes of one expert.
@@ -58,12 +48,15 @@ struct FewShared {
   int32_t entries;
   int32_t expert[kFewRoutes];  // of a route; -1: none
   float weight[kFewRoutes];    // down: the router's, of a route
-  // Of quantised rows.
+  // channel: of quantised rows.
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
+  uint64_t scales_full;  // gate_up, block and hybrid: the scales of its weight rows are there
   union {
-    uint32_t top[3][kFewTokens * kFewMaxHidden / kFewColumns];  // gate_up: maxima of kFewColumns values of a row
-    uint64_t barrier[2][kFewMaxStages];                         // down: full, empty
+    // gate_up: largest magnitudes of kFewColumns values of a row (channel; asymmetric: of the negative and of the
+    // positive ones too), or of each K-block.
+    uint32_t top[3][kFewTokens * kFewMaxHidden / kFewColumns];
+    uint64_t barrier[2][kFewMaxStages];  // down: full, empty
   };
 };
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
@@ -184,6 +177,68 @@ struct FewScale {
   }
 };
 
+// Pieces of a row; the K-block of a piece or of a column, and whether it begins there. A K-block is one or two pieces.
+__device__ __forceinline__ int32_t few_pieces(const FewMatrix& m) { return (m.k + kFewPiece - 1) / kFewPiece; }
+__device__ __forceinline__ int32_t few_block_of_piece(const FewMatrix& m, int32_t piece) { return piece >> (m.block_k >> 8); }
+__device__ __forceinline__ int32_t few_block_of(const FewMatrix& m, int32_t column) {
+  return few_block_of_piece(m, column / kFewPiece);
+}
+__device__ __forceinline__ bool few_begins_block(const FewMatrix& m, int32_t column) {
+  return column < m.k && (column & (m.block_k - 1)) == 0;
+}
+
+// How the values of a K-block are rounded, and what its row's scales become.
+struct FewGroup {
+  float inverse;
+  uint32_t word;    // s_a, hybrid: Q_a
+  float super = 0;  // hybrid: F_a
+
+  // tops: bits of the largest magnitudes of the row's K-blocks.
+  template <Promotion P>
+  static __device__ __forceinline__ FewGroup of(const FewMatrix& m, const uint32_t* tops, int32_t block) {
+    if constexpr (P == Promotion::block) {
+      const num::GroupScale s = num::symmetric_scale(tops[block], num::kInt8Max);
+      return {s.inverse, num::bits(s.scale)};
+    } else {
+      const int32_t begin = block / m.super_group * m.super_group, end = min(begin + m.super_group, m.blocks_k);
+      uint32_t top = 0;
+#pragma unroll 8
+      for (int32_t i = begin; i < end; ++i) top = max(top, tops[i]);
+      const num::SuperScale super = num::super_scale(top, m.q_max);
+      const num::BlockScale q = num::block_scale(super, tops[block], m.q_max);
+      return {q.inverse, static_cast<uint32_t>(q.q), super.f};
+    }
+  }
+  // One lane of each K-block; a: the row's scales (FewDownLayout).
+  template <Promotion P>
+  __device__ __forceinline__ void store(const FewMatrix& m, uint32_t* a, int32_t block) const {
+    if constexpr (P == Promotion::block) {
+      a[block] = word;
+    } else {
+      a[m.super_groups + block] = word;
+      if (block % m.super_group == 0) a[block / m.super_group] = num::bits(super);
+    }
+  }
+  // No value exceeds the maximum that the scale was made of: nothing to clamp.
+  __device__ __forceinline__ uint2 quantize(const float (&v)[8]) const {
+    if (inverse == 0.0f) return make_uint2(0, 0);
+    uint32_t q[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = num::quantize_within(v[i], inverse);
+    return make_uint2(few_low_bytes(q[0], q[1], q[2], q[3]), few_low_bytes(q[4], q[5], q[6], q[7]));
+  }
+};
+
+// The largest magnitude of a lane's K-block of 128 or 256 columns, of which each lane has eight; a warp.
+__device__ __forceinline__ uint32_t few_block_top(const float (&v)[8], int32_t block_k) {
+  FewRange range;
+  range.add(v, false);
+#pragma unroll
+  for (int by = 1; by < kFewPiece / 8; by *= 2) range.top = max(range.top, __shfl_xor_sync(kFewAll, range.top, by));
+  if (block_k > kFewPiece) range.top = max(range.top, __shfl_xor_sync(kFewAll, range.top, 16));
+  return range.top;
+}
+
 __device__ __forceinline__ void few_unpack(const uint4& p, float (&v)[8]) {
   const uint32_t w[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
@@ -206,496 +261,42 @@ __device__ __forceinline__ int32_t few_sum(int32_t v) {
 }
 __device__ __forceinline__ int32_t few_byte(uint32_t bytes, int i) { return static_cast<int32_t>(bytes >> (8 * i) & 0xffu); }
 
-// v of a sum; scale: of the weight row.
+__device__ __forceinline__ float few_biased(const FewMatrix& m, int64_t row, float v) {
+  return m.bias != nullptr ? __fadd_rn(v, m.bias[row]) : v;
+}
+// channel: v of a sum; scale: of the weight row.
 __device__ __forceinline__ float few_value(const FewMatrix& m, int64_t row, int32_t sum, float scale, float a_scale,
                                            int32_t zero) {
   const int32_t acc = m.column_sum != nullptr ? sum - zero * m.column_sum[row] : sum;
-  const float v = __fmul_rn(__int2float_rn(acc), __fmul_rn(scale, a_scale));
-  return m.bias != nullptr ? __fadd_rn(v, m.bias[row]) : v;
+  return few_biased(m, row, __fmul_rn(__int2float_rn(acc), __fmul_rn(scale, a_scale)));
 }
 
-// ---- gate_up ----
-struct FewGateUp {
-  const FewGateUpArgs& args;
-  const FewMatrix& m;
-  FewShared& shared;
-  int8_t* rows;  // of x, quantised
-  int32_t lane, warp, width, stride;
-
-  // The maxima of x's pieces of kFewColumns values; the loads of some pieces at once.
-  __device__ __forceinline__ void measure() const {
-    constexpr int kAtOnce = 4;
-    const int32_t pieces = stride / kFewColumns, all = args.routes.tokens * pieces;
-    for (int32_t first = warp; first < all; first += kAtOnce * kFewGateUpWarps) {
-      float v[kAtOnce][8] = {};
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int32_t i = first + j * kFewGateUpWarps, token = i / pieces;
-        const int32_t column = (i - token * pieces) * kFewColumns + lane * 8;
-        if (i < all && column < m.k) kernels::load_elems(args.x, token, column, v[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int32_t i = first + j * kFewGateUpWarps;
-        if (i >= all) break;
-        FewRange range;
-        range.add(v[j], m.column_sum != nullptr);
-        range.reduce(m.column_sum != nullptr);
-        if (lane == 0) {
-          shared.top[0][i] = range.top;
-          shared.top[1][i] = range.low;
-          shared.top[2][i] = range.high;
-        }
-      }
-    }
-  }
-  // Reads x again, from L1. No weights are under way to registers yet: loads return in their order, also those that hit.
-  __device__ __forceinline__ void quantize() const {
-    const int32_t pieces = stride / kFewColumns;
-    for (int32_t i = warp; i < args.routes.tokens * pieces; i += kFewGateUpWarps) {
-      const int32_t token = i / pieces, piece = i - token * pieces, column = piece * kFewColumns + lane * 8;
-      FewRange range;
-      if (lane < pieces) {
-        const int32_t at = token * pieces + lane;
-        range.top = shared.top[0][at];
-        range.low = shared.top[1][at];
-        range.high = shared.top[2][at];
-      }
-      range.reduce(m.column_sum != nullptr);
-      const FewScale s(m, range);
-      uint2 q = make_uint2(0, 0);
-      if (column < m.k) {
-        float v[8];
-        kernels::load_elems(args.x, token, column, v);
-        q = s.quantize(v);
-      }
-      *reinterpret_cast<uint2*>(rows + token * stride + column) = q;
-      if (piece == 0 && lane == 0) {
-        shared.scale[token] = s.scale;
-        shared.zero[token] = s.zero;
-      }
-    }
-  }
-
-  // A place in the sequence of (entry, column), kFewGateUpWarps columns from pair to pair.
-  struct Place {
-    int32_t entry, column;
-    __device__ __forceinline__ void advance(int32_t width) {
-      for (column += kFewGateUpWarps; column >= width; column -= width) ++entry;
-    }
-  };
-  __device__ __forceinline__ Place place(int32_t pair) const {
-    const int32_t entry = pair / width;
-    return {entry, pair - entry * width};
-  }
-
-  // Lane i < `filled` finishes a result: its sums, and tag = pair * kFewTogether + number of the route in its entry.
-  __device__ __forceinline__ void finish(int32_t filled, const int32_t (&sum)[2], int32_t tag, int32_t first_pair,
-                                         const float (&scale)[2]) const {
-    const int32_t pair = tag / kFewTogether;
-    const float s0 = __shfl_sync(kFewAll, scale[0], pair), s1 = __shfl_sync(kFewAll, scale[1], pair);
-    if (lane >= filled) return;
-    const Place p = place(first_pair + pair * kFewGateUpWarps);
-    const FewEntry entry = shared.entry[p.entry];
-    const int32_t token = few_byte(entry.rows, tag % kFewTogether), route = few_byte(entry.routes, tag % kFewTogether);
-    float a_scale = shared.scale[token];
-    if (args.routes.weight_on_input) {
-      a_scale = __fmul_rn(a_scale, args.routes.topk_weights[token * args.routes.weights_stride + route -
-                                                            token * args.routes.top_k]);
-    }
-    const int64_t row = static_cast<int64_t>(entry.expert) * m.n + p.column;
-    float g = few_value(m, row, sum[0], s0, a_scale, shared.zero[token]);
-    float u = few_value(m, row + width, sum[1], s1, a_scale, shared.zero[token]);
-    if (args.up_first) {
-      const float first = g;
-      g = u;
-      u = first;
-    }
-    const float act = __fmul_rn(num::silu(num::min_nan(g, args.limit)), num::clamp(u, -args.limit, args.limit));
-    args.h[static_cast<int64_t>(route) * width + p.column] = static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
-  }
-
-  // Has L2 fetch this warp's first rows, while x is quantised: a lane asks for a row.
-  __device__ __forceinline__ void prefetch(int32_t first_pair, int32_t pairs) const {
-    const int32_t pair = lane / 2;
-    if (pair >= min(pairs, max(1, kFewPrefetchBytes / (2 * m.k)))) return;
-    const Place p = place(first_pair + pair * kFewGateUpWarps);
-    const int64_t row = static_cast<int64_t>(shared.entry[p.entry].expert) * m.n + p.column + lane % 2 * width;
-    ptx::prefetch_bulk(m.w + row * m.k, static_cast<uint32_t>(m.k));
-  }
-
-  // Up to 32 pairs of this warp, from `first_pair` on.
-  __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool last) const {
-    const int64_t up = static_cast<int64_t>(width) * m.k;
-    int4 w[kFewDepth][kFewPieces][2] = {};
-    // What is loaded next, and what is multiplied next.
-    Place to_load = place(first_pair), at = to_load;
-    int32_t loads = pairs, load_column = lane * 16, column = 0;
-    const int8_t* from = nullptr;
-    const auto open = [&] {
-      from = m.w + (static_cast<int64_t>(shared.entry[to_load.entry].expert) * m.n + to_load.column) * m.k;
-    };
-    const auto load = [&](int4(&unit)[kFewPieces][2]) {
-      if (loads == 0) return;
-#pragma unroll
-      for (int i = 0; i < kFewPieces; ++i) {
-        const int32_t c = load_column + 512 * i;
-        ptx::load_once(unit[i][0], from + c, c < m.k);
-        ptx::load_once(unit[i][1], from + up + c, c < m.k);
-      }
-      load_column += kFewUnit;
-      if (load_column - lane * 16 < m.k) return;
-      load_column = lane * 16;
-      to_load.advance(width);
-      if (--loads != 0) open();
-    };
-    if (pairs > 0) open();
-#pragma unroll
-    for (int i = 0; i < kFewDepth; ++i) load(w[i]);
-    float scale[2] = {};  // lane i: of pair i
-    if (lane < pairs) {
-      const Place p = place(first_pair + lane * kFewGateUpWarps);
-      const int32_t expert = shared.entry[p.entry].expert;
-      const int64_t row = static_cast<int64_t>(expert) * m.n + p.column;
-      scale[0] = m.scale[m.per_tensor ? expert : row];
-      scale[1] = m.scale[m.per_tensor ? expert : row + width];
-    }
-    int32_t acc[kFewTogether][2] = {}, sum[2] = {}, tag = 0, filled = 0, pair = 0;
-    int32_t count = 0;
-    uint32_t entry_rows = 0;
-    const auto enter = [&] {
-      count = shared.entry[at.entry].count;
-      entry_rows = shared.entry[at.entry].rows;
-    };
-    const auto multiply = [&](const int4(&unit)[kFewPieces][2]) {
-#pragma unroll
-      for (int i = 0; i < kFewTogether; ++i) {
-        if (i > 0 && i >= count) break;
-        const int8_t* a = rows + few_byte(entry_rows, i) * stride + column + lane * 16;
-#pragma unroll
-        for (int j = 0; j < kFewPieces; ++j) {
-          const int4 v = *reinterpret_cast<const int4*>(a + 512 * j);
-          acc[i][0] = few_dot(unit[j][0], v, acc[i][0]);
-          acc[i][1] = few_dot(unit[j][1], v, acc[i][1]);
-        }
-      }
-      column += kFewUnit;
-      if (column < m.k) return;
-#pragma unroll
-      for (int i = 0; i < kFewTogether; ++i) {
-        if (i > 0 && i >= count) break;
-        const int32_t first = few_sum(acc[i][0]), second = few_sum(acc[i][1]);
-        if (lane == filled + i) {
-          sum[0] = first;
-          sum[1] = second;
-          tag = pair * kFewTogether + i;
-        }
-        acc[i][0] = 0;
-        acc[i][1] = 0;
-      }
-      filled += count;
-      column = 0;
-      ++pair;
-      at.advance(width);
-      if (pair < pairs) enter();
-    };
-    if (pairs > 0) enter();
-    while (pair < pairs) {
-#pragma unroll
-      for (int i = 0; i < kFewDepth; ++i) {
-        if (pair < pairs) {
-          multiply(w[i]);
-          load(w[i]);
-        }
-      }
-      // The last weights are under way: from here on `down` may load beside this kernel.
-      if (last && loads == 0) ptx::grid_dependency_launch();
-      if (filled > 32 - kFewDepth * kFewTogether) {
-        finish(filled, sum, tag, first_pair, scale);
-        filled = 0;
-      }
-    }
-    finish(filled, sum, tag, first_pair, scale);
-  }
-};
-
-__device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
-  extern __shared__ __align__(128) uint8_t memory[];
-  FewShared& shared = *reinterpret_cast<FewShared*>(memory);
-  const FewGateUp g{args,
-                    args.w13,
-                    shared,
-                    reinterpret_cast<int8_t*>(memory + kFewHeaderBytes),
-                    few_lane(),
-                    few_warp(),
-                    args.w13.n / 2,
-                    kernels::few_x_stride(args.w13.k)};
-  // Whoever wrote x and the routes has ended from here on. It has for `down` as well, since no CTA lets that start
-  // before its own wait is over.
-  ptx::grid_dependency_wait();
-  if (g.warp == kFewGateUpWarps - 1) few_group(shared, args.routes, true);
-  g.measure();
-  __syncthreads();
-  const int64_t all = static_cast<int64_t>(shared.entries) * g.width;
-  const auto begin = static_cast<int32_t>(all * blockIdx.x / gridDim.x);
-  const auto end = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x);
-  int32_t pair = begin + g.warp, left = max(0, (end - pair + kFewGateUpWarps - 1) / kFewGateUpWarps);
-  g.prefetch(pair, left);
-  g.quantize();
-  __syncthreads();
-  do {
-    const int32_t pairs = min(left, 32);
-    left -= pairs;
-    g.run(pair, pairs, left == 0);
-    pair += pairs * kFewGateUpWarps;
-  } while (left > 0);
-}
-
-// ---- down ----
-// Eight lanes multiply a column: a warp has four of them, of one entry. The warps of an entry's columns are a stream;
-// streams take turns.
-struct FewDown {
-  const FewDownArgs& args;
-  const FewMatrix& m;
-  FewShared& shared;
-  uint8_t* ring;
-  int8_t* rows;    // of h, quantised
-  float* scales;   // of the weight rows, [entry, column]
-  float* y;        // [route, column]
-  int32_t lane, warp, first, columns;
-
-  __device__ __forceinline__ int32_t sets() const { return (columns + args.stage_columns - 1) / args.stage_columns; }
-  __device__ __forceinline__ int32_t columns_of(int32_t set) const {
-    return min(args.stage_columns, columns - set * args.stage_columns);
-  }
-  __device__ __forceinline__ int32_t warps_of_stream() const { return (args.stage_columns + 3) / 4; }
-
-  __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
-  __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
-  __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.stage_columns * m.k; }
-
-  // One thread: an entry's rows of a set's columns are one copy.
-  __device__ __forceinline__ void copy(int32_t slot, int32_t set, int32_t entry) const {
-    const int32_t column = first + set * args.stage_columns;
-    const auto bytes = static_cast<uint32_t>(columns_of(set) * m.k);
-    ptx::barrier_arrive_expect(full(slot), bytes);
-    ptx::copy_bulk(ptx::shared_address(place(slot)),
-                   m.w + (static_cast<int64_t>(shared.entry[entry].expert) * m.n + column) * m.k, bytes, full(slot),
-                   ptx::kEvictFirst);
-  }
-
-  // kRows rows of h, kFewDownWarps apart; one warp. Of longer rows, what registers cannot keep is read again.
-  template <int kRows, int kKept>
-  __device__ __forceinline__ void quantize(int32_t first_row, int32_t routes) const {
-    const bool asymmetric = m.column_sum != nullptr;
-    uint4 kept[kRows][kKept];
-    float v[8];
-    const auto wanted = [&](int r) {
-      const int32_t row = first_row + r * kFewDownWarps;
-      return row < routes && shared.expert[row] >= 0;
-    };
-    const auto load = [&](int r, int32_t column) {
-      return *reinterpret_cast<const uint4*>(args.h + (first_row + r * kFewDownWarps) * m.k + column);
-    };
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        const int32_t column = i * kFewColumns + lane * 8;
-        kept[r][i] = wanted(r) && column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (!wanted(r)) continue;
-      const int32_t row = first_row + r * kFewDownWarps;
-      FewRange range;
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        few_unpack(kept[r][i], v);
-        range.add(v, asymmetric);
-      }
-      for (int32_t column = kKept * kFewColumns + lane * 8; column < m.k; column += kFewColumns) {
-        few_unpack(load(r, column), v);
-        range.add(v, asymmetric);
-      }
-      range.reduce(asymmetric);
-      const FewScale s(m, range);
-      const auto store = [&](int32_t column, const uint4& p) {
-        few_unpack(p, v);
-        *reinterpret_cast<uint2*>(rows + row * m.k + column) = s.quantize(v);
-      };
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        const int32_t column = i * kFewColumns + lane * 8;
-        if (column < m.k) store(column, kept[r][i]);
-      }
-      for (int32_t column = kKept * kFewColumns + lane * 8; column < m.k; column += kFewColumns) {
-        store(column, load(r, column));
-      }
-      if (lane == 0) {
-        shared.scale[row] = s.scale;
-        shared.zero[row] = s.zero;
-      }
-    }
-  }
-
-  // y of an entry's routes in this lane's column, of a stage at w.
-  __device__ __forceinline__ void multiply(const uint8_t* w, int32_t set, int32_t at, int32_t column) const {
-    const FewEntry entry = shared.entry[at];
-    const bool works = column < columns_of(set);
-    int32_t acc[kFewTogether] = {}, offset[kFewTogether];
-#pragma unroll
-    for (int i = 0; i < kFewTogether; ++i) offset[i] = few_byte(entry.rows, i) * m.k;
-    const auto dot = [&](int32_t c, int i) {
-      const int4 v = *reinterpret_cast<const int4*>(w + column * m.k + c);
-      acc[i] = few_dot(v, *reinterpret_cast<const int4*>(rows + offset[i] + c), acc[i]);
-    };
-    if (works) {
-      if (entry.count == 1) {
-#pragma unroll 3
-        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) dot(c, 0);
-      } else {
-        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) {
-#pragma unroll
-          for (int i = 0; i < kFewTogether; ++i) {
-            if (i < entry.count) dot(c, i);
-          }
-        }
-      }
-    }
-    __syncwarp();
-    int32_t sum = 0;  // of the route that this lane finishes
-#pragma unroll
-    for (int i = 0; i < kFewTogether; ++i) {
-      if (i > 0 && i >= entry.count) break;
-      int32_t total = acc[i];
-#pragma unroll
-      for (int by = 1; by < 8; by *= 2) total += __shfl_xor_sync(kFewAll, total, by);
-      if (lane % 8 == i) sum = total;
-    }
-    if (!works || lane % 8 >= entry.count) return;
-    const int32_t route = few_byte(entry.routes, lane % 8), c = set * args.stage_columns + column;
-    const float v = few_value(m, static_cast<int64_t>(entry.expert) * m.n + first + c, sum, scales[at * columns + c],
-                              shared.scale[route], shared.zero[route]);
-    y[route * columns + c] = num::bf16_low(num::pack_bf16(v, 0.0f));
-  }
-
-  // In slot order (docs/schemes.md section 4).
-  __device__ __forceinline__ void combine() const {
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < args.routes.tokens * columns; i += 32 * kFewDownWarps) {
-      const int32_t token = i / columns, column = i - token * columns;
-      float o = 0.0f;
-      bool begun = false;
-#pragma unroll 4
-      for (int32_t slot = 0; slot < args.routes.top_k; ++slot) {
-        const int32_t route = token * args.routes.top_k + slot;
-        const float weight = shared.weight[route], v = y[route * columns + column];
-        if (shared.expert[route] < 0) continue;
-        o = begun ? __fmaf_rn(weight, v, o) : __fmul_rn(weight, v);
-        begun = true;
-      }
-      const int64_t at = token * args.out_stride + first + column;
-      if (args.out_type == OutType::f32) {
-        float* to = static_cast<float*>(args.out) + at;
-        *to = num::canonical(args.accumulate ? __fadd_rn(*to, o) : o);
-      } else {
-        uint16_t* to = static_cast<uint16_t*>(args.out) + at;
-        if (args.accumulate) {
-          o = __fadd_rn(args.out_type == OutType::bf16 ? num::bf16_low(*to) : num::fp16_to_float(*to), o);
-        }
-        *to = static_cast<uint16_t>(args.out_type == OutType::bf16 ? num::pack_bf16(o, 0.0f) : num::pack_fp16(o, 0.0f));
-      }
-    }
-  }
-};
-
-__device__ __forceinline__ void few_down(const FewDownArgs& args) {
-  extern __shared__ __align__(128) uint8_t memory[];
-  FewShared& shared = *reinterpret_cast<FewShared*>(memory);
-  const FewMatrix& m = args.w2;
-  const int32_t routes = args.routes.tokens * args.routes.top_k;
-  const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns;
-  uint8_t* const ring = memory + kFewHeaderBytes;
-  auto* const rows = reinterpret_cast<int8_t*>(ring + args.stages * args.stage_columns * m.k);
-  auto* const scales = reinterpret_cast<float*>(rows + routes * m.k);
-  const FewDown d{args,
-                  m,
-                  shared,
-                  ring,
-                  rows,
-                  scales,
-                  scales + routes * args.columns,
-                  few_lane(),
-                  few_warp(),
-                  begin,
-                  min(args.columns, m.n - begin)};
-  if (threadIdx.x == 0) {
-    for (int32_t i = 0; i < args.stages; ++i) {
-      ptx::barrier_init(d.full(i), 1);
-      ptx::barrier_init(d.empty(i), d.warps_of_stream());
-    }
-    ptx::barrier_init_fence();
-  }
-  // The routes were there before gate_up let this kernel start (few_gate_up), and weights always are.
-  if (d.warp == 1) few_group(shared, args.routes, false);
-  __syncthreads();
-  const int32_t entries = shared.entries, all = d.sets() * entries;
-  if (threadIdx.x == 0) {
-    for (int32_t i = 0; i < min(all, args.stages); ++i) d.copy(i, i / entries, i % entries);
-  }
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < entries * d.columns; i += 32 * kFewDownWarps) {
-    const int32_t entry = i / d.columns, expert = shared.entry[entry].expert;
-    scales[i] = m.scale[m.per_tensor ? expert : static_cast<int64_t>(expert) * m.n + d.first + i - entry * d.columns];
-  }
-  if (threadIdx.x < routes) {
-    const auto route = static_cast<int32_t>(threadIdx.x), token = route / args.routes.top_k;
-    shared.weight[route] =
-        args.routes.weight_on_input
-            ? 1.0f
-            : args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k];
-  }
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
-  if (m.k <= 3 * kFewColumns) {
-    for (int32_t row = d.warp; row < routes; row += 2 * kFewDownWarps) d.quantize<2, 3>(row, routes);
+// ---- scales of K-blocks ----
+// Scale blocks of weight rows, copied to shared memory (FewDownLayout); row: of [E, NB].
+template <Promotion P>
+__device__ __forceinline__ void few_copy_scale(const FewMatrix& m, uint32_t* to, int32_t row, int32_t word) {
+  const uint32_t at = ptx::shared_address(to + word);
+  if constexpr (P == Promotion::block) {
+    ptx::cp_async_4(at, m.scale + static_cast<int64_t>(row) * m.blocks_k + word, true);
+  } else if (word < m.super_groups) {
+    ptx::cp_async_4(at, m.scale + static_cast<int64_t>(row) * m.super_groups + word, true);
   } else {
-    for (int32_t row = d.warp; row < routes; row += kFewDownWarps) d.quantize<1, 4>(row, routes);
+    const int64_t first = static_cast<int64_t>(row) * m.blocks_k;
+    const int32_t byte = (word - m.super_groups) * 4;
+    if (byte < (first & 3) + m.blocks_k) ptx::cp_async_4(at, m.q + (first & ~int64_t{3}) + byte, true);
   }
-  __syncthreads();
-
-  // A slot of the ring serves one stream (args.stages): none may wait for a slot's next content but one.
-  const int32_t warps = d.warps_of_stream(), streams = kernels::few_streams(args.stage_columns, args.stages);
-  const int32_t stream = d.warp / warps;
-  const int32_t quarter = d.warp - stream * warps, column = quarter * 4 + d.lane / 8;
-  if (stream < streams) {
-    int32_t set = 0, entry = stream, slot = stream;
-    uint32_t phase = 0;
-    for (int32_t i = stream; i < all; i += streams) {
-      for (; entry >= entries; entry -= entries) ++set;
-      ptx::barrier_wait(d.full(slot), phase);
-      d.multiply(d.place(slot), set, entry, column);
-      // The stage's next content, once all its warps have read this one.
-      if (const int32_t next = i + args.stages; next < all) {
-        __syncwarp();
-        if (d.lane == 0) {
-          ptx::barrier_arrive(d.empty(slot));
-          if (quarter == 0) {
-            ptx::barrier_wait(d.empty(slot), phase);
-            d.copy(slot, next / entries, next % entries);
-          }
-        }
-      }
-      entry += streams;
-      slot += streams;
-      if (slot >= args.stages) {
-        slot = stream;
-        phase ^= 1u;
-      }
-    }
-  }
-  __syncthreads();
-  d.combine();
 }
+// Its Q_w.
+__device__ __forceinline__ const uint8_t* few_w_q(const FewMatrix& m, const uint32_t* w, int32_t row) {
+  return reinterpret_cast<const uint8_t*>(w + m.super_groups) + (static_cast<int64_t>(row) * m.blocks_k & 3);
+}
+
+// hybrid: K-blocks of one super group whose sum becomes a float.
+struct FewChunk {
+  int32_t group, end;  // end: the first K-block behind it
+  __device__ __forceinline__ FewChunk(const FewMatrix& m, int32_t begin)
+      : group(begin / m.super_group),
+        end(min(min((group + 1) * m.super_group, begin + m.flush_blocks), m.blocks_k)) {}
+};
 
 }  // namespace octomoe::sm90

@@ -203,15 +203,26 @@ std::string DeviceMatrix::why_not_wgmma(const DeviceInfo& device) const {
   return {};
 }
 
-kernels::FewMatrix DeviceMatrix::few() const {
-  return {.w = m_.values.as<std::int8_t>(),
-          .scale = m_.scale.as<float>(),
-          .bias = bias_.as<float>(),
-          .column_sum = m_.scheme.asymmetric ? m_.column_sum.as<std::int32_t>() : nullptr,
-          .static_scale = m_.activation_scale.as<float>(),
-          .n = static_cast<std::int32_t>(m_.n),
-          .k = static_cast<std::int32_t>(m_.k),
-          .per_tensor = m_.scheme.per_tensor};
+std::optional<kernels::FewMatrix> DeviceMatrix::few() const {
+  const Scheme& s = m_.scheme;
+  if (s.has_blocks() && s.block_k != kernels::kFewPiece && s.block_k != 2 * kernels::kFewPiece) return std::nullopt;
+  return kernels::FewMatrix{.w = m_.values.as<std::int8_t>(),
+                            .scale = m_.scale.as<float>(),
+                            .bias = bias_.as<float>(),
+                            .column_sum = s.asymmetric ? m_.column_sum.as<std::int32_t>() : nullptr,
+                            .static_scale = m_.activation_scale.as<float>(),
+                            .q = m_.q.as<std::uint8_t>(),
+                            .n = static_cast<std::int32_t>(m_.n),
+                            .k = static_cast<std::int32_t>(m_.k),
+                            .per_tensor = s.per_tensor,
+                            .block_n = s.block_n,
+                            .block_k = s.block_k,
+                            .blocks_n = static_cast<std::int32_t>(blocks_n_),
+                            .blocks_k = static_cast<std::int32_t>(blocks_k_),
+                            .super_groups = static_cast<std::int32_t>(super_groups_),
+                            .super_group = s.super_group,
+                            .flush_blocks = static_cast<std::int32_t>(m_.flush_blocks),
+                            .q_max = s.q_max};
 }
 
 ScaleColumns DeviceMatrix::scale_columns() const {

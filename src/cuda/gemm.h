@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -94,7 +95,9 @@ class DeviceMatrix {
   ScaleColumns scale_columns() const;
   float static_scale() const { return static_scale_; }
   kernels::Epilogue epilogue() const { return epilogue_; }
-  kernels::FewMatrix few() const;  // int8_channel
+  kernels::Promotion promotion() const { return key_.promotion; }
+  // What the kernels for few tokens read, if they can run these weights.
+  std::optional<kernels::FewMatrix> few() const;
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
   void quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows, const std::int32_t* row_count,

@@ -29,8 +29,9 @@ constexpr int kCallsBeforeGraph = 3;
 constexpr std::int64_t kFewMostBytes = 128'000'000;
 
 // The steps of a layer, for the lifetimes of its buffers.
-enum Step : int { kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
-// The shared expert runs between kQuantizeX and kGather: its own steps lie inside one of the layer's.
+enum Step : int { kFew, kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
+// kFew: the kernels for few tokens, instead of all others. The shared expert runs between kQuantizeX and kGather: its
+// own steps lie inside one of the layer's.
 
 struct Expert {
   Expert(MoeWeights w, const LayerOptions& o, const DeviceInfo& device, const char* prefix)
@@ -68,7 +69,7 @@ struct Plan {
   std::int64_t rows = 0;
   WorkspacePlan memory;
   int offsets = -1, chunk_counts = -1, row_token = -1, route_row = -1, row_factor = -1, token_offsets = -1,
-      shared_weight = -1;
+      shared_weight = -1, few_h = -1;
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
 };
@@ -105,11 +106,10 @@ class CudaLayer final : public LayerBackend {
     if (!routed_.fused || (shared_ && !shared_->fused)) activate_ = kernel("activate");
     if (!fused_gather_) gather_ = kernel("gather_rows");
     const KernelFamily family = o.family == KernelFamily::automatic ? default_family() : o.family;
-    const auto is_channel = [](const DeviceMatrix& m) { return m.scheme().kind == SchemeKind::int8_channel; };
     if (info_.compute_capability == 90 && family != KernelFamily::sm80 && routed_.fused && fused_gather_ && !shared_ &&
-        is_channel(routed_.w13) && is_channel(routed_.w2) && hidden_ <= kernels::kFewMaxHidden) {
-      few_gate_up_ = kernel("sm90_few:gate_up");
-      few_down_ = kernel("sm90_few:down");
+        routed_.w13.few() && routed_.w2.few() && hidden_ <= kernels::kFewMaxHidden) {
+      few_gate_up_ = kernel(plan::few_id("gate_up", routed_.w13.promotion()).c_str());
+      few_down_ = kernel(plan::few_id("down", routed_.w2.promotion()).c_str());
       // A multiprocessor runs kernels beside each other only if they divide its L1 alike.
       const ContextGuard context(info_);
       for (const LoadedKernel* k : {few_gate_up_, few_down_}) {
@@ -188,7 +188,8 @@ class CudaLayer final : public LayerBackend {
 
   // How the kernels for few tokens run; stages 0: the call is none for them.
   struct FewPlan {
-    std::int64_t gate_up_shared = 0, down_shared = 0;
+    kernels::FewGateUpLayout gate_up;
+    kernels::FewDownLayout down;
     int columns = 0, stage_columns = 0, stages = 0;
   };
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
@@ -197,25 +198,30 @@ class CudaLayer final : public LayerBackend {
         likely_rows(routes) * 3 * hidden_ * row > kFewMostBytes) {
       return {};
     }
+    const kernels::FewMatrix w13 = *routed_.w13.few(), w2 = *routed_.w2.few();
     FewPlan p;
-    p.gate_up_shared = kernels::kFewHeaderBytes + tokens * kernels::few_x_stride(static_cast<int>(hidden_));
+    p.gate_up = kernels::few_gate_up_layout(routed_.w13.promotion(), w13, static_cast<int>(tokens), top_k,
+                                            info_.multiprocessors);
+    if (p.gate_up.bytes > few_gate_up_->shared_bytes) return {};
     p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
     const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
     if (most == 0) return {};
     const std::int64_t sets = ceil_div(p.columns, most);
     p.stage_columns = static_cast<int>(ceil_div(p.columns, sets));
-    // Both kernels at once: besides what they ask for, a block has 1 KB of its own. `down` keeps, behind its ring, the
-    // quantised rows and two floats for each route and column.
-    const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up_shared;
-    const std::int64_t fixed = kernels::kFewHeaderBytes + routes * (row + p.columns * 2 * std::int64_t{sizeof(float)});
+    const auto down = [&](int stages) {
+      return kernels::few_down_layout(routed_.w2.promotion(), w2, static_cast<int>(routes), p.columns, p.stage_columns,
+                                      stages);
+    };
+    // Both kernels at once: besides what they ask for, a block has 1 KB of its own.
+    const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up.bytes;
     const std::int64_t stage = p.stage_columns * row;
-    const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - fixed;
+    const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - down(0).bytes;
     const std::int64_t fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
     if (fit < 2) return {};
     const std::int64_t most_stages = std::min<std::int64_t>(fit, kernels::kFewMaxStages);
     const std::int64_t streams = kernels::few_streams(p.stage_columns, static_cast<int>(most_stages));
     p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(routes * sets, streams)) * streams);
-    p.down_shared = std::max<std::int64_t>(fixed + p.stages * stage, kernels::kFewDownMinSharedBytes);
+    p.down = down(p.stages);
     return p;
   }
 
@@ -235,24 +241,25 @@ class CudaLayer final : public LayerBackend {
   void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, const Launcher& launcher,
                   std::uint8_t* base) const {
     const kernels::Routes routes = routes_of(a);
-    auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.routed.h));
+    auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.few_h));
     launcher.stage("gate_up");
     launcher.exactly(
         *few_gate_up_,
-        {.grid = {static_cast<unsigned>(info_.multiprocessors)}, .shared_bytes = static_cast<int>(few.gate_up_shared)},
+        {.grid = {static_cast<unsigned>(info_.multiprocessors)},
+         .shared_bytes = few.gate_up.bytes},
         kernels::FewGateUpArgs{.routes = routes,
-                               .w13 = routed_.w13.few(),
+                               .w13 = *routed_.w13.few(),
                                .x = row_view(a.x),
                                .h = h,
                                .up_first = routed_.up_first,
-                               .limit = limit_});
+                               .limit = limit_,
+                               .layout = few.gate_up});
     launcher.stage("down");
     launcher.exactly(*few_down_,
                      {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},
-                      .threads = kernels::kFewDownThreads,
-                      .shared_bytes = static_cast<int>(few.down_shared)},
+                      .shared_bytes = std::max(few.down.bytes, kernels::kFewDownMinSharedBytes)},
                      kernels::FewDownArgs{.routes = routes,
-                                          .w2 = routed_.w2.few(),
+                                          .w2 = *routed_.w2.few(),
                                           .h = h,
                                           .out = a.out.data(),
                                           .out_stride = a.out.strides()[0],
@@ -260,7 +267,8 @@ class CudaLayer final : public LayerBackend {
                                           .accumulate = a.accumulate,
                                           .columns = few.columns,
                                           .stage_columns = few.stage_columns,
-                                          .stages = few.stages});
+                                          .stages = few.stages,
+                                          .layout = few.down});
     launcher.stage(nullptr);
   }
 
@@ -406,6 +414,11 @@ class CudaLayer final : public LayerBackend {
       p.shared = add_expert(p, *shared_, tokens, kQuantizeX, kQuantizeX, kQuantizeX, kQuantizeX);
     }
     p.routed = add_expert(p, routed_, p.rows, kGemm1, kActivate, kQuantizeH, kGemm2);
+    // Also where this call is none for them: a caller's workspace may serve smaller ones.
+    if (few_gate_up_ != nullptr) {
+      const std::int64_t most = std::min<std::int64_t>(kernels::kFewTokens * top_k, kernels::kFewRoutes);
+      p.few_h = p.memory.add(std::min(p.rows, most) * routed_.intermediate * 2, kFew, kFew);
+    }
     p.memory.place();
     return p;
   }

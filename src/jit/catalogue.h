@@ -14,6 +14,7 @@ struct KernelEntry {
   std::string args_type;   // "octomoe::GemmArgs"
   int threads = 0;         // block size
   int min_blocks = 1;      // per multiprocessor: the second argument of __launch_bounds__
+  int max_registers = 0;   // of a thread, where neither of the two says it; 0: they do
   int shared_bytes = 0;    // dynamic
   std::vector<int> archs;  // 80, 86, 89: sm_80 ...; 90: sm_90a. What a pack holds of this kernel
   std::string expect;      // SASS mnemonic that must be there ("IMMA"); empty: none

@@ -57,12 +57,14 @@ Key hash(std::span<const std::byte> bytes) { return canonical(XXH3_128bits(bytes
 Translation translate(const KernelEntry& e, Target target, const SourceSet& sources) {
   Translation t;
   t.headers = sources.closure(e.header);
+  const std::string bounds = e.max_registers > 0 ? fmt::format("__maxnreg__({})", e.max_registers)
+                                                 : fmt::format("__launch_bounds__({}, {})", e.threads, e.min_blocks);
   t.source = fmt::format(
       "#include \"{}\"\n"
-      "extern \"C\" __global__ void __launch_bounds__({}, {}) {}(const __grid_constant__ {} args) {{\n"
+      "extern \"C\" __global__ void {} {}(const __grid_constant__ {} args) {{\n"
       "  {}(args);\n"
       "}}\n",
-      e.header, e.threads, e.min_blocks, kKernelName, e.args_type, e.call);
+      e.header, bounds, kKernelName, e.args_type, e.call);
   t.options = {
       "--gpu-architecture=" + to_string(target),
       "--std=c++20",

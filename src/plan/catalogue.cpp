@@ -220,18 +220,20 @@ std::vector<KernelEntry> make_catalogue() {
   sort.archs = {90};
   sort.cluster = true;
   all.push_back(std::move(sort));
-  const auto few = [&](const char* id, const char* call, const char* args, int threads, int min_blocks,
-                       int shared_bytes) {
-    KernelEntry e = simple_entry(id, "sm90/few_tokens.cuh", "", args, threads, shared_bytes);
-    e.call = call;
-    e.min_blocks = min_blocks;
+  const auto few = [&](const char* name, Promotion p, const char* args, int threads, int registers, int shared_bytes) {
+    const char* promotion = kPromotions[static_cast<int>(p)];
+    KernelEntry e = simple_entry(few_id(name, p), fmt::format("sm90/few_{}.cuh", name), "", args, threads, shared_bytes);
+    e.call = fmt::format("octomoe::sm90::few_{}<octomoe::kernels::Promotion::{}>", name, promotion);
+    e.max_registers = registers;
     e.archs = {90};
     e.expect = "IDP.4A";
     all.push_back(std::move(e));
   };
-  few("sm90_few:gate_up", "octomoe::sm90::few_gate_up", "FewGateUpArgs", kernels::kFewGateUpThreads, 1,
-      kernels::kFewHeaderBytes + kernels::kFewTokens * kernels::kFewMaxHidden);
-  few("sm90_few:down", "octomoe::sm90::few_down", "FewDownArgs", kernels::kFewDownBound, 2, 220 * 1024);
+  for (const Promotion p : {Promotion::channel, Promotion::block, Promotion::hybrid}) {
+    few("gate_up", p, "FewGateUpArgs", kernels::kFewGateUpThreads, kernels::kFewGateUpRegisters,
+        kernels::kFewGateUpSharedBytes);
+    few("down", p, "FewDownArgs", kernels::kFewDownThreads, kernels::kFewDownRegisters, 220 * 1024);
+  }
   return all;
 }
 
@@ -246,6 +248,11 @@ QuantizeKernel quantize_kernel(std::int64_t k) {
 
 std::string quantize_id(int row_scheme, QuantizeKernel kernel) {
   return fmt::format("quantize:{}:t{}p{}", kRowSchemes[row_scheme], kernel.row_threads, kernel.passes);
+}
+
+std::string few_id(const char* name, Promotion promotion) {
+  if (promotion == Promotion::hybrid_flush) promotion = Promotion::hybrid;  // one kernel serves both
+  return fmt::format("sm90_few:{}:{}", name, kPromotions[static_cast<int>(promotion)]);
 }
 
 std::string gemm_id(const GemmConfig& c) {

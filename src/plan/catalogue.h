@@ -17,6 +17,8 @@ struct QuantizeKernel {
 QuantizeKernel quantize_kernel(std::int64_t k);  // for rows of k columns
 inline constexpr const char* kRowSchemes[] = {"channel", "static_scale", "asymmetric", "block", "hybrid"};
 std::string quantize_id(int row_scheme, QuantizeKernel kernel);
+// The kernels for few tokens (kernels/core/few_args.h): "gate_up" by w13's promotion, "down" by w2's.
+std::string few_id(const char* name, kernels::Promotion promotion);
 
 // Of the route kernel, for each of 4 tokens: E scores, E choices and up to E groups with two numbers each.
 inline constexpr int kRouteSharedBytes = 4 * 4 * kernels::kMaxExperts * 4;

@@ -6,6 +6,7 @@ namespace octomoe::emulator {
 namespace {
 
 using kernels::FewMatrix;
+using kernels::Promotion;
 using kernels::Routes;
 using testing::LayerCase;
 using testing::LayerInput;
@@ -19,14 +20,41 @@ struct Options {
 };
 
 FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
+  const auto i32 = [](std::int64_t v) { return static_cast<std::int32_t>(v); };
   return {.w = m.values.as<std::int8_t>(),
           .scale = m.scale.as<float>(),
           .bias = bias.as<float>(),
           .column_sum = m.scheme.asymmetric ? m.column_sum.as<std::int32_t>() : nullptr,
           .static_scale = m.activation_scale.as<float>(),
-          .n = static_cast<std::int32_t>(m.n),
-          .k = static_cast<std::int32_t>(m.k),
-          .per_tensor = m.scheme.per_tensor};
+          .q = m.q.as<std::uint8_t>(),
+          .n = i32(m.n),
+          .k = i32(m.k),
+          .per_tensor = m.scheme.per_tensor,
+          .block_n = m.scheme.block_n,
+          .block_k = m.scheme.block_k,
+          .blocks_n = i32(m.blocks_n()),
+          .blocks_k = i32(m.blocks_k()),
+          .super_groups = i32(m.super_groups()),
+          .super_group = m.scheme.super_group,
+          .flush_blocks = i32(m.flush_blocks),
+          .q_max = m.scheme.q_max};
+}
+
+Promotion promotion(const QuantizedMatrix& m) {
+  return m.scheme.kind == SchemeKind::int8_channel ? Promotion::channel
+         : m.scheme.kind == SchemeKind::int8_block ? Promotion::block
+                                                   : Promotion::hybrid;
+}
+
+void gate_up_kernel(Promotion p, const kernels::FewGateUpArgs& args) {
+  p == Promotion::channel ? sm90::few_gate_up<Promotion::channel>(args)
+  : p == Promotion::block ? sm90::few_gate_up<Promotion::block>(args)
+                          : sm90::few_gate_up<Promotion::hybrid>(args);
+}
+void down_kernel(Promotion p, const kernels::FewDownArgs& args) {
+  p == Promotion::channel ? sm90::few_down<Promotion::channel>(args)
+  : p == Promotion::block ? sm90::few_down<Promotion::block>(args)
+                          : sm90::few_down<Promotion::hybrid>(args);
 }
 
 void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
@@ -62,6 +90,8 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   const std::int64_t stage_columns = std::min<std::int64_t>(columns, o.stage_columns);
   const int streams = kernels::few_streams(static_cast<int>(stage_columns), o.stages);
   const int stages = o.stages / streams * streams;
+  const FewMatrix w13 = matrix(weights.w13, weights.b13), w2 = matrix(weights.w2, weights.b2);
+  const Promotion first = promotion(weights.w13), second = promotion(weights.w2);
   for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed},
                                    Schedule{true, true, 2 * c.seed + 1}, Schedule{false, true, 2 * c.seed + 3}}) {
     SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " +
@@ -69,7 +99,7 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
     const Tensor out = Tensor::copy_of(before);
     std::vector<std::uint16_t> h(static_cast<std::size_t>(count * c.intermediate), 0xa5a5);
     const kernels::FewGateUpArgs gate_up{.routes = routes,
-                                         .w13 = matrix(weights.w13, weights.b13),
+                                         .w13 = w13,
                                          .x = {in.x.view().data(), c.hidden,
                                                o.x == DType::float32   ? kernels::RowType::f32
                                                : o.x == DType::float16 ? kernels::RowType::fp16
@@ -77,9 +107,10 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                                1},
                                          .h = h.data(),
                                          .up_first = c.order == GateUpOrder::up_gate,
-                                         .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u)};
+                                         .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u),
+                                         .layout = kernels::few_gate_up_layout(first, w13, tokens, c.top_k, o.ctas)};
     const kernels::FewDownArgs down{.routes = routes,
-                                    .w2 = matrix(weights.w2, weights.b2),
+                                    .w2 = w2,
                                     .h = h.data(),
                                     .out = out.view().data(),
                                     .out_stride = c.hidden,
@@ -89,20 +120,21 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                     .accumulate = o.accumulate,
                                     .columns = static_cast<std::int32_t>(columns),
                                     .stage_columns = static_cast<std::int32_t>(stage_columns),
-                                    .stages = stages};
+                                    .stages = stages,
+                                    .layout = kernels::few_down_layout(
+                                        second, w2, static_cast<int>(count), static_cast<int>(columns),
+                                        static_cast<int>(stage_columns), stages)};
     try {
       launch({.grid = o.ctas,
               .threads = kernels::kFewGateUpThreads,
-              .shared_bytes = static_cast<int>(kernels::kFewHeaderBytes +
-                                               c.tokens * kernels::few_x_stride(static_cast<int>(c.hidden))),
+              .shared_bytes = gate_up.layout.bytes,
               .schedule = schedule},
-             [&] { sm90::few_gate_up(gate_up); });
+             [&] { gate_up_kernel(first, gate_up); });
       launch({.grid = static_cast<int>((c.hidden + columns - 1) / columns),
               .threads = kernels::kFewDownThreads,
-              .shared_bytes = static_cast<int>(kernels::kFewHeaderBytes +
-                                               (count + stages * stage_columns) * c.intermediate + 8 * count * columns),
+              .shared_bytes = down.layout.bytes,
               .schedule = schedule},
-             [&] { sm90::few_down(down); });
+             [&] { down_kernel(second, down); });
     } catch (const Fault& fault) {
       FAIL() << fault.what();
     }
@@ -175,6 +207,47 @@ TEST(FewTokens, Schemes) {
     check({.tokens = 3, .scheme = Scheme::parse(scheme), .seed = seed++}, {});
   }
 }
+// Scale blocks that end inside a piece, inside a CTA's columns, in short blocks of rows; chunks of every kind.
+TEST(FewTokens, SumsPerBlock) {
+  std::uint32_t seed = 100;
+  for (const char* scheme :
+       {"int8_block", "int8_hybrid", "int8_block:block_k=256", "int8_hybrid:block_k=256", "int8_block:block_n=16",
+        "int8_hybrid:block_n=48", "int8_hybrid:super=2", "int8_hybrid:super=1,q_max=3", "int8_hybrid:super=3,block_k=256",
+        "int8_hybrid:q_max=64"}) {
+    SCOPED_TRACE(scheme);
+    for (const int tokens : {1, 3, 8}) {
+      check({.experts = 9,
+             .hidden = tokens == 1 ? 2064 : 528,
+             .intermediate = tokens == 1 ? 144 : 304,
+             .tokens = tokens,
+             .top_k = tokens == 8 ? 8 : 3,
+             .scheme = Scheme::parse(scheme),
+             .biases = tokens == 3,
+             .seed = seed},
+            {.ctas = 2 + static_cast<int>(seed % 4), .stage_columns = tokens == 3 ? 13 : 64});
+      ++seed;
+    }
+  }
+}
+// Rows longer than registers keep, and more results than there are slots; the largest q_max makes chunks of a few
+// blocks.
+TEST(FewTokens, LongRowsInBlocks) {
+  for (const char* scheme : {"int8_block", "int8_hybrid", "int8_hybrid:q_max=64", "int8_hybrid:super=5,q_max=32"}) {
+    SCOPED_TRACE(scheme);
+    check({.experts = 3, .hidden = 7168, .intermediate = 64, .tokens = 2, .top_k = 3, .scheme = Scheme::parse(scheme),
+           .seed = 130},
+          {.ctas = 3});
+    check({.experts = 5, .hidden = 64, .intermediate = 2320, .tokens = 3, .top_k = 2, .scheme = Scheme::parse(scheme),
+           .seed = 131},
+          {.ctas = 2, .stage_columns = 7});
+    check({.experts = 2, .hidden = 3088, .intermediate = 96, .tokens = 5, .top_k = 2, .scheme = Scheme::parse(scheme),
+           .seed = 132},
+          {.ctas = 1});
+    check({.experts = 2, .hidden = 1040, .intermediate = 512, .tokens = 8, .top_k = 2, .scheme = Scheme::parse(scheme),
+           .seed = 133},
+          {.ctas = 1});
+  }
+}
 TEST(FewTokens, Options) {
   std::uint32_t seed = 20;
   for (const bool up_first : {false, true}) {
@@ -183,7 +256,11 @@ TEST(FewTokens, Options) {
                              Options{.x = DType::float32, .out = DType::float32, .accumulate = true},
                              Options{.x = DType::float16, .out = DType::float16, .accumulate = true}}) {
       SCOPED_TRACE(seed);
-      LayerCase c{.tokens = 1 + seed % kernels::kFewTokens, .scheme = {}, .biases = seed % 2 == 0, .seed = seed};
+      LayerCase c{.tokens = 1 + seed % kernels::kFewTokens,
+                  .scheme = Scheme::parse(seed % 3 == 0   ? "int8_block"
+                                          : seed % 3 == 1 ? "int8_channel"
+                                                          : "int8_hybrid"),
+                  .biases = seed % 2 == 0, .seed = seed};
       c.order = up_first ? GateUpOrder::up_gate : GateUpOrder::gate_up;
       check(c, o);
       ++seed;
@@ -192,7 +269,8 @@ TEST(FewTokens, Options) {
 }
 // An Inf in one token's x poisons that token alone.
 TEST(FewTokens, NonFiniteRow) {
-  for (const char* scheme : {"int8_channel", "int8_channel:asymmetric", "int8_channel:static"}) {
+  for (const char* scheme :
+       {"int8_channel", "int8_channel:asymmetric", "int8_channel:static", "int8_block", "int8_hybrid"}) {
     SCOPED_TRACE(scheme);
     const LayerCase c{.tokens = 3, .scheme = Scheme::parse(scheme), .seed = 40};
     const LayerInput in = testing::make_input(c, DType::bfloat16, false);

@@ -1,0 +1,383 @@
+// The second kernel of a layer of a few tokens (few_tokens.cuh): h -> int8 -> w2 -> y -> combine -> out.
+//
+// A CTA has some columns of out with all experts, so that it combines them alone. Its weights come by bulk copies into a
+// ring as long as shared memory has room: the last of gate_up, the quantising of h and the streaming of w2 go on at once.
+//
+// Eight lanes multiply a column: a warp has four of them, of one entry. With sums per K-block a lane has a piece of 128
+// bytes for itself, and the eight bring theirs together in order. The warps of an entry's columns are a stream; streams
+// take turns.
+#pragma once
+
+#include "sm90/few_tokens.cuh"
+
+namespace octomoe::sm90 {
+
+template <Promotion P>
+struct FewDown {
+  static constexpr bool kBlocks = P != Promotion::channel;
+  const FewDownArgs& args;
+  const FewMatrix& m;
+  FewShared& shared;
+  uint8_t* ring;
+  int8_t* rows;        // of h, quantised
+  uint32_t* w_scales;  // channel: s_w [entry, column]; otherwise of [entry, scale block]
+  float* y;            // [route, column]
+  uint32_t* a_scales;  // of each route
+  uint32_t* tops;      // of each route and K-block
+  int32_t lane, warp, first, columns;
+
+  __device__ __forceinline__ int32_t sets() const { return (columns + args.stage_columns - 1) / args.stage_columns; }
+  __device__ __forceinline__ int32_t columns_of(int32_t set) const {
+    return min(args.stage_columns, columns - set * args.stage_columns);
+  }
+
+  __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
+  __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
+  __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.stage_columns * m.k; }
+
+  // One thread: an entry's rows of a set's columns are one copy.
+  __device__ __forceinline__ void copy(int32_t slot, int32_t set, int32_t entry) const {
+    const int32_t column = first + set * args.stage_columns;
+    const auto bytes = static_cast<uint32_t>(columns_of(set) * m.k);
+    ptx::barrier_arrive_expect(full(slot), bytes);
+    ptx::copy_bulk(ptx::shared_address(place(slot)),
+                   m.w + (static_cast<int64_t>(shared.entry[entry].expert) * m.n + column) * m.k, bytes, full(slot),
+                   ptx::kEvictFirst);
+  }
+
+  // All threads: the scales of the CTA's weight rows.
+  __device__ __forceinline__ void load_scales(int32_t entries) const {
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    constexpr int32_t kThreads = 32 * kFewDownWarps;
+    if constexpr (kBlocks) {
+      const int32_t words = args.layout.w_words, room = args.layout.blocks;
+      const int32_t first_block = first / m.block_n, blocks = (first + columns - 1) / m.block_n + 1 - first_block;
+      for (int32_t i = thread; i < entries * blocks * words; i += kThreads) {
+        const int32_t part = i / words, entry = part / blocks, block = part - entry * blocks;
+        few_copy_scale<P>(m, w_scales + (entry * room + block) * words,
+                          shared.entry[entry].expert * m.blocks_n + first_block + block, i - part * words);
+      }
+      ptx::cp_async_commit();
+    } else {
+      for (int32_t i = thread; i < entries * columns; i += kThreads) {
+        const int32_t entry = i / columns, expert = shared.entry[entry].expert;
+        w_scales[i] = num::bits(
+            m.scale[m.per_tensor ? expert : static_cast<int64_t>(expert) * m.n + first + i - entry * columns]);
+      }
+    }
+  }
+
+  // kRows rows of h, kFewDownWarps apart; one warp. Of longer rows, what registers cannot keep is read again.
+  template <int kRows, int kKept>
+  __device__ __forceinline__ void quantize(int32_t first_row, int32_t routes) const {
+    const bool asymmetric = m.column_sum != nullptr;
+    uint4 kept[kRows][kKept];
+    float v[8];
+    const auto wanted = [&](int r) {
+      const int32_t row = first_row + r * kFewDownWarps;
+      return row < routes && shared.expert[row] >= 0;
+    };
+    const auto load = [&](int r, int32_t column) {
+      return *reinterpret_cast<const uint4*>(args.h + (first_row + r * kFewDownWarps) * m.k + column);
+    };
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int32_t column = i * kFewColumns + lane * 8;
+        kept[r][i] = wanted(r) && column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!wanted(r)) continue;
+      const int32_t row = first_row + r * kFewDownWarps;
+      // use(column) for all of the row's values, which are in v then; zeros behind its end.
+      const auto for_all = [&](const auto& use) {
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) {
+          few_unpack(kept[r][i], v);
+          use(i * kFewColumns + lane * 8);
+        }
+        for (int32_t piece = kKept * kFewColumns; piece < m.k; piece += kFewColumns) {
+          const int32_t column = piece + lane * 8;
+          few_unpack(column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0), v);
+          use(column);
+        }
+      };
+      const auto store = [&](int32_t column, uint2 q) { *reinterpret_cast<uint2*>(rows + row * m.k + column) = q; };
+      if constexpr (kBlocks) {
+        uint32_t* const top = tops + row * m.blocks_k;
+        for_all([&](int32_t column) {
+          const uint32_t most = few_block_top(v, m.block_k);
+          if (few_begins_block(m, column)) top[few_block_of(m, column)] = most;
+        });
+        __syncwarp();
+        for_all([&](int32_t column) {
+          if (column >= m.k) return;
+          const int32_t block = few_block_of(m, column);
+          const FewGroup group = FewGroup::of<P>(m, top, block);
+          store(column, group.quantize(v));
+          if (few_begins_block(m, column)) group.store<P>(m, a_scales + row * args.layout.a_words, block);
+        });
+      } else {
+        FewRange range;
+        for_all([&](int32_t) { range.add(v, asymmetric); });
+        range.reduce(asymmetric);
+        const FewScale s(m, range);
+        for_all([&](int32_t column) {
+          if (column < m.k) store(column, s.quantize(v));
+        });
+        if (lane == 0) {
+          shared.scale[row] = s.scale;
+          shared.zero[row] = s.zero;
+        }
+      }
+    }
+  }
+
+  // y of an entry's routes in this lane's column, of a stage at w.
+  __device__ __forceinline__ void multiply_sums(const uint8_t* w, int32_t set, int32_t at, int32_t column) const {
+    const FewEntry entry = shared.entry[at];
+    const bool works = column < columns_of(set);
+    int32_t acc[kFewTogether] = {}, offset[kFewTogether];
+#pragma unroll
+    for (int i = 0; i < kFewTogether; ++i) offset[i] = few_byte(entry.rows, i) * m.k;
+    const auto dot = [&](int32_t c, int i) {
+      const int4 v = *reinterpret_cast<const int4*>(w + column * m.k + c);
+      acc[i] = few_dot(v, *reinterpret_cast<const int4*>(rows + offset[i] + c), acc[i]);
+    };
+    if (works) {
+      if (entry.count == 1) {
+#pragma unroll 3
+        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) dot(c, 0);
+      } else {
+        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) {
+#pragma unroll
+          for (int i = 0; i < kFewTogether; ++i) {
+            if (i < entry.count) dot(c, i);
+          }
+        }
+      }
+    }
+    __syncwarp();
+    int32_t sum = 0;  // of the route that this lane finishes
+#pragma unroll
+    for (int i = 0; i < kFewTogether; ++i) {
+      if (i > 0 && i >= entry.count) break;
+      int32_t total = acc[i];
+#pragma unroll
+      for (int by = 1; by < 8; by *= 2) total += __shfl_xor_sync(kFewAll, total, by);
+      if (lane % 8 == i) sum = total;
+    }
+    if (!works || lane % 8 >= entry.count) return;
+    const int32_t route = few_byte(entry.routes, lane % 8), c = set * args.stage_columns + column;
+    const float v = few_value(m, static_cast<int64_t>(entry.expert) * m.n + first + c, sum, num::from_bits(w_scales[at * columns + c]),
+                              shared.scale[route], shared.zero[route]);
+    y[route * columns + c] = num::bf16_low(num::pack_bf16(v, 0.0f));
+  }
+
+  // The same with sums per K-block.
+  __device__ __forceinline__ void multiply_blocks(const uint8_t* w, int32_t set, int32_t at, int32_t column) const {
+    const FewEntry& entry = shared.entry[at];  // read again where it is needed: registers
+    const bool works = column < columns_of(set);
+    const int32_t c = set * args.stage_columns + (works ? column : 0), place = lane % 8;
+    const int32_t pieces = few_pieces(m), each = m.block_k / kFewPiece;
+    const int32_t first_block = first / m.block_n, block_n = (first + c) / m.block_n;
+    const int32_t w_row = entry.expert * m.blocks_n + block_n, w_words = args.layout.w_words;
+    const uint32_t* const w_scale =
+        w_scales + (at * args.layout.blocks + block_n - first_block) * w_words;
+    const auto a_scale = [&](int i) {
+      return a_scales + few_byte(entry.routes, i) * args.layout.a_words;
+    };
+    float v = -0.0f;  // of this lane's route, the place-th of the entry; fma(x, p, -0) is x * p, its sign included
+    int32_t total[kFewTogether] = {};  // hybrid: this lane's of the chunk
+    int32_t chunk_begin = 0;
+    for (int32_t begin = 0; begin < pieces; begin += 8) {
+      const int32_t piece = begin + place, block = few_block_of_piece(m, min(piece, pieces - 1));
+      int32_t acc[kFewTogether] = {};
+      if (works && piece < pieces) {
+#pragma unroll 2  // registers
+        for (int j = 0; j < 8; ++j) {
+          const int32_t k = piece * kFewPiece + (j + place) % 8 * 16;  // the eight read different banks
+          if (k >= m.k) continue;
+          const int4 weights = *reinterpret_cast<const int4*>(w + column * m.k + k);
+#pragma unroll
+          for (int i = 0; i < kFewTogether; ++i) {
+            if (i > 0 && i >= entry.count) break;
+            acc[i] = few_dot(weights, *reinterpret_cast<const int4*>(rows + few_byte(entry.rows, i) * m.k + k), acc[i]);
+          }
+        }
+      }
+      __syncwarp();
+      if constexpr (P == Promotion::block) {
+        const int32_t last = min(8, pieces - begin);
+#pragma unroll
+        for (int i = 0; i < kFewTogether; ++i) {
+          if (i > 0 && i >= entry.count) break;
+          if (each == 2) acc[i] += __shfl_xor_sync(kFewAll, acc[i], 1);
+          const float sum = __int2float_rn(acc[i]);
+          const float scale = __fmul_rn(num::from_bits(w_scale[block]), num::from_bits(a_scale(i)[block]));
+          float x = v;
+          for (int32_t from = lane - place; from < lane - place + last; from += each) {
+            x = __fmaf_rn(__shfl_sync(kFewAll, sum, from), __shfl_sync(kFewAll, scale, from), x);
+          }
+          if (place == i) v = x;
+        }
+      } else {
+        const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, w_row)[block]);
+#pragma unroll
+        for (int i = 0; i < kFewTogether; ++i) {
+          if (i > 0 && i >= entry.count) break;
+          acc[i] *= w_q * static_cast<int32_t>(a_scale(i)[m.super_groups + block]);
+        }
+        for (bool more = true; more;) {
+          const FewChunk chunk(m, chunk_begin);
+          const int32_t end = min(chunk.end * each, pieces);  // a last K-block may have one piece of two
+          const bool ends = end <= begin + 8;
+#pragma unroll
+          for (int i = 0; i < kFewTogether; ++i) {
+            if (i > 0 && i >= entry.count) break;
+            if (piece < end) {
+              total[i] += acc[i];
+              acc[i] = 0;
+            }
+            if (!ends) continue;
+#pragma unroll
+            for (int by = 1; by < 8; by *= 2) total[i] += __shfl_xor_sync(kFewAll, total[i], by);
+            const float scale =
+                __fmul_rn(num::from_bits(w_scale[chunk.group]), num::from_bits(a_scale(i)[chunk.group]));
+            if (place == i) v = __fmaf_rn(__int2float_rn(total[i]), scale, v);
+            total[i] = 0;
+          }
+          if (ends) chunk_begin = chunk.end;
+          more = ends && end < min(begin + 8, pieces);
+        }
+      }
+    }
+    if (!works || place >= entry.count) return;
+    y[few_byte(entry.routes, place) * columns + c] = num::bf16_low(
+        num::pack_bf16(few_biased(m, static_cast<int64_t>(entry.expert) * m.n + first + c, v), 0.0f));
+  }
+
+  // In slot order (docs/schemes.md section 4).
+  __device__ __forceinline__ void combine() const {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < args.routes.tokens * columns; i += 32 * kFewDownWarps) {
+      const int32_t token = i / columns, column = i - token * columns;
+      float o = 0.0f;
+      bool begun = false;
+#pragma unroll 4
+      for (int32_t slot = 0; slot < args.routes.top_k; ++slot) {
+        const int32_t route = token * args.routes.top_k + slot;
+        const float weight = shared.weight[route], v = y[route * columns + column];
+        if (shared.expert[route] < 0) continue;
+        o = begun ? __fmaf_rn(weight, v, o) : __fmul_rn(weight, v);
+        begun = true;
+      }
+      const int64_t at = token * args.out_stride + first + column;
+      if (args.out_type == OutType::f32) {
+        float* to = static_cast<float*>(args.out) + at;
+        *to = num::canonical(args.accumulate ? __fadd_rn(*to, o) : o);
+      } else {
+        uint16_t* to = static_cast<uint16_t*>(args.out) + at;
+        if (args.accumulate) {
+          o = __fadd_rn(args.out_type == OutType::bf16 ? num::bf16_low(*to) : num::fp16_to_float(*to), o);
+        }
+        *to = static_cast<uint16_t>(args.out_type == OutType::bf16 ? num::pack_bf16(o, 0.0f) : num::pack_fp16(o, 0.0f));
+      }
+    }
+  }
+};
+
+template <Promotion P>
+__device__ __forceinline__ void few_down(const FewDownArgs& args) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  FewShared& shared = *reinterpret_cast<FewShared*>(memory);
+  const FewMatrix& m = args.w2;
+  const int32_t routes = args.routes.tokens * args.routes.top_k;
+  const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns;
+  const FewDown<P> d{args,
+                     m,
+                     shared,
+                     memory + kFewHeaderBytes,
+                     reinterpret_cast<int8_t*>(memory + args.layout.rows),
+                     reinterpret_cast<uint32_t*>(memory + args.layout.w),
+                     reinterpret_cast<float*>(memory + args.layout.y),
+                     reinterpret_cast<uint32_t*>(memory + args.layout.a),
+                     reinterpret_cast<uint32_t*>(memory + args.layout.top),
+                     few_lane(),
+                     few_warp(),
+                     begin,
+                     min(args.columns, m.n - begin)};
+  if (threadIdx.x == 0) {
+    for (int32_t i = 0; i < args.stages; ++i) {
+      ptx::barrier_init(d.full(i), 1);
+      ptx::barrier_init(d.empty(i), args.layout.stream_warps);
+    }
+    ptx::barrier_init_fence();
+  }
+  // The routes were there before gate_up let this kernel start (few_gate_up), and weights always are.
+  if (d.warp == 1) few_group(shared, args.routes, false);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int32_t count = shared.entries;
+    for (int32_t i = 0; i < min(d.sets() * count, args.stages); ++i) d.copy(i, i / count, i % count);
+  }
+  d.load_scales(shared.entries);
+  if (threadIdx.x < routes) {
+    const auto route = static_cast<int32_t>(threadIdx.x), token = route / args.routes.top_k;
+    shared.weight[route] =
+        args.routes.weight_on_input
+            ? 1.0f
+            : args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k];
+  }
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+  if (m.k <= 3 * kFewColumns) {
+    for (int32_t row = d.warp; row < routes; row += 2 * kFewDownWarps) d.template quantize<2, 3>(row, routes);
+  } else {
+    for (int32_t row = d.warp; row < routes; row += kFewDownWarps) d.template quantize<1, 4>(row, routes);
+  }
+  if constexpr (FewDown<P>::kBlocks) ptx::cp_async_wait<0>();
+  __syncthreads();
+
+  // A slot of the ring serves one stream (args.stages): none may wait for a slot's next content but one.
+  const int32_t warps = args.layout.stream_warps, streams = args.layout.streams;
+  // Read and computed again: there are no registers to keep what was known before h was quantised.
+  const int32_t entries = shared.entries, all = d.sets() * entries, warp = few_warp();
+  const int32_t stream = warp / warps, column = (warp - stream * warps) * 4 + d.lane / 8;
+  if (stream < streams) {
+    int32_t set = 0, entry = stream, slot = stream;
+    uint32_t phase = 0;
+    for (int32_t i = stream; i < all; i += streams) {
+      for (; entry >= entries; entry -= entries) ++set;
+      ptx::barrier_wait(d.full(slot), phase);
+      if constexpr (FewDown<P>::kBlocks) {
+        d.multiply_blocks(d.place(slot), set, entry, column);
+      } else {
+        d.multiply_sums(d.place(slot), set, entry, column);
+      }
+      // The stage's next content, once all its warps have read this one.
+      if (const int32_t next = i + args.stages; next < all) {
+        __syncwarp();
+        if (d.lane == 0) {
+          ptx::barrier_arrive(d.empty(slot));
+          if (column == 0) {
+            ptx::barrier_wait(d.empty(slot), phase);
+            d.copy(slot, next / entries, next % entries);
+          }
+        }
+      }
+      entry += streams;
+      slot += streams;
+      if (slot >= args.stages) {
+        slot = stream;
+        phase ^= 1u;
+      }
+    }
+  }
+  __syncthreads();
+  d.combine();
+}
+
+}  // namespace octomoe::sm90
