@@ -52,6 +52,7 @@ struct FewDown {
     if constexpr (kBlocks) {
       const int32_t words = args.layout.w_words, room = args.layout.blocks;
       const int32_t first_block = first / m.block_n, blocks = (first + columns - 1) / m.block_n + 1 - first_block;
+#pragma unroll 1
       for (int32_t i = thread; i < entries * blocks * words; i += kThreads) {
         const int32_t part = i / words, entry = part / blocks, block = part - entry * blocks;
         few_copy_scale<P>(m, w_scales + (entry * room + block) * words,
@@ -92,40 +93,58 @@ struct FewDown {
     for (int r = 0; r < kRows; ++r) {
       if (!wanted(r)) continue;
       const int32_t row = first_row + r * kFewDownWarps;
-      // use(column) for all of the row's values, which are in v then; zeros behind its end.
+      // use(column, values) for all of the row; zeros behind its end.
       const auto for_all = [&](const auto& use) {
 #pragma unroll
-        for (int i = 0; i < kKept; ++i) {
-          few_unpack(kept[r][i], v);
-          use(i * kFewColumns + lane * 8);
-        }
+        for (int i = 0; i < kKept; ++i) use(i * kFewColumns + lane * 8, kept[r][i]);
+#pragma unroll 1
         for (int32_t piece = kKept * kFewColumns; piece < m.k; piece += kFewColumns) {
           const int32_t column = piece + lane * 8;
-          few_unpack(column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0), v);
-          use(column);
+          use(column, column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0));
         }
       };
       const auto store = [&](int32_t column, uint2 q) { *reinterpret_cast<uint2*>(rows + row * m.k + column) = q; };
       if constexpr (kBlocks) {
+        uint32_t* const a = a_scales + row * args.layout.a_words;
         uint32_t* const top = tops + row * m.blocks_k;
-        for_all([&](int32_t column) {
-          const uint32_t most = few_block_top(v, m.block_k);
-          if (few_begins_block(m, column)) top[few_block_of(m, column)] = most;
-        });
-        __syncwarp();
-        for_all([&](int32_t column) {
-          if (column >= m.k) return;
-          const int32_t block = few_block_of(m, column);
-          const FewGroup group = FewGroup::of<P>(m, top, block);
+        num::SuperScale super{};
+        const auto scale_and_store = [&](int32_t column, const uint4& raw, uint32_t most) {
+          const FewGroup group =
+              P == Promotion::block ? FewGroup::of_block(most) : FewGroup::of_hybrid(m, super, most);
+          few_unpack(raw, v);
           store(column, group.quantize(v));
-          if (few_begins_block(m, column)) group.store<P>(m, a_scales + row * args.layout.a_words, block);
+          if (few_begins_block(m, column)) few_store_scale<P>(m, a, few_block_of(m, column), group, super.f);
+        };
+        if constexpr (P == Promotion::hybrid) {
+          for_all([&](int32_t column, const uint4& raw) {
+            const uint32_t most = few_block_top(few_top_of(raw), m.block_k);
+            if (few_begins_block(m, column)) top[few_block_of(m, column)] = most;
+          });
+          __syncwarp();
+          if (m.super_groups > 1) {  // not what one meets: short code
+#pragma unroll 1
+            for (int32_t column = lane * 8; column < m.k; column += kFewColumns) {
+              super = few_super(m, top, few_block_of(m, column));
+              scale_and_store(column, load(r, column), top[few_block_of(m, column)]);
+            }
+            continue;
+          }
+          super = few_super(m, top, 0);
+        }
+        for_all([&](int32_t column, const uint4& raw) {
+          const uint32_t most = few_block_top(few_top_of(raw), m.block_k);
+          if (column < m.k) scale_and_store(column, raw, most);
         });
       } else {
         FewRange range;
-        for_all([&](int32_t) { range.add(v, asymmetric); });
+        for_all([&](int32_t, const uint4& raw) {
+          few_unpack(raw, v);
+          range.add(v, asymmetric);
+        });
         range.reduce(asymmetric);
         const FewScale s(m, range);
-        for_all([&](int32_t column) {
+        for_all([&](int32_t column, const uint4& raw) {
+          few_unpack(raw, v);
           if (column < m.k) store(column, s.quantize(v));
         });
         if (lane == 0) {
@@ -197,7 +216,7 @@ struct FewDown {
       const int32_t piece = begin + place, block = few_block_of_piece(m, min(piece, pieces - 1));
       int32_t acc[kFewTogether] = {};
       if (works && piece < pieces) {
-#pragma unroll 2  // registers
+#pragma unroll 4  // registers
         for (int j = 0; j < 8; ++j) {
           const int32_t k = piece * kFewPiece + (j + place) % 8 * 16;  // the eight read different banks
           if (k >= m.k) continue;

@@ -44,7 +44,9 @@ struct FewGateUp {
         if (i >= all) break;
         if constexpr (kBlocks) {
           const int32_t token = i / pieces, column = (i - token * pieces) * kFewColumns + lane * 8;
-          const uint32_t top = few_block_top(v[j], m.block_k);
+          FewRange range;
+          range.add(v[j], false);
+          const uint32_t top = few_block_top(range.top, m.block_k);
           if (few_begins_block(m, column)) shared.top[0][token * m.blocks_k + few_block_of(m, column)] = top;
         } else {
           FewRange range;
@@ -69,10 +71,16 @@ struct FewGateUp {
       if constexpr (kBlocks) {
         if (column < m.k) {
           const int32_t block = few_block_of(m, column);
-          const FewGroup group = FewGroup::of<P>(m, shared.top[0] + token * m.blocks_k, block);
+          const uint32_t* const tops = shared.top[0] + token * m.blocks_k;
+          num::SuperScale super{};
+          if constexpr (P == Promotion::hybrid) super = few_super(m, tops, block);
+          const FewGroup group =
+              P == Promotion::block ? FewGroup::of_block(tops[block]) : FewGroup::of_hybrid(m, super, tops[block]);
           kernels::load_elems(args.x, token, column, v);
           q = group.quantize(v);
-          if (few_begins_block(m, column)) group.store<P>(m, a_scales + token * args.layout.a_words, block);
+          if (few_begins_block(m, column)) {
+            few_store_scale<P>(m, a_scales + token * args.layout.a_words, block, group, super.f);
+          }
         }
       } else {
         FewRange range;
@@ -113,6 +121,7 @@ struct FewGateUp {
   __device__ __forceinline__ void copy_scales(int32_t begin, int32_t end) const {
     const int32_t words = args.layout.w_words, half = args.layout.half_blocks;
     const int32_t blocks = begin < end ? block_of(place(end - 1)) - first_block + 1 : 0;
+#pragma unroll 1
     for (auto i = static_cast<int32_t>(threadIdx.x); i < blocks * 2 * words; i += 32 * kFewGateUpWarps) {
       const int32_t part = i / words, block = first_block + part / 2, entry = block / half;
       const int32_t row = shared.entry[entry].expert * m.blocks_n + part % 2 * half + block - entry * half;
@@ -203,8 +212,14 @@ struct FewGateUp {
         const int32_t w_row = entry.expert * m.blocks_n + block - p.entry * half;
         const uint32_t* const w = w_scales + (block - first_block) * 2 * words;
         const uint32_t* const a = a_scales + token * args.layout.a_words;
-        g = few_biased(m, row, promote(sums_of(done + lane, 0), w, w_row, a, factor));
-        u = few_biased(m, row + width, promote(sums_of(done + lane, 1), w + words, w_row + half, a, factor));
+        float v[2];
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+          v[0] = v[1];
+          v[1] = few_biased(m, row + i * width, promote(sums_of(done + lane, i), w + i * words, w_row + i * half, a, factor));
+        }
+        g = v[0];
+        u = v[1];
       } else {
         const float a_scale = __fmul_rn(shared.scale[token], factor);
         g = few_value(m, row, sum[0], s0, a_scale, shared.zero[token]);
@@ -274,24 +289,28 @@ struct FewGateUp {
       entry_rows = shared.entry[at.entry].rows;
     };
     const auto multiply = [&](const int4(&unit)[kFewPieces][2]) {
-#pragma unroll
-      for (int i = 0; i < kFewTogether; ++i) {
-        if (i > 0 && i >= count) break;
+      const auto dots = [&](int i, const auto& use) {
         const int8_t* a = rows + few_byte(entry_rows, i) * stride + column + lane * 16;
-        int32_t d[kFewPieces][2];
 #pragma unroll
         for (int j = 0; j < kFewPieces; ++j) {
           const int4 v = *reinterpret_cast<const int4*>(a + 512 * j);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            if constexpr (kBlocks) {
-              d[j][half] = few_dot(unit[j][half], v, 0);
-            } else {
-              acc[i][half] = few_dot(unit[j][half], v, acc[i][half]);
-            }
-          }
+          for (int half = 0; half < 2; ++half) use(j, half, v);
         }
-        if constexpr (kBlocks) keep_pieces(done + filled + i, column, d);
+      };
+      if constexpr (kBlocks) {
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          int32_t d[kFewPieces][2];
+          dots(i, [&](int j, int half, const int4& v) { d[j][half] = few_dot(unit[j][half], v, 0); });
+          keep_pieces(done + filled + i, column, d);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kFewTogether; ++i) {
+          if (i > 0 && i >= count) break;
+          dots(i, [&](int j, int half, const int4& v) { acc[i][half] = few_dot(unit[j][half], v, acc[i][half]); });
+        }
       }
       column += kFewUnit;
       if (column < m.k) return;
@@ -329,13 +348,12 @@ struct FewGateUp {
       }
       // The last weights are under way: from here on `down` may load beside this kernel.
       if (last && loads == 0) ptx::grid_dependency_launch();
-      if (filled > most) {
+      if (filled > most || pair == pairs) {
         finish(done, filled, sum, tag, first_pair, scale);
         done += filled;
         filled = 0;
       }
     }
-    finish(done, filled, sum, tag, first_pair, scale);
   }
 };
 
@@ -374,12 +392,12 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   const auto end = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x);
   int32_t pair = begin + g.warp, left = max(0, (end - pair + kFewGateUpWarps - 1) / kFewGateUpWarps);
   g.prefetch(pair, left);
+  g.quantize();
+  __syncthreads();
   if constexpr (Gate::kBlocks) {
     g.first_block = g.block_of(g.place(begin));
     g.copy_scales(begin, end);
   }
-  g.quantize();
-  __syncthreads();
   do {
     const int32_t pairs = min(left, 32);
     left -= pairs;

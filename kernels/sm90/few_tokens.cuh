@@ -190,34 +190,15 @@ __device__ __forceinline__ bool few_begins_block(const FewMatrix& m, int32_t col
 // How the values of a K-block are rounded, and what its row's scales become.
 struct FewGroup {
   float inverse;
-  uint32_t word;    // s_a, hybrid: Q_a
-  float super = 0;  // hybrid: F_a
+  uint32_t word;  // s_a, hybrid: Q_a
 
-  // tops: bits of the largest magnitudes of the row's K-blocks.
-  template <Promotion P>
-  static __device__ __forceinline__ FewGroup of(const FewMatrix& m, const uint32_t* tops, int32_t block) {
-    if constexpr (P == Promotion::block) {
-      const num::GroupScale s = num::symmetric_scale(tops[block], num::kInt8Max);
-      return {s.inverse, num::bits(s.scale)};
-    } else {
-      const int32_t begin = block / m.super_group * m.super_group, end = min(begin + m.super_group, m.blocks_k);
-      uint32_t top = 0;
-#pragma unroll 8
-      for (int32_t i = begin; i < end; ++i) top = max(top, tops[i]);
-      const num::SuperScale super = num::super_scale(top, m.q_max);
-      const num::BlockScale q = num::block_scale(super, tops[block], m.q_max);
-      return {q.inverse, static_cast<uint32_t>(q.q), super.f};
-    }
+  __device__ __forceinline__ static FewGroup of_block(uint32_t top) {
+    const num::GroupScale s = num::symmetric_scale(top, num::kInt8Max);
+    return {s.inverse, num::bits(s.scale)};
   }
-  // One lane of each K-block; a: the row's scales (FewDownLayout).
-  template <Promotion P>
-  __device__ __forceinline__ void store(const FewMatrix& m, uint32_t* a, int32_t block) const {
-    if constexpr (P == Promotion::block) {
-      a[block] = word;
-    } else {
-      a[m.super_groups + block] = word;
-      if (block % m.super_group == 0) a[block / m.super_group] = num::bits(super);
-    }
+  __device__ __forceinline__ static FewGroup of_hybrid(const FewMatrix& m, const num::SuperScale& super, uint32_t top) {
+    const num::BlockScale s = num::block_scale(super, top, m.q_max);
+    return {s.inverse, static_cast<uint32_t>(s.q)};
   }
   // No value exceeds the maximum that the scale was made of: nothing to clamp.
   __device__ __forceinline__ uint2 quantize(const float (&v)[8]) const {
@@ -229,14 +210,38 @@ struct FewGroup {
   }
 };
 
+// hybrid: the scale of a K-block's super group, from the largest magnitudes of the row's K-blocks.
+__device__ __forceinline__ num::SuperScale few_super(const FewMatrix& m, const uint32_t* tops, int32_t block) {
+  const int32_t begin = m.super_groups > 1 ? block / m.super_group * m.super_group : 0;
+  uint32_t top = 0;
+#pragma unroll 4
+  for (int32_t i = begin; i < min(begin + m.super_group, m.blocks_k); ++i) top = max(top, tops[i]);
+  return num::super_scale(top, m.q_max);
+}
+// Of a K-block, or of the super group that it begins, into the row's scales (FewDownLayout).
+template <Promotion P>
+__device__ __forceinline__ void few_store_scale(const FewMatrix& m, uint32_t* a, int32_t block, const FewGroup& g,
+                                                float super) {
+  if constexpr (P == Promotion::block) {
+    a[block] = g.word;
+  } else {
+    a[m.super_groups + block] = g.word;
+    const int32_t group = m.super_groups > 1 ? block / m.super_group : 0;
+    if (block == group * m.super_group) a[group] = num::bits(super);
+  }
+}
+
 // The largest magnitude of a lane's K-block of 128 or 256 columns, of which each lane has eight; a warp.
-__device__ __forceinline__ uint32_t few_block_top(const float (&v)[8], int32_t block_k) {
-  FewRange range;
-  range.add(v, false);
+__device__ __forceinline__ uint32_t few_block_top(uint32_t top, int32_t block_k) {
 #pragma unroll
-  for (int by = 1; by < kFewPiece / 8; by *= 2) range.top = max(range.top, __shfl_xor_sync(kFewAll, range.top, by));
-  if (block_k > kFewPiece) range.top = max(range.top, __shfl_xor_sync(kFewAll, range.top, 16));
-  return range.top;
+  for (int by = 1; by < kFewPiece / 8; by *= 2) top = max(top, __shfl_xor_sync(kFewAll, top, by));
+  return block_k > kFewPiece ? max(top, __shfl_xor_sync(kFewAll, top, kFewPiece / 8)) : top;
+}
+// The largest of eight bf16 values' magnitudes, as a float's bits: of which a bf16's are the first.
+__device__ __forceinline__ uint32_t few_top_of(const uint4& p) {
+  const uint32_t most = ptx::max_u16x2(ptx::max_u16x2(p.x & 0x7fff7fffu, p.y & 0x7fff7fffu),
+                                       ptx::max_u16x2(p.z & 0x7fff7fffu, p.w & 0x7fff7fffu));
+  return max(most << 16, most & 0xffff0000u);
 }
 
 __device__ __forceinline__ void few_unpack(const uint4& p, float (&v)[8]) {
@@ -295,7 +300,7 @@ __device__ __forceinline__ const uint8_t* few_w_q(const FewMatrix& m, const uint
 struct FewChunk {
   int32_t group, end;  // end: the first K-block behind it
   __device__ __forceinline__ FewChunk(const FewMatrix& m, int32_t begin)
-      : group(begin / m.super_group),
+      : group(m.super_groups > 1 ? begin / m.super_group : 0),
         end(min(min((group + 1) * m.super_group, begin + m.flush_blocks), m.blocks_k)) {}
 };
 
