@@ -44,7 +44,7 @@ struct FewMatrix {
   const float* static_scale;  // or null
   const uint8_t* q;           // hybrid: [E, NB, KB], 4-byte aligned
   int32_t n, k, per_tensor;
-  int32_t block_n, block_k;                 // scale blocks: weight rows; columns, 128 or 256
+  int32_t block_n, block_k;                  // scale blocks: weight rows; columns, 128 or 256
   int32_t blocks_n, blocks_k, super_groups;  // NB, KB, SG
   int32_t super_group, flush_blocks, q_max;  // hybrid: as in GemmArgs
 };
@@ -57,15 +57,15 @@ inline constexpr int kFewPiece = 128;
 // epilogue. The host makes it, so that kernels have all of it as constants.
 struct FewGateUpLayout {
   int32_t a, w, sums, bytes;
-  // Words of the scales of a row of x: s_a; hybrid: F_a, then Q_a. Of a block of weight rows: s_w; hybrid: F_w, then the
-  // words that hold Q_w.
+  // Words of the scales of a row of x: s_a; hybrid: F_a, then Q_a. Of a block of weight rows: s_w; hybrid: F_w, then
+  // the words that hold Q_w.
   int32_t a_words, w_words;
   int32_t half_blocks;  // scale blocks of gate, or up
   int32_t slots;        // results that wait, a power of two, ...
   int32_t slot_words;   // ... and an odd number of words for each, so that lanes read different banks
 };
-// Of down: the header, the ring, h's quantised rows, the scales of the CTA's weight rows for each entry (channel: of each
-// column), y, the scales of h's rows and the largest magnitude of each of their K-blocks.
+// Of down: the header, the ring, h's quantised rows, the scales of the CTA's weight rows for each entry (channel: of
+// each column), y, the scales of h's rows and the largest magnitude of each of their K-blocks.
 struct FewDownLayout {
   int32_t rows, w, y, a, top, bytes;
   int32_t a_words, w_words;  // as in FewGateUpLayout

@@ -25,6 +25,7 @@ struct FewDown {
   uint32_t* a_scales;  // of each route
   uint32_t* tops;      // of each route and K-block
   int32_t lane, warp, first, columns;
+  int32_t room;  // columns of the CTA in the first scale block that they meet
 
   __device__ __forceinline__ int32_t sets() const { return (columns + args.stage_columns - 1) / args.stage_columns; }
   __device__ __forceinline__ int32_t columns_of(int32_t set) const {
@@ -202,10 +203,10 @@ struct FewDown {
     const bool works = column < columns_of(set);
     const int32_t c = set * args.stage_columns + (works ? column : 0), place = lane % 8;
     const int32_t pieces = few_pieces(m), each = m.block_k / kFewPiece;
-    const int32_t first_block = first / m.block_n, block_n = (first + c) / m.block_n;
-    const int32_t w_row = entry.expert * m.blocks_n + block_n, w_words = args.layout.w_words;
-    const uint32_t* const w_scale =
-        w_scales + (at * args.layout.blocks + block_n - first_block) * w_words;
+    int32_t number = 0;  // of the column's scale block among the CTA's
+    for (int32_t end = room; c >= end; end += m.block_n) ++number;
+    const int32_t w_words = args.layout.w_words;
+    const uint32_t* const w_scale = w_scales + (at * args.layout.blocks + number) * w_words;
     const auto a_scale = [&](int i) {
       return a_scales + few_byte(entry.routes, i) * args.layout.a_words;
     };
@@ -218,7 +219,7 @@ struct FewDown {
       if (works && piece < pieces) {
 #pragma unroll 4  // registers
         for (int j = 0; j < 8; ++j) {
-          const int32_t k = piece * kFewPiece + (j + place) % 8 * 16;  // the eight read different banks
+          const int32_t k = piece * kFewPiece + (j ^ place) * 16;  // the eight read different banks
           if (k >= m.k) continue;
           const int4 weights = *reinterpret_cast<const int4*>(w + column * m.k + k);
 #pragma unroll
@@ -244,7 +245,7 @@ struct FewDown {
           if (place == i) v = x;
         }
       } else {
-        const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, w_row)[block]);
+        const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, entry.expert * m.blocks_n + first / m.block_n + number)[block]);
 #pragma unroll
         for (int i = 0; i < kFewTogether; ++i) {
           if (i > 0 && i >= entry.count) break;
@@ -327,7 +328,8 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
                      few_lane(),
                      few_warp(),
                      begin,
-                     min(args.columns, m.n - begin)};
+                     min(args.columns, m.n - begin),
+                     FewDown<P>::kBlocks ? m.block_n - begin % m.block_n : 0};
   if (threadIdx.x == 0) {
     for (int32_t i = 0; i < args.stages; ++i) {
       ptx::barrier_init(d.full(i), 1);

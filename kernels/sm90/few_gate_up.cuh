@@ -24,7 +24,8 @@ struct FewGateUp {
   uint32_t* a_scales;  // of each token
   uint32_t* w_scales;  // of each scale block of the CTA's columns, gate and up
   int32_t* sums;       // of this warp's results, per piece of K: gate's, then up's
-  int32_t lane, warp, width, stride, first_block;
+  int32_t lane, warp, width, stride;
+  int32_t first_block, blocks;  // that the CTA's columns meet
 
   // The maxima of x's pieces of kFewColumns values; the loads of some pieces at once.
   __device__ __forceinline__ void measure() const {
@@ -117,10 +118,9 @@ struct FewGateUp {
     return {entry, pair - entry * width};
   }
 
-  // All threads: the scales of the CTA's weight rows, columns [begin, end) of all entries'.
-  __device__ __forceinline__ void copy_scales(int32_t begin, int32_t end) const {
+  // All threads: the scales of the CTA's weight rows.
+  __device__ __forceinline__ void copy_scales() const {
     const int32_t words = args.layout.w_words, half = args.layout.half_blocks;
-    const int32_t blocks = begin < end ? block_of(place(end - 1)) - first_block + 1 : 0;
 #pragma unroll 1
     for (auto i = static_cast<int32_t>(threadIdx.x); i < blocks * 2 * words; i += 32 * kFewGateUpWarps) {
       const int32_t part = i / words, block = first_block + part / 2, entry = block / half;
@@ -184,56 +184,57 @@ struct FewGateUp {
     return v;
   }
 
-  // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry. channel: sum: its
-  // sums, scale: lane j has those of pair j's rows. Otherwise done: results that were finished before.
-  __device__ __forceinline__ void finish(int32_t done, int32_t filled, const int32_t (&sum)[2], int32_t tag, int32_t first_pair,
-                                         const float (&scale)[2]) const {
+  // One result: v of the first and of the second half of w13, in this order.
+  __device__ __forceinline__ void store(const Place& p, int32_t route, float first, float second) const {
+    const float g = args.up_first ? second : first, u = args.up_first ? first : second;
+    const float act = __fmul_rn(num::silu(num::min_nan(g, args.limit)), num::clamp(u, -args.limit, args.limit));
+    args.h[static_cast<int64_t>(route) * width + p.column] = static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
+  }
+  __device__ __forceinline__ float factor_of(int32_t token, int32_t route) const {
+    const Routes& r = args.routes;
+    return r.weight_on_input ? r.topk_weights[token * r.weights_stride + route - token * r.top_k] : 1.0f;
+  }
+
+  // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry; sum: its sums;
+  // scale: lane j has those of pair j's rows.
+  __device__ __forceinline__ void finish_sums(int32_t filled, const int32_t (&sum)[2], int32_t tag, int32_t first_pair,
+                                              const float (&scale)[2]) const {
     const int32_t pair = tag / kFewTogether;
-    float s0 = 0, s1 = 0;
-    if constexpr (kBlocks) {
-      ptx::barrier_wait(ptx::shared_address(&shared.scales_full), 0);
-      __syncwarp();  // other lanes wrote the sums
-    } else {
-      s0 = __shfl_sync(kFewAll, scale[0], pair);
-      s1 = __shfl_sync(kFewAll, scale[1], pair);
-    }
-    if (lane < filled) {
-      const Place p = place(first_pair + pair * kFewGateUpWarps);
+    const float s0 = __shfl_sync(kFewAll, scale[0], pair), s1 = __shfl_sync(kFewAll, scale[1], pair);
+    if (lane >= filled) return;
+    const Place p = place(first_pair + pair * kFewGateUpWarps);
+    const FewEntry entry = shared.entry[p.entry];
+    const int32_t token = few_byte(entry.rows, tag % kFewTogether), route = few_byte(entry.routes, tag % kFewTogether);
+    const float a_scale = __fmul_rn(shared.scale[token], factor_of(token, route));
+    const int64_t row = static_cast<int64_t>(entry.expert) * m.n + p.column;
+    store(p, route, few_value(m, row, sum[0], s0, a_scale, shared.zero[token]),
+          few_value(m, row + width, sum[1], s1, a_scale, shared.zero[token]));
+  }
+  // The same with sums per K-block, behind `done` results that are finished already: two lanes, 16 apart, for each.
+  __device__ __forceinline__ void finish_blocks(int32_t done, int32_t filled, int32_t tags, int32_t first_pair) const {
+    ptx::barrier_wait(ptx::shared_address(&shared.scales_full), 0);
+    __syncwarp();  // other lanes wrote the sums
+    const int32_t half = lane / 16, words = args.layout.w_words;
+#pragma unroll 1
+    for (int32_t result = lane % 16; result - lane % 16 < filled; result += 16) {
+      const int32_t tag = __shfl_sync(kFewAll, tags, result);
+      const bool exists = result < filled;
+      const Place p = place(first_pair + (exists ? tag / kFewTogether * kFewGateUpWarps : 0));
       const FewEntry entry = shared.entry[p.entry];
       const int32_t token = few_byte(entry.rows, tag % kFewTogether), route = few_byte(entry.routes, tag % kFewTogether);
-      const float factor = args.routes.weight_on_input
-                               ? args.routes.topk_weights[token * args.routes.weights_stride + route -
-                                                          token * args.routes.top_k]
-                               : 1.0f;
-      const int64_t row = static_cast<int64_t>(entry.expert) * m.n + p.column;
-      float g, u;
-      if constexpr (kBlocks) {
-        const int32_t block = block_of(p), half = args.layout.half_blocks, words = args.layout.w_words;
-        const int32_t w_row = entry.expert * m.blocks_n + block - p.entry * half;
-        const uint32_t* const w = w_scales + (block - first_block) * 2 * words;
-        const uint32_t* const a = a_scales + token * args.layout.a_words;
-        float v[2];
-#pragma unroll 1
-        for (int i = 0; i < 2; ++i) {
-          v[0] = v[1];
-          v[1] = few_biased(m, row + i * width, promote(sums_of(done + lane, i), w + i * words, w_row + i * half, a, factor));
-        }
-        g = v[0];
-        u = v[1];
-      } else {
-        const float a_scale = __fmul_rn(shared.scale[token], factor);
-        g = few_value(m, row, sum[0], s0, a_scale, shared.zero[token]);
-        u = few_value(m, row + width, sum[1], s1, a_scale, shared.zero[token]);
+      float v = 0.0f;
+      if (exists) {
+        const int32_t block = block_of(p);
+        const int32_t w_row =
+            entry.expert * m.blocks_n + block - p.entry * args.layout.half_blocks + half * args.layout.half_blocks;
+        v = promote(sums_of(done + result, half), w_scales + ((block - first_block) * 2 + half) * words, w_row,
+                    a_scales + token * args.layout.a_words, factor_of(token, route));
+        v = few_biased(m, static_cast<int64_t>(entry.expert) * m.n + p.column + half * width, v);
       }
-      if (args.up_first) {
-        const float first = g;
-        g = u;
-        u = first;
-      }
-      const float act = __fmul_rn(num::silu(num::min_nan(g, args.limit)), num::clamp(u, -args.limit, args.limit));
-      args.h[static_cast<int64_t>(route) * width + p.column] = static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
+      const float other = __shfl_xor_sync(kFewAll, v, 16);
+      if (exists && half == 0) store(p, route, v, other);
     }
-    if constexpr (kBlocks) __syncwarp();  // the slots may be written again
+    __syncwarp();  // the slots may be written again
   }
 
   // Has L2 fetch this warp's first rows, while x is quantised: a lane asks for a row.
@@ -246,7 +247,7 @@ struct FewGateUp {
   }
 
   // Up to 32 pairs of this warp, from `first_pair` on.
-  __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool last) const {
+  __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool first, bool last) const {
     const int64_t up = static_cast<int64_t>(width) * m.k;
     int4 w[kFewDepth][kFewPieces][2] = {};
     // What is loaded next, and what is multiplied next.
@@ -273,6 +274,7 @@ struct FewGateUp {
     if (pairs > 0) open();
 #pragma unroll
     for (int i = 0; i < kFewDepth; ++i) load(w[i]);
+    if (kBlocks && first) copy_scales();
     float scale[2] = {};  // channel: lane i: of pair i
     if (!kBlocks && lane < pairs) {
       const Place p = place(first_pair + lane * kFewGateUpWarps);
@@ -349,7 +351,11 @@ struct FewGateUp {
       // The last weights are under way: from here on `down` may load beside this kernel.
       if (last && loads == 0) ptx::grid_dependency_launch();
       if (filled > most || pair == pairs) {
-        finish(done, filled, sum, tag, first_pair, scale);
+        if constexpr (kBlocks) {
+          finish_blocks(done, filled, tag, first_pair);
+        } else {
+          finish_sums(filled, sum, tag, first_pair, scale);
+        }
         done += filled;
         filled = 0;
       }
@@ -384,6 +390,7 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
          warp,
          m.n / 2,
          kernels::few_x_stride(m.k),
+         0,
          0};
   g.measure();
   __syncthreads();
@@ -396,13 +403,15 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   __syncthreads();
   if constexpr (Gate::kBlocks) {
     g.first_block = g.block_of(g.place(begin));
-    g.copy_scales(begin, end);
+    g.blocks = begin < end ? g.block_of(g.place(end - 1)) - g.first_block + 1 : 0;
   }
+  bool first = true;
   do {
     const int32_t pairs = min(left, 32);
     left -= pairs;
-    g.run(pair, pairs, left == 0);
+    g.run(pair, pairs, first, left == 0);
     pair += pairs * kFewGateUpWarps;
+    first = false;
   } while (left > 0);
 }
 

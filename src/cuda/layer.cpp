@@ -25,8 +25,10 @@ namespace {
 constexpr int kCallsBeforeGraph = 3;
 
 // Of weights that the kernels for few tokens are likely to read at most: they save launches and lose some bandwidth,
-// and from 140 MB on the others are as fast (H100, docs/kernels.md).
-constexpr std::int64_t kFewMostBytes = 128'000'000;
+// more of it where sums per K-block cost instructions. From there on the others are as fast (H100, docs/kernels.md).
+std::int64_t few_most_bytes(kernels::Promotion p) {
+  return p == kernels::Promotion::channel ? 128'000'000 : p == kernels::Promotion::block ? 64'000'000 : 48'000'000;
+}
 
 // The steps of a layer, for the lifetimes of its buffers.
 enum Step : int { kFew, kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
@@ -195,7 +197,8 @@ class CudaLayer final : public LayerBackend {
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
-        likely_rows(routes) * 3 * hidden_ * row > kFewMostBytes) {
+        likely_rows(routes) * 3 * hidden_ * row >
+            std::min(few_most_bytes(routed_.w13.promotion()), few_most_bytes(routed_.w2.promotion()))) {
       return {};
     }
     const kernels::FewMatrix w13 = *routed_.w13.few(), w2 = *routed_.w2.few();
@@ -243,17 +246,15 @@ class CudaLayer final : public LayerBackend {
     const kernels::Routes routes = routes_of(a);
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.few_h));
     launcher.stage("gate_up");
-    launcher.exactly(
-        *few_gate_up_,
-        {.grid = {static_cast<unsigned>(info_.multiprocessors)},
-         .shared_bytes = few.gate_up.bytes},
-        kernels::FewGateUpArgs{.routes = routes,
-                               .w13 = *routed_.w13.few(),
-                               .x = row_view(a.x),
-                               .h = h,
-                               .up_first = routed_.up_first,
-                               .limit = limit_,
-                               .layout = few.gate_up});
+    launcher.exactly(*few_gate_up_,
+                     {.grid = {static_cast<unsigned>(info_.multiprocessors)}, .shared_bytes = few.gate_up.bytes},
+                     kernels::FewGateUpArgs{.routes = routes,
+                                            .w13 = *routed_.w13.few(),
+                                            .x = row_view(a.x),
+                                            .h = h,
+                                            .up_first = routed_.up_first,
+                                            .limit = limit_,
+                                            .layout = few.gate_up});
     launcher.stage("down");
     launcher.exactly(*few_down_,
                      {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},

@@ -222,7 +222,8 @@ std::vector<KernelEntry> make_catalogue() {
   all.push_back(std::move(sort));
   const auto few = [&](const char* name, Promotion p, const char* args, int threads, int registers, int shared_bytes) {
     const char* promotion = kPromotions[static_cast<int>(p)];
-    KernelEntry e = simple_entry(few_id(name, p), fmt::format("sm90/few_{}.cuh", name), "", args, threads, shared_bytes);
+    KernelEntry e =
+        simple_entry(few_id(name, p), fmt::format("sm90/few_{}.cuh", name), "", args, threads, shared_bytes);
     e.call = fmt::format("octomoe::sm90::few_{}<octomoe::kernels::Promotion::{}>", name, promotion);
     e.max_registers = registers;
     e.archs = {90};

@@ -109,21 +109,21 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                          .up_first = c.order == GateUpOrder::up_gate,
                                          .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u),
                                          .layout = kernels::few_gate_up_layout(first, w13, tokens, c.top_k, o.ctas)};
-    const kernels::FewDownArgs down{.routes = routes,
-                                    .w2 = w2,
-                                    .h = h.data(),
-                                    .out = out.view().data(),
-                                    .out_stride = c.hidden,
-                                    .out_type = o.out == DType::float32   ? kernels::OutType::f32
-                                                : o.out == DType::float16 ? kernels::OutType::fp16
-                                                                          : kernels::OutType::bf16,
-                                    .accumulate = o.accumulate,
-                                    .columns = static_cast<std::int32_t>(columns),
-                                    .stage_columns = static_cast<std::int32_t>(stage_columns),
-                                    .stages = stages,
-                                    .layout = kernels::few_down_layout(
-                                        second, w2, static_cast<int>(count), static_cast<int>(columns),
-                                        static_cast<int>(stage_columns), stages)};
+    const kernels::FewDownArgs down{
+        .routes = routes,
+        .w2 = w2,
+        .h = h.data(),
+        .out = out.view().data(),
+        .out_stride = c.hidden,
+        .out_type = o.out == DType::float32   ? kernels::OutType::f32
+                    : o.out == DType::float16 ? kernels::OutType::fp16
+                                              : kernels::OutType::bf16,
+        .accumulate = o.accumulate,
+        .columns = static_cast<std::int32_t>(columns),
+        .stage_columns = static_cast<std::int32_t>(stage_columns),
+        .stages = stages,
+        .layout = kernels::few_down_layout(second, w2, static_cast<int>(count), static_cast<int>(columns),
+                                           static_cast<int>(stage_columns), stages)};
     try {
       launch({.grid = o.ctas,
               .threads = kernels::kFewGateUpThreads,
@@ -212,8 +212,8 @@ TEST(FewTokens, SumsPerBlock) {
   std::uint32_t seed = 100;
   for (const char* scheme :
        {"int8_block", "int8_hybrid", "int8_block:block_k=256", "int8_hybrid:block_k=256", "int8_block:block_n=16",
-        "int8_hybrid:block_n=48", "int8_hybrid:super=2", "int8_hybrid:super=1,q_max=3", "int8_hybrid:super=3,block_k=256",
-        "int8_hybrid:q_max=64"}) {
+        "int8_hybrid:block_n=48", "int8_hybrid:super=2", "int8_hybrid:super=1,q_max=3",
+        "int8_hybrid:super=3,block_k=256", "int8_hybrid:q_max=64"}) {
     SCOPED_TRACE(scheme);
     for (const int tokens : {1, 3, 8}) {
       check({.experts = 9,
@@ -234,16 +234,36 @@ TEST(FewTokens, SumsPerBlock) {
 TEST(FewTokens, LongRowsInBlocks) {
   for (const char* scheme : {"int8_block", "int8_hybrid", "int8_hybrid:q_max=64", "int8_hybrid:super=5,q_max=32"}) {
     SCOPED_TRACE(scheme);
-    check({.experts = 3, .hidden = 7168, .intermediate = 64, .tokens = 2, .top_k = 3, .scheme = Scheme::parse(scheme),
+    check({.experts = 3,
+           .hidden = 7168,
+           .intermediate = 64,
+           .tokens = 2,
+           .top_k = 3,
+           .scheme = Scheme::parse(scheme),
            .seed = 130},
           {.ctas = 3});
-    check({.experts = 5, .hidden = 64, .intermediate = 2320, .tokens = 3, .top_k = 2, .scheme = Scheme::parse(scheme),
+    check({.experts = 5,
+           .hidden = 64,
+           .intermediate = 2320,
+           .tokens = 3,
+           .top_k = 2,
+           .scheme = Scheme::parse(scheme),
            .seed = 131},
           {.ctas = 2, .stage_columns = 7});
-    check({.experts = 2, .hidden = 3088, .intermediate = 96, .tokens = 5, .top_k = 2, .scheme = Scheme::parse(scheme),
+    check({.experts = 2,
+           .hidden = 3088,
+           .intermediate = 96,
+           .tokens = 5,
+           .top_k = 2,
+           .scheme = Scheme::parse(scheme),
            .seed = 132},
           {.ctas = 1});
-    check({.experts = 2, .hidden = 1040, .intermediate = 512, .tokens = 8, .top_k = 2, .scheme = Scheme::parse(scheme),
+    check({.experts = 2,
+           .hidden = 1040,
+           .intermediate = 512,
+           .tokens = 8,
+           .top_k = 2,
+           .scheme = Scheme::parse(scheme),
            .seed = 133},
           {.ctas = 1});
   }
@@ -260,7 +280,8 @@ TEST(FewTokens, Options) {
                   .scheme = Scheme::parse(seed % 3 == 0   ? "int8_block"
                                           : seed % 3 == 1 ? "int8_channel"
                                                           : "int8_hybrid"),
-                  .biases = seed % 2 == 0, .seed = seed};
+                  .biases = seed % 2 == 0,
+                  .seed = seed};
       c.order = up_first ? GateUpOrder::up_gate : GateUpOrder::gate_up;
       check(c, o);
       ++seed;
