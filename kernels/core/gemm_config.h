@@ -113,11 +113,12 @@ struct TokenMajorConfig {
   OCTOMOE_HD constexpr int box_rows() const { return block_m() / boxes(); }
   OCTOMOE_HD constexpr int threads() const { return 128 * (2 + kConsumers); }
   // The ring; per stage a scale of each token and two words of each of two scale blocks; for each of stages + 1 tiles
-  // where it lies, a factor and a scale of its tokens, and the scale blocks; the tile list; barriers and the next tile.
-  // Rounded up for what alignment takes.
+  // where it lies, a factor and a scale of its tokens, and the scale blocks, and as many chunks' scales (hybrid_flush);
+  // the tile list; barriers and the next tile. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return stages * ((block_m() + kBlockN) * kBlockK + (kBlockN + 4) * 4) +
            (stages + 1) * (16 + (promotion == Promotion::hybrid ? 2 * kBlockN : kBlockN + 4) * 4 + 16) +
+           (promotion == Promotion::hybrid_flush ? (stages + 1) * (kBlockN + 2) * 4 : 0) +
            ((kMaxExperts + 1) * 8 + 128) + stages * 16 + 24 + 64;
   }
 };

@@ -45,6 +45,7 @@ struct TokenMajor {
   // 65536 registers over the multiprocessor's threads, in steps of 8.
   static constexpr int kTokenRegisters = 48, kWeightRegisters = 48, kConsumerRegisters = 208;
   static_assert(!kFlush || kParts == 1);  // three sets of sums
+  static constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);  // fma(x, p, -0) is x * p, its sign included
 
   // ---- shared memory ----
   static constexpr int kTables = kStages + 1;  // producers may be as many tiles ahead as there are stages
@@ -53,6 +54,7 @@ struct TokenMajor {
     float factor[kBlockN];
     float a_scale[kScaled ? kBlockN : 1];
     float w_scale[kScales];
+    int32_t chunk;  // hybrid_flush: the place of its first chunk's scales
   };
   struct Shared {
     uint8_t weights[kStages][C.boxes()][kBoxBytes];
@@ -61,6 +63,10 @@ struct TokenMajor {
     // block: s_w of the scale blocks; hybrid: the words that hold Q_w, and by how much they are to be shifted.
     alignas(16) int32_t w[kStages][kFloatTotals ? kScales : 2 * kScales];
     Table table[kTables];
+    // hybrid_flush: F of a chunk's tokens and scale blocks, copied with its last K-block. Places are used in turn, and
+    // there is one more than stages, as of tables: a stage is released before its chunk's scales are read.
+    float chunk_a[kFlush ? kTables : 1][kFlush ? kBlockN : 1];
+    float chunk_w[kFlush ? kTables : 1][kScales];
     TileList list;
     bool plain;  // Consumer::finish; kept here because consumers have no register for it
     uint64_t full[kStages], empty[kStages];
@@ -92,6 +98,24 @@ struct TokenMajor {
     return block_row<C.gated()>(args, t.expert, t.m_tile * C.features() + (C.gated() ? 0 : min(i, kParts - 1) * 128),
                                 C.gated() ? i ^ args.up_first : 0);
   }
+
+  // Counts the K-blocks of a tile's chunks: they end with a super group, after flush_blocks, and with K.
+  struct ChunkCount {
+    int32_t in_group = 0, in_chunk = 0;
+    __device__ __forceinline__ bool ends(const GemmArgs& args, bool last) {
+      ++in_group;
+      ++in_chunk;
+      return last || in_group == args.super_group || in_chunk == args.flush_blocks;
+    }
+    // Behind the end of one. Whether a super group ends with it.
+    __device__ __forceinline__ bool next(const GemmArgs& args) {
+      in_chunk = 0;
+      const bool group_ends = in_group == args.super_group;
+      if (group_ends) in_group = 0;
+      return group_ends;
+    }
+  };
+  static __device__ __forceinline__ int next_place(int place) { return place + 1 == kTables ? 0 : place + 1; }
 
   struct Producer {
     const WgmmaArgs& all;
@@ -140,7 +164,7 @@ struct TokenMajor {
       const int32_t k_tiles = stages_of(args);
       Slot<kStages> slot;
       slot.phase = 1;
-      int table = 0;
+      int table = 0, chunk = 0;
       for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, all.taken != nullptr)) {
         if (lane() == 0) queue.ask(shared.next);
         const Tile t = tile_at(shared, args, queue.index);
@@ -152,8 +176,15 @@ struct TokenMajor {
         }
         const int32_t w_row = scales ? scale_row(args, t, lane()) : 0;
         wait_empty(slot);
-        open(t, shared.table[table], w_row);
+        open(t, shared.table[table], w_row, chunk);
         const int32_t* from = a_scale;
+        const float* a_chunk = args.a_scale;
+        const float* w_chunk = args.w_scale;
+        if constexpr (kFlush) {
+          const int32_t groups = (args.blocks_k + args.super_group - 1) / args.super_group;
+          w_chunk += static_cast<int64_t>(w_row) * groups;
+        }
+        ChunkCount count;
 #pragma unroll 1  // registers
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
           wait_empty(slot);
@@ -173,11 +204,23 @@ struct TokenMajor {
                 shared.w[slot.index][kScales + lane()] = 8 * (at & 3);
               }
             }
+            if (kFlush && count.ends(args, k_tile + C.block_stages == k_tiles)) {
+#pragma unroll
+              for (int i = 0; i < kTokens; ++i) {
+                ptx::cp_async_4(ptx::shared_address(&shared.chunk_a[chunk][lane() + 32 * i]), a_chunk + row[i], true);
+              }
+              if (scales) ptx::cp_async_4(ptx::shared_address(&shared.chunk_w[chunk][lane()]), w_chunk, true);
+              if (count.next(args)) {
+                a_chunk += args.a_rows;
+                ++w_chunk;
+              }
+              chunk = next_place(chunk);
+            }
           }
           arrive(slot);
           slot.advance();
         }
-        table = table + 1 == kTables ? 0 : table + 1;
+        table = next_place(table);
       }
       wait_empty(slot);
       if (lane() == 0) shared.table[table].tile.rows = -1;
@@ -190,8 +233,11 @@ struct TokenMajor {
       __syncwarp();
       if (lane() == 0) ptx::barrier_arrive(full(slot));
     }
-    __device__ __forceinline__ void open(const Tile& t, Table& table, int32_t w_row) const {
-      if (lane() == 0) table.tile = t;
+    __device__ __forceinline__ void open(const Tile& t, Table& table, int32_t w_row, int chunk) const {
+      if (lane() == 0) {
+        table.tile = t;
+        table.chunk = chunk;
+      }
 #pragma unroll
       for (int token = lane(); token < kBlockN; token += 32) {
         if (args.row_factor != nullptr) {
@@ -263,7 +309,7 @@ struct TokenMajor {
           }
           if (kScaled && k_tile == 0) {
             ptx::cp_async_4(ptx::shared_address(&shared.table[table].a_scale[token]), args.a_scale + source, true);
-            table = table + 1 == kTables ? 0 : table + 1;
+            table = next_place(table);
           }
           ptx::cp_async_arrive(full(slot));
           slot.advance();
@@ -364,24 +410,23 @@ struct TokenMajor {
       }
     }
 
-    // totals: of hybrid_flush, the values.
     __device__ __forceinline__ void multiply_tile(const Table& table, int32_t (&totals)[kParts][kSums]) {
-      constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);  // fma(x, p, -0) is x * p, its sign included
-      int32_t chunk[kFlush ? kSums : 1];
+      int32_t values[kFlush ? kSums : 1];  // beside the sums of a chunk
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
 #pragma unroll
-        for (int b = 0; b < kParts; ++b) totals[b][i] = kScaled ? 0 : kMinusZero;
-        if constexpr (kFlush) chunk[i] = 0;
+        for (int b = 0; b < kParts; ++b) totals[b][i] = kFloatTotals ? kMinusZero : 0;
+        if constexpr (kFlush) values[i] = kMinusZero;
       }
-      int32_t group = 0, in_group = 0, in_chunk = 0;
-      int32_t partial[kSums];
+      [[maybe_unused]] ChunkCount count;
+      [[maybe_unused]] int chunk = table.chunk;
       wait_full(at);
       for (int32_t left = stages_of(args) - C.block_stages; left >= 0; left -= C.block_stages) {
         const Slot<kStages> begin = at;
         Slot<kStages> end = at;
 #pragma unroll
         for (int i = 0; i < C.block_stages; ++i) end.advance();
+        int32_t partial[kSums];
         multiply(partial, 0, begin);
         int32_t p[kScales][2];
         load_scales(table, p, begin);
@@ -394,50 +439,38 @@ struct TokenMajor {
 #pragma unroll
             for (int i = 0; i < C.block_stages; ++i) release();
           }
-          if constexpr (kFlush) {
-            promote(chunk, partial, b, p);
-          } else {
-            promote(totals[b], partial, b, p);
-          }
+          promote(totals[b], partial, b, p);
           if (b + 1 < kParts) multiply(partial, b + 1, begin);
         }
         if constexpr (kFlush) {
-          ++in_group;
-          ++in_chunk;
-          if (left == 0 || in_group == args.super_group || in_chunk == args.flush_blocks) {
-            flush(table, group, chunk, totals[0]);
-            in_chunk = 0;
-            if (in_group == args.super_group) {
-              in_group = 0;
-              ++group;
-            }
+          if (count.ends(args, left == 0)) {
+            flush(table, chunk, totals[0], values);
+            count.next(args);
+            chunk = next_place(chunk);
           }
         }
       }
+      if constexpr (kFlush) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) totals[0][i] = values[i];
+      }
     }
 
-    // The end of a chunk of K-blocks in super group `group`.
-    template <int kSize>
-    __device__ __forceinline__ void flush(const Table& table, int32_t group, int32_t (&chunk)[kSize],
+    // The end of a chunk of K-blocks.
+    __device__ __forceinline__ void flush(const Table& table, int chunk, int32_t (&sums)[kSums],
                                           int32_t (&values)[kSums]) const {
-      const Tile& t = table.tile;
-      const int32_t groups = (args.blocks_k + args.super_group - 1) / args.super_group;
       float p[kScales][2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int32_t r = t.row_begin + min(row_inside(h), t.rows - 1);
-        const int32_t from = args.row_source != nullptr ? args.row_source[r] : r;
-        const float a = __fmul_rn(args.a_scale[group * args.a_rows + from], table.factor[row_inside(h)]);
+        const float a = __fmul_rn(shared.chunk_a[chunk][row_inside(h)], table.factor[row_inside(h)]);
 #pragma unroll
-        for (int i = 0; i < kScales; ++i) {
-          p[i][h] = __fmul_rn(args.w_scale[static_cast<int64_t>(scale_row(args, t, i)) * groups + group], a);
-        }
+        for (int i = 0; i < kScales; ++i) p[i][h] = __fmul_rn(shared.chunk_w[chunk][i], a);
       }
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         values[i] = __float_as_int(
-            __fmaf_rn(__int2float_rn(chunk[i]), p[scale_of(0, i)][i / 2 % 2], __int_as_float(values[i])));
-        chunk[i] = 0;
+            __fmaf_rn(__int2float_rn(sums[i]), p[scale_of(0, i)][i / 2 % 2], __int_as_float(values[i])));
+        sums[i] = 0;
       }
     }
 
@@ -552,7 +585,7 @@ struct TokenMajor {
     __device__ __forceinline__ void run() {
       ptx::grid_dependency_wait();
       if (Queue::first() >= total(shared, args)) return;
-      for (int table = 0;; table = table + 1 == kTables ? 0 : table + 1) {
+      for (int table = 0;; table = next_place(table)) {
         wait_full(at);
         const Table& tile = shared.table[table];
         const int32_t rows = tile.tile.rows;

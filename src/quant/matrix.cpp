@@ -324,13 +324,14 @@ QuantizedMatrix quantize_matrix(const Scheme& scheme, TensorView w, int segments
 
 namespace {
 
-// The largest chunk of K-blocks whose int32 sum cannot overflow (docs/schemes.md section 5), from the weights.
+// K-blocks of a chunk: as few chunks, as equal as can be, as int32 sums allow (docs/schemes.md section 5).
 int prove_flush_blocks(const QuantizedMatrix& m, const std::string& name, ThreadPool& pool) {
   const std::int64_t kb = m.blocks_k(), nb = m.blocks_n();
-  std::vector<std::int64_t> candidates;
-  for (std::int64_t s = std::min<std::int64_t>(m.scheme.super_group, kb);; s = ceil_div(s, 2)) {
-    candidates.push_back(s);
-    if (s == 1) break;
+  const std::int64_t group = std::min<std::int64_t>(m.scheme.super_group, kb);
+  std::vector<std::int64_t> candidates{group};  // falling
+  for (std::int64_t chunks = 2; candidates.back() > 1; ++chunks) {
+    const std::int64_t s = ceil_div(group, chunks);
+    if (s < candidates.back()) candidates.push_back(s);
   }
   std::vector<std::atomic<std::int64_t>> worst(candidates.size());
   for_row_runs(pool, m.experts, m.n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
