@@ -58,8 +58,8 @@ class GroupedGemm:
 
     def __init__(self, problem: GemmProblem, path: str, variant: int) -> None:
         self.peer, self.problem = load(path), problem
-        self.a, self.a_scale = problem.activations("channel")
-        self.weights = problem.weights("channel")
+        self.a, self.a_scale = problem.activations("int8_channel")
+        self.weights = problem.weights("int8_channel")
         self.out = torch.empty(
             (problem.rows, problem.n), dtype=torch.bfloat16, device=self.a.device
         )

@@ -115,7 +115,7 @@ class Layer:
 
     def __init__(self, problem: LayerProblem, site: str) -> None:
         self.layer, self.kernels = modules(site)
-        self.w13, self.s13, self.w2, self.s2 = problem.form("channel")
+        self.w13, self.s13, self.w2, self.s2 = problem.form("int8_channel")
         self.s13, self.s2 = self.s13[..., None], self.s2[..., None]
         self.model = problem.model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import PeerMissing
-from .problems import GemmProblem, Inputs, LayerProblem
+from .problems import BLOCK, GemmProblem, Inputs, LayerProblem, parse_scheme
 
 try:
     import octomoe
@@ -16,16 +16,17 @@ VERSION = octomoe.__version__
 
 
 class Layer:
-    """int8_channel, int8_block or int8_hybrid on the problem's weights, where they lie."""
+    """One of the integer schemes on the problem's weights, where they lie."""
 
     def __init__(self, problem: LayerProblem, scheme: str) -> None:
-        form = problem.form(scheme.removeprefix("int8_"))
-        if scheme == "int8_channel":
+        form = problem.form(scheme)
+        kind, block_k = parse_scheme(scheme)
+        if kind == "channel":
             weights = octomoe.MoeWeights.from_int8_channel(*form)
-        elif scheme == "int8_block":
-            weights = octomoe.MoeWeights.from_int8_block(*form)
+        elif kind == "block":
+            weights = octomoe.MoeWeights.from_int8_block(*form, block=(BLOCK, block_k))
         else:
-            weights = octomoe.MoeWeights.from_int8_hybrid(*form)
+            weights = octomoe.MoeWeights.from_int8_hybrid(*form, scheme=scheme)
         self.weights = weights
         self.layer = octomoe.MoeLayer(weights, device=problem.device)
         self.workspace = torch.empty(0, dtype=torch.uint8, device=problem.device)
@@ -52,15 +53,15 @@ class GroupedGemm:
     """grouped_gemm on rows that are already quantised."""
 
     def __init__(self, problem: GemmProblem, scheme: str) -> None:
-        self.problem, form = problem, scheme.removeprefix("int8_")
+        self.problem = problem
         self.matrices = []
-        for values, scale, *q in problem.weights(form):
+        for values, scale, *q in problem.weights(scheme):
             matrix = octomoe.QuantizedMatrix.from_parts(
                 scheme, values, scale, **({"q": q[0]} if q else {})
             )
             prepared = octomoe.PreparedMatrix(matrix, device="cuda")
             self.matrices.append((prepared, matrix, values))  # used where they lie: keep them
-        self.a, self.scale, *q = problem.activations(form)
+        self.a, self.scale, *q = problem.activations(scheme)
         self.q = {"a_q": q[0]} if q else {}
         self.out = torch.empty(
             (problem.rows, problem.n), dtype=torch.bfloat16, device=self.a.device

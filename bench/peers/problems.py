@@ -54,31 +54,49 @@ def channel_form(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (w / scale[..., None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def _tiles(w: torch.Tensor) -> torch.Tensor:
-    """float32 [E, NB, 128, KB, 128]: a view where w is float32."""
+def _tiles(w: torch.Tensor, block_k: int) -> torch.Tensor:
+    """float32 [E, NB, 128, KB, block_k]: a view where w is float32."""
     e, n, k = w.shape
-    if n % BLOCK or k % BLOCK:
-        raise ValueError(f"w: expected rows and columns in multiples of {BLOCK}, got {n} x {k}")
-    return w.float().view(e, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
+    if n % BLOCK or k % block_k:
+        raise ValueError(
+            f"w: expected rows in multiples of {BLOCK} and columns of {block_k}, got {n} x {k}"
+        )
+    return w.float().view(e, n // BLOCK, BLOCK, k // block_k, block_k)
 
 
-def block_form(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 [E, N, K] and float32 [E, N/128, K/128]."""
-    tiles = _tiles(w)
+def block_form(w: torch.Tensor, block_k: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [E, N, K] and float32 [E, N/128, K/block_k]."""
+    tiles = _tiles(w, block_k)
     scale = tiles.abs().amax((2, 4)).clamp_min(1e-30) / 127
     q = (tiles / scale[:, :, None, :, None]).round_().clamp_(-127, 127)
     return q.to(torch.int8).view(w.shape), scale
 
 
-def hybrid_form(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int8 [E, N, K], float32 [E, N/128, 1] and uint8 [E, N/128, K/128] (docs/schemes.md)."""
-    tiles = _tiles(w)
+def hybrid_form(
+    w: torch.Tensor, block_k: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int8 [E, N, K], float32 [E, N/128, 1] and uint8 [E, N/128, K/block_k] (docs/schemes.md)."""
+    tiles = _tiles(w, block_k)
     largest = tiles.abs().amax((2, 4))
     top = largest.amax(-1, keepdim=True).clamp_min(1e-30)
     scale = top / (127 * Q_MAX)
     q = (largest * (Q_MAX / top)).ceil_().clamp_(1, Q_MAX)
     values = (tiles / (q * scale)[:, :, None, :, None]).round_().clamp_(-127, 127)
     return values.to(torch.int8).view(w.shape), scale, q.to(torch.uint8)
+
+
+def parse_scheme(scheme: str) -> tuple[str, int]:
+    """int8_block:block_k=256 -> block, 256."""
+    name, _, option = scheme.partition(":")
+    block_k = int(option.removeprefix("block_k=")) if option else BLOCK
+    return name.removeprefix("int8_"), block_k
+
+
+def make_form(w: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
+    kind, block_k = parse_scheme(scheme)
+    if kind == "channel":
+        return channel_form(w)
+    return {"block": block_form, "hybrid": hybrid_form}[kind](w, block_k)
 
 
 @dataclasses.dataclass
@@ -158,8 +176,7 @@ class LayerProblem:
     def form(self, scheme: str) -> tuple[torch.Tensor, ...]:
         """(w13 values, its scales..., w2 values, its scales...)."""
         if scheme not in self._forms:
-            make = {"channel": channel_form, "block": block_form, "hybrid": hybrid_form}[scheme]
-            self._forms[scheme] = make(self.w13) + make(self.w2)
+            self._forms[scheme] = make_form(self.w13, scheme) + make_form(self.w2, scheme)
         return self._forms[scheme]
 
     def drop_float_weights(self) -> None:
@@ -247,20 +264,20 @@ class GemmProblem:
         """`copies` times (values, scales...) of channel, block or hybrid."""
         key = f"w_{scheme}"
         if key not in self._forms:
-            make = {"channel": channel_form, "block": block_form, "hybrid": hybrid_form}[scheme]
-            first = make(self.w)
+            first = make_form(self.w, scheme)
             more = [(first[0].clone(), *first[1:]) for _ in range(self.copies - 1)]
             self._forms[key] = [first, *more]
         return self._forms[key]
 
     def activations(self, scheme: str) -> tuple[torch.Tensor, ...]:
-        """Row by row: values and scale [rows], or scales [rows, k/128], or scale and q."""
+        """Row by row: values and scale [rows], or scales [rows, k/block_k], or scale and q."""
+        kind, block_k = parse_scheme(scheme)
         x = self.x.float()
-        if scheme == "channel":
+        if kind == "channel":
             return channel_form(x)
-        groups = x.view(self.rows, -1, BLOCK)
+        groups = x.view(self.rows, -1, block_k)
         largest = groups.abs().amax(-1).clamp_min(1e-30)
-        if scheme == "block":
+        if kind == "block":
             scale, q = largest / 127, None
             step = scale
         else:

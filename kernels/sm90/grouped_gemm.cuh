@@ -137,6 +137,7 @@ struct GroupedGemm {
   };
 
   struct TokenProducer {
+    static constexpr int kSources = RowCopies<kBlockN>::kSources;
     const WgmmaArgs& all;
     const GemmArgs& args;
     Shared& shared;
@@ -144,9 +145,9 @@ struct GroupedGemm {
 
     // The scales of a tile, beside its first stage. source: of tokens token and token + 128.
     __device__ __forceinline__ void copy_scales(const Tile& t, Table& table, int thread, int token,
-                                                const int32_t (&source)[2]) const {
+                                                const int32_t (&source)[kSources]) const {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kSources; ++i) {
         if (token + 128 * i < kBlockN) {
           ptx::cp_async_4(ptx::shared_address(&table.a_scale[token + 128 * i]), args.a_scale + source[i], true);
         }
@@ -161,11 +162,10 @@ struct GroupedGemm {
       }
     }
 
-    // Each of the 8 lanes that copy a row knows the sources of two of the 12 rows that they copy in turn: of tokens
-    // token and token + 128 of the tile.
-    __device__ __forceinline__ void load_sources(const Tile& t, int token, int32_t (&source)[2]) const {
+    // Of tokens token and token + 128 of the tile.
+    __device__ __forceinline__ void load_sources(const Tile& t, int token, int32_t (&source)[kSources]) const {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kSources; ++i) {
         const int32_t r = t.row_begin + min(token + 128 * i, max(t.rows, 1) - 1);
         source[i] = args.row_source != nullptr ? args.row_source[r] : r;
       }
@@ -189,17 +189,10 @@ struct GroupedGemm {
       Slot<kTokenStages> slot;
       slot.phase = 1;  // the ring is empty
       int table = 0;
-      int32_t source[2], next_source[2] = {};
+      int32_t source[kSources], next_source[kSources] = {};
       load_sources(t, token, source);
       for (;;) {
-        // Of the rows that this thread copies 16 bytes of, in units of 16 bytes.
-        const int32_t passes = (t.rows + 15) / 16;
-        uint32_t offset[kBlockN / 16];
-#pragma unroll
-        for (int p = 0; p < kBlockN / 16; ++p) {
-          const int32_t from = __shfl_sync(0xffffffffu, source[p / 8], (lane() & 24) + p % 8);
-          offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk);
-        }
+        const RowCopies<kBlockN> rows(args, t, source, chunk);
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
           ptx::barrier_wait(ptx::shared_address(&shared.tokens_empty[slot.index]), slot.phase);
           if (thread == 0 && k_tile == 0) shared.table[table].tile = t;
@@ -213,17 +206,14 @@ struct GroupedGemm {
               const uint32_t full = ptx::shared_address(&shared.tokens_full[slot.index]);
               const uint32_t base = ptx::shared_address(shared.tokens[slot.index]);
 #pragma unroll 1
-              for (int p = thread / 32; p < passes; p += 4) {
+              for (int p = thread / 32; p < rows.passes; p += 4) {
                 ptx::barrier_expect(full, kTokenBoxBytes);
                 ptx::copy_box_2d(base + static_cast<uint32_t>(p * kTokenBoxBytes), &all.tokens, k_tile * 128,
                                  t.row_begin + p * WgmmaConfig::kTokenBox, full);
               }
             }
           } else {
-#pragma unroll
-            for (int p = 0; p < kBlockN / 16; ++p) {
-              if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
-            }
+            rows.copy(to, a, inside);
           }
           if (k_tile == 0) {
             copy_scales(t, shared.table[table], thread, token, source);
@@ -247,8 +237,8 @@ struct GroupedGemm {
         }
         if (queue.index >= total) break;
         t = next;
-        source[0] = next_source[0];
-        source[1] = next_source[1];
+#pragma unroll
+        for (int i = 0; i < kSources; ++i) source[i] = next_source[i];
       }
       // A stage that says that there is no further tile.
       ptx::barrier_wait(ptx::shared_address(&shared.tokens_empty[slot.index]), slot.phase);

@@ -75,6 +75,31 @@ __device__ __forceinline__ int32_t block_row(const GemmArgs& args, int expert, i
   return expert * args.blocks_n + static_cast<int32_t>(segment * per_segment + inside);
 }
 
+// A tile's rows that one of 128 threads gathers 16 bytes of: the chunk-th 16 bytes of every 16th row.
+template <int kRows>
+struct RowCopies {
+  static constexpr int kSources = (kRows + 127) / 128;  // rows whose place each thread knows: token, token + 128
+  int32_t passes;
+  uint32_t offset[kRows / 16];  // in units of 16 bytes
+
+  // Each of the 8 lanes that copy a row knows the source of one of the 8 rows that they copy in turn.
+  __device__ __forceinline__ RowCopies(const GemmArgs& args, const Tile& t, const int32_t (&source)[kSources], int chunk)
+      : passes((t.rows + 15) / 16) {
+#pragma unroll
+    for (int p = 0; p < kRows / 16; ++p) {
+      const int32_t from = __shfl_sync(0xffffffffu, source[p / 8], (lane() & 24) + p % 8);
+      offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk);
+    }
+  }
+  // 128 columns from `a` on, of which `inside` says whether this thread's exist.
+  __device__ __forceinline__ void copy(uint32_t to, const int8_t* a, bool inside) const {
+#pragma unroll
+    for (int p = 0; p < kRows / 16; ++p) {
+      if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
+    }
+  }
+};
+
 // The tile that all readers of a CTA, or of a pair, are told of next.
 struct NextTile {
   uint64_t full, empty;

@@ -252,7 +252,6 @@ struct TokenMajor {
       }
     }
 
-    // Each of the 8 lanes that copy a row knows the source of one of the 8 rows that they copy in turn.
     __device__ __forceinline__ int32_t source_of(const Tile& t, int token) const {
       const int32_t r = t.row_begin + min(token, t.rows - 1);
       return args.row_source != nullptr ? args.row_source[r] : r;
@@ -278,16 +277,9 @@ struct TokenMajor {
       Slot<kStages> slot;
       slot.phase = 1;
       int table = 0;
-      int32_t source = source_of(t, token), next_source = 0;
+      int32_t source[] = {source_of(t, token)}, next_source = 0;
       for (;;) {
-        // Of the rows that this thread copies 16 bytes of, in units of 16 bytes.
-        const int32_t passes = (t.rows + 15) / 16;
-        uint32_t offset[kBlockN / 16];
-#pragma unroll
-        for (int p = 0; p < kBlockN / 16; ++p) {
-          const int32_t from = __shfl_sync(0xffffffffu, source, (lane() & 24) + p);
-          offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk);
-        }
+        const RowCopies<kBlockN> rows(args, t, source, chunk);
 #pragma unroll 1  // registers
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
           wait_empty(slot);
@@ -301,14 +293,10 @@ struct TokenMajor {
           } else {
             const uint32_t to = ring + static_cast<uint32_t>(slot.index * kBlockN * 128);
             const bool inside = k_tile * 128 + chunk * 16 < args.k;
-            const int8_t* a = args.a + k_tile * 128;
-#pragma unroll
-            for (int p = 0; p < kBlockN / 16; ++p) {
-              if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
-            }
+            rows.copy(to, args.a + k_tile * 128, inside);
           }
           if (kScaled && k_tile == 0) {
-            ptx::cp_async_4(ptx::shared_address(&shared.table[table].a_scale[token]), args.a_scale + source, true);
+            ptx::cp_async_4(ptx::shared_address(&shared.table[table].a_scale[token]), args.a_scale + source[0], true);
             table = next_place(table);
           }
           ptx::cp_async_arrive(full(slot));
@@ -325,7 +313,7 @@ struct TokenMajor {
         }
         if (queue.index >= total(shared, args)) break;
         t = next;
-        source = next_source;
+        source[0] = next_source;
       }
       wait_empty(slot);  // of the stage that says that there is no further tile
       ptx::cp_async_arrive(full(slot));

@@ -258,6 +258,22 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 
+bool DeviceMatrix::has_stand_ins() const {
+  return std::any_of(kernels_.begin(), kernels_.end(), [](const Kernel& k) { return k.stands_in; });
+}
+
+bool DeviceMatrix::leaves_idle(std::int64_t rows) const {
+  return plan::work_of(choose(rows), key_, static_cast<double>(rows)).one_each;
+}
+
+std::int64_t DeviceMatrix::most_idle_rows() const {
+  std::int64_t most = 0;  // each tile has at most block_n rows
+  for (const Kernel& k : kernels_) {
+    most = std::max<std::int64_t>(most, key_.multiprocessors * k.block_n / ceil_div(m_.n, k.block_m));
+  }
+  return most;
+}
+
 // Remembered: the next call usually has as many rows.
 const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (chosen_ != nullptr && chosen_rows_ == rows) return *chosen_;

@@ -96,6 +96,11 @@ class DeviceMatrix {
   float static_scale() const { return static_scale_; }
   kernels::Epilogue epilogue() const { return epilogue_; }
   kernels::Promotion promotion() const { return key_.promotion; }
+  const QuantizedMatrix& matrix() const { return m_; }
+  // Whether narrow kernels take the place of those whose tiles are too few for `rows` rows in all.
+  bool has_stand_ins() const;
+  bool leaves_idle(std::int64_t rows) const;
+  std::int64_t most_idle_rows() const;  // leaves_idle(more) is false
   // What the kernels for few tokens read, if they can run these weights.
   std::optional<kernels::FewMatrix> few() const;
 

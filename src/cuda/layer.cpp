@@ -42,9 +42,18 @@ struct Expert {
         fused(o.fused_activation && w.activation == Activation::swiglu),
         intermediate(w.intermediate()),
         w13(std::move(w.w13), w.b13, epilogue(o, w.w2.scheme), o.family, device, (std::string(prefix) + "w13").c_str()),
-        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {}
+        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {
+    if (w13.epilogue() != kernels::Epilogue::swiglu_block) return;
+    narrow_w13.emplace(w13.matrix(), w.b13, kernels::Epilogue::swiglu, o.family, device,
+                       (std::string(prefix) + "w13").c_str());
+    if (!narrow_w13->has_stand_ins()) narrow_w13.reset();
+  }
 
-  bool requantizes() const { return w13.epilogue() == kernels::Epilogue::swiglu_block; }
+  // GEMM1 of a call. Where tiles wide enough to quantise h leave multiprocessors idle, narrow ones with a quantise
+  // kernel behind them are ahead (docs/kernels.md).
+  const DeviceMatrix& first(std::int64_t likely_rows) const {
+    return narrow_w13 && w13.leaves_idle(likely_rows) ? *narrow_w13 : w13;
+  }
   kernels::Epilogue epilogue(const LayerOptions& o, const Scheme& w2) const {
     if (!fused) return kernels::Epilogue::store;
     return o.fused_requantize ? swiglu_epilogue(w2) : kernels::Epilogue::swiglu;
@@ -54,11 +63,15 @@ struct Expert {
   bool up_first, fused;
   std::int64_t intermediate;
   DeviceMatrix w13, w2;
+  std::optional<DeviceMatrix> narrow_w13;  // the same weights
 };
 
-// Indices of an Expert's buffers in the plan.
+// GEMM1's kernels, and indices of an Expert's buffers in the plan.
 struct ExpertBuffers {
+  const DeviceMatrix* w13 = nullptr;
   int v = -1, h = -1, hq = -1, h_scale = -1, h_block_q = -1, h_zero = -1, y = -1;
+
+  bool requantizes() const { return w13->epilogue() == kernels::Epilogue::swiglu_block; }
 };
 struct RowBuffers {
   int q = -1, scale = -1, block_q = -1, zero = -1;
@@ -370,14 +383,19 @@ class CudaLayer final : public LayerBackend {
     return b;
   }
 
-  // Buffers between an expert's input and its y. All its steps may be one (the shared expert's).
-  ExpertBuffers add_expert(Plan& p, const Expert& e, std::int64_t rows, int gemm1, int activate, int quantize,
-                           int gemm2) const {
+  // Buffers between an expert's input and its y. All its steps may be one (the shared expert's). Of `all` routes, of
+  // any expert, `here` are likely to be this one's: a rank has a part of them.
+  ExpertBuffers add_expert(Plan& p, const Expert& e, std::int64_t rows, std::int64_t here, std::int64_t all, int gemm1,
+                           int activate, int quantize, int gemm2) const {
     ExpertBuffers b;
+    b.w13 = &e.first(std::max<std::int64_t>(1, rows * here / all));
     const std::int64_t width = e.w13.n();
     if (!e.fused) b.v = p.memory.add(rows * width * 4, gemm1, activate);
-    if (!e.requantizes()) b.h = p.memory.add(rows * e.intermediate * 2, e.fused ? gemm1 : activate, quantize);
-    const RowBuffers h = add_rows(p, e.w2, rows, e.requantizes() ? gemm1 : quantize, gemm2);
+    // Also where GEMM1 quantises h: a caller's workspace may serve calls with fewer rows, for which it does not.
+    std::int64_t h_rows = rows;
+    if (b.requantizes()) h_rows = e.narrow_w13 ? std::min(rows, (e.w13.most_idle_rows() + 1) * all / here) : 0;
+    if (h_rows > 0) b.h = p.memory.add(h_rows * e.intermediate * 2, e.fused ? gemm1 : activate, quantize);
+    const RowBuffers h = add_rows(p, e.w2, rows, b.requantizes() ? gemm1 : quantize, gemm2);
     b.hq = h.q;
     b.h_scale = h.scale;
     b.h_block_q = h.block_q;
@@ -412,9 +430,9 @@ class CudaLayer final : public LayerBackend {
       p.token_offsets = p.memory.add((2 + kernels::kTakenWords) * 4, kSort, kQuantizeX);
       if (shared_gate_.defined()) p.shared_weight = p.memory.add(tokens * 4, kQuantizeX, kCombine);
       if (!shares_input()) p.shared_x = add_rows(p, shared_->w13, tokens, kQuantizeX, kQuantizeX);
-      p.shared = add_expert(p, *shared_, tokens, kQuantizeX, kQuantizeX, kQuantizeX, kQuantizeX);
+      p.shared = add_expert(p, *shared_, tokens, 1, 1, kQuantizeX, kQuantizeX, kQuantizeX, kQuantizeX);
     }
-    p.routed = add_expert(p, routed_, p.rows, kGemm1, kActivate, kQuantizeH, kGemm2);
+    p.routed = add_expert(p, routed_, p.rows, experts_, id_limit_, kGemm1, kActivate, kQuantizeH, kGemm2);
     // Also where this call is none for them: a caller's workspace may serve smaller ones.
     if (few_gate_up_ != nullptr) {
       const std::int64_t most = std::min<std::int64_t>(kernels::kFewTokens * top_k, kernels::kFewRoutes);
@@ -492,13 +510,13 @@ class CudaLayer final : public LayerBackend {
     second.routes = {};
     first.up_first = e.up_first;
     first.limit = limit_;
-    first.out = e.requantizes() ? static_cast<void*>(hq.q) : e.fused ? static_cast<void*>(h) : at(b.v);
+    first.out = b.requantizes() ? static_cast<void*>(hq.q) : e.fused ? static_cast<void*>(h) : at(b.v);
     first.out_scale = hq.scale;
     first.out_rows = hq.rows;
     first.out_stride = e.fused ? e.intermediate : e.w13.n();
     first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
     launcher.stage("gemm1");
-    e.w13.gemm(launcher, first);
+    b.w13->gemm(launcher, first);
     if (!e.fused) {
       const kernels::ActivateArgs args{
           .v = reinterpret_cast<const float*>(at(b.v)),
@@ -515,7 +533,7 @@ class CudaLayer final : public LayerBackend {
       launcher.stage("activate");
       launcher(*activate_, ceil_div(rows * e.intermediate / 4, 256), args);
     }
-    if (!e.requantizes()) {
+    if (!b.requantizes()) {
       launcher.stage("quantise h");
       // GEMM2 begins with its weights while GEMM1's last tiles are computed.
       e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq,

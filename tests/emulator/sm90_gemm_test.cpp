@@ -237,7 +237,16 @@ void check_flush() {
                  .bias = true,
                  .row_factor = true,
                  .seed = 41});
-  check<kPlain>({.rows = {30}, .n = 96, .k = 656, .super_group = 256, .flush_blocks = 1, .seed = 42});
+  check<kPlain>({.rows = {30, 300}, .n = 96, .k = 656, .super_group = 256, .flush_blocks = 1, .seed = 42});
+  // Many tiles of a chunk or a few, so that a chunk's place is used again while others are under way.
+  check<kPlain>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .row_factor = true, .seed = 48}, 1);
+  check<kPlain>({.rows = {1, 63, 64, 65, 128, 129, 192, 0, 193},
+                 .n = 288,
+                 .k = 528,
+                 .flush_blocks = 2,
+                 .gather = true,
+                 .seed = 71},
+                2);
   for (const bool up_first : {false, true}) {
     check<kGated>({.rows = {5, 0, 61, 70},
                    .n = 2 * 160,

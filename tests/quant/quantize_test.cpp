@@ -142,7 +142,8 @@ TEST(Quantize, HybridOverflowIsProven) {
   // 128 * 16 (Q_a) * 16 (Q_w) * 127 * 128 per block = 5.3e8: four blocks fit below 2^31, five do not; 64 blocks are 16
   // chunks of four.
   EXPECT_EQ(m.flush_blocks, 4);
-  // 56 blocks of half that: at most eight fit, so that seven chunks of eight are the fewest; halving would end at seven.
+  // 56 blocks of half that: at most eight fit, so that seven chunks of eight are the fewest; halving would end at
+  // seven.
   Tensor half = Tensor::empty(DType::float32, {1, 16, 7168});
   for (std::int64_t i = 0; i < half.elems(); ++i) half.as<float>()[i] = i % 2 ? 1.0f : 0.0f;
   EXPECT_EQ(quantize_matrix(s, half).flush_blocks, 8);
