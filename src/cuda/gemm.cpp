@@ -263,7 +263,7 @@ bool DeviceMatrix::has_stand_ins() const {
 }
 
 bool DeviceMatrix::leaves_idle(std::int64_t rows) const {
-  return plan::work_of(choose(rows), key_, static_cast<double>(rows)).one_each;
+  return 2 * plan::work_of(choose(rows), key_, static_cast<double>(rows)).tiles <= key_.multiprocessors;
 }
 
 std::int64_t DeviceMatrix::most_idle_rows() const {

@@ -97,8 +97,9 @@ class DeviceMatrix {
   kernels::Epilogue epilogue() const { return epilogue_; }
   kernels::Promotion promotion() const { return key_.promotion; }
   const QuantizedMatrix& matrix() const { return m_; }
-  // Whether narrow kernels take the place of those whose tiles are too few for `rows` rows in all.
+  // Whether there are narrow kernels for where wgmma's tiles are too few.
   bool has_stand_ins() const;
+  // Whether the tiles of `rows` rows leave half of the multiprocessors without one.
   bool leaves_idle(std::int64_t rows) const;
   std::int64_t most_idle_rows() const;  // leaves_idle(more) is false
   // What the kernels for few tokens read, if they can run these weights.

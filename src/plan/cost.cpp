@@ -96,6 +96,7 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   // A wgmma tile reads its share of the rows in steps of 16, and is as wide in steps of its own.
   const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9), most = kernel.block_n;
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
+          .tiles = tiles.mean,
           .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
           .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most) : most,
           .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : most,

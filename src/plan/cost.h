@@ -49,6 +49,7 @@ struct CostConstants {
 // What a kernel has to do, however long that takes.
 struct GemmWork {
   double rounds;  // tiles of the CTA that has most of them
+  double tiles;   // in all
   bool one_each;  // no multiprocessor has more than one tile
   double width;   // tokens that a tile is computed for
   double fed;     // and those that it reads

@@ -504,7 +504,7 @@ TEST_F(GpuCommand, Tune) {
     EXPECT_TRUE(e["rows"] == 2 || e["rows"] == 128) << e;
     const double least = e["us"][e["kernel"].get<std::string>()];
     EXPECT_GT(least, 0.1);
-    EXPECT_GE(e["us"].size(), 2u);
+    EXPECT_GE(e["us"].size(), e["epilogue"] == "swiglu_block" ? 1u : 2u);      // one kernel quantises h
     for (const Json& us : e["us"]) EXPECT_GE(1.02 * us.get<double>(), least);  // less is noise
   }
   const Result second = tune("64,1024");
