@@ -210,12 +210,15 @@ TEST(FewTokens, Schemes) {
 // Scale blocks that end inside a piece, inside a CTA's columns, in short blocks of rows; chunks of every kind.
 TEST(FewTokens, SumsPerBlock) {
   std::uint32_t seed = 100;
+  int number = 0;
   for (const char* scheme :
        {"int8_block", "int8_hybrid", "int8_block:block_k=256", "int8_hybrid:block_k=256", "int8_block:block_n=16",
         "int8_hybrid:block_n=48", "int8_hybrid:super=2", "int8_hybrid:super=1,q_max=3",
         "int8_hybrid:super=3,block_k=256", "int8_hybrid:q_max=64"}) {
     SCOPED_TRACE(scheme);
+    ++number;
     for (const int tokens : {1, 3, 8}) {
+      if (number > 2 && tokens != std::array{1, 3, 8}[static_cast<std::size_t>(number % 3)]) continue;
       check({.experts = 9,
              .hidden = tokens == 1 ? 2064 : 528,
              .intermediate = tokens == 1 ? 144 : 304,
