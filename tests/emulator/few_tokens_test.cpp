@@ -17,6 +17,7 @@ struct Options {
   float limit = 0;  // 0: none
   int ctas = 5;     // stand for the GPU's multiprocessors
   int stage_columns = kernels::kFewMaxStageColumns, stages = 3;
+  bool ones = false;  // x and weights: sums as large as they can be
 };
 
 FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
@@ -57,9 +58,23 @@ void down_kernel(Promotion p, const kernels::FewDownArgs& args) {
                           : sm90::few_down<Promotion::hybrid>(args);
 }
 
+Tensor ones(Shape shape) {
+  const Tensor t = Tensor::empty(DType::float32, shape);
+  std::fill_n(t.as<float>(), t.elems(), 1.0f / 64);
+  return t;
+}
+
 void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   const LayerInput in = given != nullptr ? *given : testing::make_input(c, o.x);
-  const MoeWeights weights = testing::make_weights(c, o.map ? c.experts / 2 : c.experts);
+  const std::int64_t experts = o.map ? c.experts / 2 : c.experts;
+  const MoeWeights weights = o.ones ? quantize(c.scheme, ones({experts, 2 * c.intermediate, c.hidden}),
+                                               ones({experts, c.hidden, c.intermediate}))
+                                    : testing::make_weights(c, experts);
+  if (o.ones) {
+    std::fill_n(in.x.as<std::uint16_t>(), in.x.elems(), std::uint16_t{0x3f80});
+    EXPECT_LT(weights.w13.flush_blocks, weights.w13.blocks_k());
+    EXPECT_LT(weights.w2.flush_blocks, weights.w2.blocks_k());
+  }
   LayerOptions options;
   options.router_weight_on_input = o.weight_on_input;
   if (o.limit > 0) options.swiglu_limit = o.limit;
@@ -269,6 +284,20 @@ TEST(FewTokens, LongRowsInBlocks) {
            .scheme = Scheme::parse(scheme),
            .seed = 133},
           {.ctas = 1});
+  }
+}
+// Sums that would not fit int32 without chunks; blocks of which chunks are no multiple.
+TEST(FewTokens, ChunksKeepSumsSmall) {
+  for (const char* scheme : {"int8_hybrid", "int8_hybrid:block_k=256", "int8_hybrid:super=6"}) {
+    SCOPED_TRACE(scheme);
+    check({.experts = 3,
+           .hidden = 1424,
+           .intermediate = 1680,
+           .tokens = 3,
+           .top_k = 2,
+           .scheme = Scheme::parse(scheme),
+           .seed = 140},
+          {.ctas = 40, .ones = true});
   }
 }
 TEST(FewTokens, Options) {
