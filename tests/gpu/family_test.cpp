@@ -37,7 +37,7 @@ class Family : public ::testing::Test {
 
 const char* const kSchemes[] = {
     "int8_channel",           "int8_channel:static", "int8_channel:asymmetric", "int8_channel:per_tensor", "int8_block",
-    "int8_block:block_k=256", "int8_hybrid",         "int8_hybrid:block_k=256"};
+    "int8_block:block_k=256", "int8_hybrid",         "int8_hybrid:block_k=256", "int8_hybrid:super=3"};
 
 TEST_F(Family, AgreeOnModelShapes) {
   for (const char* scheme : kSchemes) {
@@ -74,19 +74,20 @@ TEST_F(Family, AgreeOnEveryTileWidth) {
 
 TEST_F(Family, FewTokensWithEveryOption) {
   std::mt19937 random(5);
-  for (int i = 0; i < 48; ++i) {
+  const int schemes = static_cast<int>(std::size(kSchemes));
+  for (int i = 0; i < 12 * schemes; ++i) {
     LayerCase c;
-    c.scheme = Scheme::parse(kSchemes[i % 4]);
-    c.tokens = 1 + i / 4;
+    c.scheme = Scheme::parse(kSchemes[i % schemes]);
+    c.tokens = 1 + i / schemes;
     c.top_k = 1 + static_cast<int>(random() % 8);
     c.experts = c.top_k + static_cast<int>(random() % 4);
-    c.hidden = 32 * (1 + static_cast<int>(random() % (i % 8 == 0 ? 70 : 16)));
-    c.intermediate = 32 * (1 + static_cast<int>(random() % (i % 8 == 1 ? 50 : 16)));
+    c.hidden = 32 * (1 + static_cast<int>(random() % (i % 5 == 0 ? 70 : 16)));
+    c.intermediate = 32 * (1 + static_cast<int>(random() % (i % 5 == 1 ? 50 : 16)));
     c.order = i % 3 == 0 ? GateUpOrder::up_gate : GateUpOrder::gate_up;
     c.biases = i % 2 == 0;
     c.seed = static_cast<std::uint32_t>(100 + i);
     LayerOptions o;
-    o.router_weight_on_input = i % 5 == 0;
+    o.router_weight_on_input = i % 5 == 2;
     if (i % 7 == 0) o.swiglu_limit = 1.0f;
     const DType outs[] = {DType::bfloat16, DType::float16, DType::float32};
     expect_same(c, make_weights(c, c.experts), o, outs[i % 3]);
