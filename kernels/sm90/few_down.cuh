@@ -90,14 +90,27 @@ struct FewDown {
         kept[r][i] = wanted(r) && column < m.k ? load(r, column) : make_uint4(0, 0, 0, 0);
       }
     }
-#pragma unroll
+    // int8_hybrid's code is long: it stands here once, and registers are chosen at run time.
+    constexpr bool kRolled = P == Promotion::hybrid;
+#pragma unroll(kRolled ? 1 : kRows)
     for (int r = 0; r < kRows; ++r) {
       if (!wanted(r)) continue;
       const int32_t row = first_row + r * kFewDownWarps;
+      const auto value = [&](int i) {
+        if constexpr (!kRolled) return kept[r][i];
+        uint4 found = kept[0][0];
+#pragma unroll
+        for (int n = 1; n < kRows * kKept; ++n) {  // word by word: otherwise the array would lie in memory
+          const uint4& k = kept[n / kKept][n % kKept];
+          const bool it = n == r * kKept + i;
+          found = make_uint4(it ? k.x : found.x, it ? k.y : found.y, it ? k.z : found.z, it ? k.w : found.w);
+        }
+        return found;
+      };
       // use(column, values) for all of the row; zeros behind its end.
       const auto for_all = [&](const auto& use) {
-#pragma unroll
-        for (int i = 0; i < kKept; ++i) use(i * kFewColumns + lane * 8, kept[r][i]);
+#pragma unroll(kRolled ? 1 : kKept)
+        for (int i = 0; i < kKept; ++i) use(i * kFewColumns + lane * 8, value(i));
 #pragma unroll 1
         for (int32_t piece = kKept * kFewColumns; piece < m.k; piece += kFewColumns) {
           const int32_t column = piece + lane * 8;
@@ -130,7 +143,7 @@ struct FewDown {
             }
             continue;
           }
-          super = few_super(m, top, 0);
+          super = few_row_super(m, top);
         }
         for_all([&](int32_t column, const uint4& raw) {
           const uint32_t most = few_block_top(few_top_of(raw), m.block_k);

@@ -70,11 +70,12 @@ struct FewGateUp {
       uint2 q = make_uint2(0, 0);
       float v[8];
       if constexpr (kBlocks) {
+        const uint32_t* const tops = shared.top[0] + token * m.blocks_k;
+        num::SuperScale super{};
+        if (P == Promotion::hybrid && m.super_groups == 1) super = few_row_super(m, tops);
         if (column < m.k) {
           const int32_t block = few_block_of(m, column);
-          const uint32_t* const tops = shared.top[0] + token * m.blocks_k;
-          num::SuperScale super{};
-          if constexpr (P == Promotion::hybrid) super = few_super(m, tops, block);
+          if (P == Promotion::hybrid && m.super_groups > 1) super = few_super(m, tops, block);
           const FewGroup group =
               P == Promotion::block ? FewGroup::of_block(tops[block]) : FewGroup::of_hybrid(m, super, tops[block]);
           kernels::load_elems(args.x, token, column, v);

@@ -210,11 +210,17 @@ struct FewGroup {
   }
 };
 
-// hybrid: the scale of a K-block's super group, from the largest magnitudes of the row's K-blocks.
-__device__ __forceinline__ num::SuperScale few_super(const FewMatrix& m, const uint32_t* tops, int32_t block) {
-  const int32_t begin = m.super_groups > 1 ? block / m.super_group * m.super_group : 0;
+// hybrid: the scale of a super group, from the largest magnitudes of the row's K-blocks: of a row that is one, by a warp,
+// or of the one that a K-block is in.
+__device__ __forceinline__ num::SuperScale few_row_super(const FewMatrix& m, const uint32_t* tops) {
   uint32_t top = 0;
-#pragma unroll 4
+  for (int32_t i = few_lane(); i < m.blocks_k; i += 32) top = max(top, tops[i]);
+  return num::super_scale(__reduce_max_sync(kFewAll, top), m.q_max);
+}
+__device__ __forceinline__ num::SuperScale few_super(const FewMatrix& m, const uint32_t* tops, int32_t block) {
+  const int32_t begin = block / m.super_group * m.super_group;
+  uint32_t top = 0;
+#pragma unroll 1
   for (int32_t i = begin; i < min(begin + m.super_group, m.blocks_k); ++i) top = max(top, tops[i]);
   return num::super_scale(top, m.q_max);
 }
