@@ -217,13 +217,13 @@ TEST(FewTokens, RepeatedIds) {
 TEST(FewTokens, Schemes) {
   std::uint32_t seed = 11;
   for (const char* scheme : {"int8_channel:asymmetric", "int8_channel:static", "int8_channel:per_tensor",
-                             "int8_channel:asymmetric,per_tensor"}) {
+                             "int8_channel:asymmetric,per_tensor", "int8_block", "int8_hybrid"}) {
     SCOPED_TRACE(scheme);
     check({.tokens = 3, .scheme = Scheme::parse(scheme), .seed = seed++}, {});
   }
 }
 // Scale blocks that end inside a piece, inside a CTA's columns, in short blocks of rows; chunks of every kind.
-TEST(FewTokens, SumsPerBlock) {
+TEST(FewTokens, BlocksOfEveryKind) {
   std::uint32_t seed = 100;
   int number = 0;
   for (const char* scheme :
