@@ -205,8 +205,8 @@ struct FewDown {
     }
     if (!works || lane % 8 >= entry.count) return;
     const int32_t route = few_byte(entry.routes, lane % 8), c = set * args.stage_columns + column;
-    const float v = few_value(m, static_cast<int64_t>(entry.expert) * m.n + first + c, sum, num::from_bits(w_scales[at * columns + c]),
-                              shared.scale[route], shared.zero[route]);
+    const float v = few_value(m, static_cast<int64_t>(entry.expert) * m.n + first + c, sum,
+                              num::from_bits(w_scales[at * columns + c]), shared.scale[route], shared.zero[route]);
     y[route * columns + c] = num::bf16_low(num::pack_bf16(v, 0.0f));
   }
 
@@ -258,7 +258,8 @@ struct FewDown {
           if (place == i) v = x;
         }
       } else {
-        const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, entry.expert * m.blocks_n + first / m.block_n + number)[block]);
+        const int32_t w_row = entry.expert * m.blocks_n + first / m.block_n + number;
+        const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, w_row)[block]);
 #pragma unroll
         for (int i = 0; i < kFewTogether; ++i) {
           if (i > 0 && i >= entry.count) break;

@@ -78,6 +78,13 @@ struct RowBuffers {
   std::int64_t rows = 0;
 };
 
+// How the kernels for few tokens run; stages 0: the call is none for them.
+struct FewPlan {
+  kernels::FewGateUpLayout gate_up;
+  kernels::FewDownLayout down;
+  int columns = 0, stage_columns = 0, stages = 0;
+};
+
 struct Plan {
   std::int64_t tokens = -1;
   int top_k = 0;
@@ -87,6 +94,7 @@ struct Plan {
       shared_weight = -1, few_h = -1;
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
+  FewPlan few;
 };
 
 class CudaLayer final : public LayerBackend {
@@ -201,12 +209,6 @@ class CudaLayer final : public LayerBackend {
     return std::max<std::int64_t>(1, routes * experts_ / id_limit_);
   }
 
-  // How the kernels for few tokens run; stages 0: the call is none for them.
-  struct FewPlan {
-    kernels::FewGateUpLayout gate_up;
-    kernels::FewDownLayout down;
-    int columns = 0, stage_columns = 0, stages = 0;
-  };
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
@@ -254,8 +256,8 @@ class CudaLayer final : public LayerBackend {
             .weight_on_input = weight_on_input_};
   }
 
-  void launch_few(const ForwardArgs& a, const Plan& p, const FewPlan& few, const Launcher& launcher,
-                  std::uint8_t* base) const {
+  void launch_few(const ForwardArgs& a, const Plan& p, const Launcher& launcher, std::uint8_t* base) const {
+    const FewPlan& few = p.few;
     const kernels::Routes routes = routes_of(a);
     auto* h = reinterpret_cast<std::uint16_t*>(base + p.memory.offset(p.few_h));
     launcher.stage("gate_up");
@@ -289,9 +291,7 @@ class CudaLayer final : public LayerBackend {
   void launch_all(const ForwardArgs& a, const Plan& p, const Launcher& launcher) {
     auto* base = static_cast<std::uint8_t*>(workspaces_.choose(a.workspace, p.memory.bytes(), a.stream));
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
-    if (const FewPlan few = plan_few(p.tokens, p.top_k); few.stages > 0) {
-      return launch_few(a, p, few, launcher, base);
-    }
+    if (p.few.stages > 0) return launch_few(a, p, launcher, base);
     const std::int64_t tokens = p.tokens;
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
@@ -433,6 +433,7 @@ class CudaLayer final : public LayerBackend {
       p.shared = add_expert(p, *shared_, tokens, 1, 1, kQuantizeX, kQuantizeX, kQuantizeX, kQuantizeX);
     }
     p.routed = add_expert(p, routed_, p.rows, experts_, id_limit_, kGemm1, kActivate, kQuantizeH, kGemm2);
+    p.few = plan_few(tokens, top_k);
     // Also where this call is none for them: a caller's workspace may serve smaller ones.
     if (few_gate_up_ != nullptr) {
       const std::int64_t most = std::min<std::int64_t>(kernels::kFewTokens * top_k, kernels::kFewRoutes);
