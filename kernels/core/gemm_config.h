@@ -36,7 +36,7 @@ struct GemmConfig {
   int block_n;  // tokens of a tile
   int block_k;  // bytes of K a pipeline stage holds
   int stages;
-  int warps_m, warps_n;
+  int warps_m, warps_n;  // those that multiply
   bool fine_groups;  // scale blocks of any multiple of 32 columns; otherwise of block_k
   int min_blocks;    // CTAs per SM that registers must allow
   Order order;
@@ -45,7 +45,10 @@ struct GemmConfig {
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   // Per stage and token: s_a (block) or Q_a (hybrid) of the K-blocks that the stage touches.
   OCTOMOE_HD constexpr int scales_per_stage() const { return !has_blocks() ? 0 : fine_groups ? block_k / 32 : 1; }
-  OCTOMOE_HD constexpr int threads() const { return warps_m * warps_n * 32; }
+  // Besides those that multiply: registers are given to warps of a scheduler alike, and three of them get as many each
+  // whether all four schedulers have three or one does.
+  OCTOMOE_HD constexpr int copy_warps() const { return warps_m * warps_n / 2; }
+  OCTOMOE_HD constexpr int threads() const { return (warps_m * warps_n + copy_warps()) * 32; }
   OCTOMOE_HD constexpr int warp_m() const { return block_m / warps_m; }
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
@@ -54,12 +57,10 @@ struct GemmConfig {
     return (block_m + block_n) * block_k + (scales + 127) / 128 * 128;
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
-  OCTOMOE_HD constexpr int table_bytes() const { return 16 + (3 * block_n + block_m) * 4; }
-  // Dynamic shared memory: the ring, tables (the copy cursor can be as many tiles ahead as there are stages), the rows
-  // of a that the tile's tokens are, barriers.
+  OCTOMOE_HD constexpr int table_bytes() const { return (20 + (3 * block_n + block_m) * 4 + 15) / 16 * 16; }
+  // Dynamic shared memory: the ring, tables (copies can be as many tiles ahead as there are stages), barriers.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (stages + 1) * table_bytes() + (block_n > 128 ? 1024 : 512) +
-           (has_blocks() ? block_m / 8 * 4 : 0) + 2 * stages * 8;
+    return stages * stage_bytes() + (stages + 1) * table_bytes() + 2 * stages * 8;
   }
 };
 

@@ -3,20 +3,16 @@
 //   out[row, f] = epilogue( sum_k w[expert(row), f, k] * a[source(row), k] )
 //
 // Weights are the M operand in their natural layout [E, N, K], tokens the N operand: a tile of 8 tokens costs 8
-// columns, not 128 padded rows. CTAs are persistent; each walks the tile list (core/tile_list.cuh) with two cursors:
-// one that copies (stages - 1 ahead, also across tiles, so the next tile's data arrive during this tile's epilogue) and
-// one that computes. The copies of a stage are spread between the mma of another, a few at a time: a warp that issues
-// them in one burst leaves the tensor cores without work.
+// columns, not 128 padded rows. CTAs are persistent: a third of the warps copies, stage after stage and tile after tile,
+// as far ahead as the ring allows, and the others multiply. So those spend no instruction on addresses, and the next
+// tile's data arrive during this tile's epilogue.
 //
-//   global --cp.async 16 B--> shared ring [stages][block_m + block_n rows][block_k bytes]
-//          --ldmatrix.x4--> fragments --mma.sync--> int32 sums
+//   copying warps:      global --cp.async 16 B--> shared ring [stages][block_m + block_n rows][block_k bytes]
+//   multiplying warps:  ldmatrix.x4 --> fragments --mma.sync--> int32 sums --> epilogue
 //
 // Order::steps holds the sums of the whole warp tile and the fragments of two k32 steps. Order::tiles is for scales per
 // K-block: it holds the promoted totals of the whole warp tile, the weight fragments of the whole stage (one K-block),
 // and the partial sums of one token tile only; those enter the totals while the next token tile's mma run.
-//
-// What a tile needs and takes long to find is looked for before the tile's first copies, and all that a stage's copies
-// share is computed once: a copy is then a clamp, a multiply-add and the cp.async (Loader).
 //
 // Shared rows hold weight rows in fragment order: row mt*16 + h*8 + g of a warp's part holds weight row
 // g*(2*MT) + 2*mt + h, so the thread that owns fragment rows g and g+8 of all MT m-tiles owns 2*MT neighbouring output
@@ -55,18 +51,15 @@ struct ScaleElement<false> {
 
 template <GemmConfig C>
 struct GroupedGemm {
-  static constexpr int kThreads = C.threads();
-  static constexpr int kChunks = C.block_k / 16;           // 16-byte chunks of a shared row
-  static constexpr int kRowsPerPass = kThreads / kChunks;  // rows that one cp.async of every thread covers
-  static constexpr int kRowsPerWarp = 32 / kChunks;        // of those, rows that a warp copies
-  static constexpr int kPassesW = C.block_m / kRowsPerPass;
-  static constexpr int kPassesA = (C.block_n + kRowsPerPass - 1) / kRowsPerPass;
-  // Rows of a that a thread copies, rounded up to what one or two loads from shared memory bring.
-  static constexpr int kSourcesPerThread = kPassesA <= 2 ? kPassesA : kPassesA <= 4 ? 4 : 8;
+  static constexpr int kThreads = C.threads(), kWarps = C.warps_m * C.warps_n;  // kWarps: those that multiply
+  static constexpr int kCopyThreads = 32 * C.copy_warps();
+  static constexpr int kChunks = C.block_k / 16;               // 16-byte chunks of a shared row
+  static constexpr int kRowsPerPass = kCopyThreads / kChunks;  // rows that one cp.async of the copying warps covers
+  static constexpr int kPassesW = C.block_m / kRowsPerPass, kPassesA = (C.block_n + kRowsPerPass - 1) / kRowsPerPass;
+  static constexpr int kSources = (C.block_n + kCopyThreads - 1) / kCopyThreads;  // tokens that each of them looks up
   static constexpr bool kBlocks = C.has_blocks();
   static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
   static constexpr bool kFloatTotals = C.promotion == Promotion::block;
-  static constexpr int kCopies = kPassesW + kPassesA + C.scales_per_stage();  // copies of a thread and stage
   static constexpr int kMT = C.warp_m() / 16;                                 // m16 tiles of a warp
   static constexpr int kNT = C.warp_n() / 8;                                  // n8 tiles of a warp
   static constexpr int kSteps = C.block_k / 32;                               // k32 steps of a stage
@@ -76,10 +69,6 @@ struct GroupedGemm {
   static constexpr int kTables = C.stages + 1;
   // Order::tiles: token tiles whose mma alternate, so that at least four chains of mma run side by side.
   static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1, kGroups = kNT / kGroup;
-  // A barrier with slack: a warp says that it has read a stage when it has, and asks for the others half a stage later.
-  static constexpr bool kSlack = C.stages >= 3 && kNT >= 4 && (C.order == Order::steps || kGroups >= 3);
-  // How a warp learns that a stage has landed, see Ring.
-  static constexpr bool kFullBarriers = kSlack && (C.stages == 3 || C.min_blocks > 1);
   // Order::tiles: the scales of a stage's weights travel with the stage, one for each kScaleRows rows.
   static constexpr bool kStageScales = kBlocks && C.order == Order::tiles;
   static constexpr int kScaleRows = 8;  // neighbouring weight rows share a block row in multiples of this many
@@ -88,7 +77,7 @@ struct GroupedGemm {
   static_assert(C.warp_m() % (C.gated() ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
   static_assert(C.block_m % kRowsPerPass == 0 && C.stages >= 2);
   static_assert((C.warp_m() & (C.warp_m() - 1)) == 0, "feature_of must be a sum over the bits of s");
-  static_assert(kPassesA <= 8 && kRowsPerWarp * kSourcesPerThread <= 32 && C.block_m <= kThreads * kScaleRows);
+  static_assert(C.block_m <= 32 * kScaleRows);
   static_assert(C.order == Order::steps ? !kBlocks || C.fine_groups : C.block_k == 128 && !C.fine_groups);
 
   // For rows of 64 bytes two rows share a 128-byte line: the line's index takes the part of the row's.
@@ -107,17 +96,17 @@ struct GroupedGemm {
                      : warp * C.warp_m() + g * kColumns + 2 * mt + h;
   }
   static __device__ __forceinline__ constexpr bool is_up(int s) { return C.gated() && s % C.warp_m() / 16 >= kMT / 2; }
-  // Both are sums of what the bits of s contribute, and a thread's rows differ only in bits above kRowsPerPass: the row
-  // of pass p is the row of pass 0 plus a constant.
+  // Both are sums of what the bits of s contribute, and is_up takes none of those below kRowsPerPass: the row of pass p
+  // is the row of pass 0 plus a constant, and so is its place, swizzled.
   static_assert(kRowsPerPass % 8 == 0 && (kRowsPerPass & (kRowsPerPass - 1)) == 0);
+  static_assert(!C.gated() || kRowsPerPass <= C.warp_m() / 2);
 
   // ---- shared memory behind the ring ----
   // A tile's table: what the epilogue needs. Written with the tile's first stage.
-  static constexpr int kTablesAt = C.stages * C.stage_bytes(), kSourcesAt = kTablesAt + kTables * C.table_bytes();
-  static constexpr int kScaleRowsAt = kSourcesAt + kRowsPerPass * kSourcesPerThread * 4;
-  static constexpr int kBarriersAt = kScaleRowsAt + (kStageScales ? (C.block_m / kScaleRows * 4 + 15) / 16 * 16 : 0);
+  static constexpr int kTablesAt = C.stages * C.stage_bytes();
+  static constexpr int kBarriersAt = kTablesAt + kTables * C.table_bytes();
   static_assert(kBarriersAt % 16 == 0 && kBarriersAt + 2 * C.stages * 8 <= C.pipeline_bytes());
-  struct Table {
+  struct alignas(16) Table {
     Tile tile;
     float a_scale[C.block_n];  // block: unused
     float factor[C.block_n];   // row_factor
@@ -125,6 +114,7 @@ struct GroupedGemm {
     // Of the tile's weight rows, gated: gate rows before up rows. channel: scales. Otherwise of each kScaleRows rows
     // the block row, and before those, hybrid: scales.
     float w_scale[C.block_m];
+    int32_t last;  // the CTA has no further tile
     __device__ __forceinline__ int32_t& block_row(int i) {
       return reinterpret_cast<int32_t*>(w_scale)[C.block_m / kScaleRows + i];
     }
@@ -151,192 +141,207 @@ struct GroupedGemm {
     return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
-  // The copy cursor: one stage after another, tile after tile. A thread copies one 16-byte chunk of the weight rows
-  // first(), first() + kRowsPerPass, ... and of the tokens first(), ...; for one token, token(), it also reads which
-  // row of a that is, and brings the token's scales.
-  struct Loader {
+  // Where the ring is, and its barriers: "full", that a stage's copies have landed, "empty", that all have read it.
+  struct Slot {
+    uint32_t begin;
+    int32_t index = 0;
+    uint32_t parity;
+
+    __device__ __forceinline__ uint32_t stage(int32_t i) const {
+      return begin + static_cast<uint32_t>(i) * C.stage_bytes();
+    }
+    __device__ __forceinline__ uint32_t full(int32_t i) const { return begin + kBarriersAt + i * 8; }
+    __device__ __forceinline__ uint32_t empty(int32_t i) const { return begin + kBarriersAt + (C.stages + i) * 8; }
+    __device__ __forceinline__ bool wraps() const { return index + 1 == C.stages; }
+    __device__ __forceinline__ void advance() {
+      if (wraps()) {
+        index = 0;
+        parity ^= 1;
+      } else {
+        ++index;
+      }
+    }
+  };
+
+  // A CTA's tiles: one of each gridDim in turn, and of those not always the same one. Otherwise a CTA would get the short
+  // last tile of every expert, and another none.
+  struct Turn {
+    int32_t begin = 0, inside = static_cast<int32_t>(blockIdx.x);
+    __device__ __forceinline__ int32_t index() const { return begin + inside; }
+    __device__ __forceinline__ void advance() {
+      const auto ctas = static_cast<int32_t>(gridDim.x);
+      begin += ctas;
+      inside = inside + 1 == ctas ? 0 : inside + 1;
+    }
+  };
+
+  // The copying warps. A thread copies one 16-byte chunk of the weight rows first(), first() + kRowsPerPass, ... and of
+  // the tokens first(), ... Of those, the threads that copy the same rows look up the places in a by turns; who looks a
+  // token up also brings its scales.
+  struct Producer {
     const GemmArgs& args;
     const TileList& list;
-    Table* table;
-    uint32_t sources;  // rows of a, kSourcesPerThread for each first()
-    int32_t m_tiles, total, index, k_tiles;
-    int32_t thread;
-    int32_t k_tile = 0, table_index = 0;
-    const int8_t* w = nullptr;  // the expert's weights at the thread's chunk of column 0
-    int32_t feature = 0;        // of weight row first() in fragment order
-    int32_t source = 0;         // row of a of token()
-    bool active = false;
-    const int8_t* w_stage = nullptr;
-    const int8_t* a_stage = nullptr;
-    bool inside = false;
-    int32_t q = 0;                                                     // Q_w on its way to the stage
-    uint32_t to = 0;                                                   // the thread's place in the stage
-    int32_t from[kSourcesPerThread < 4 ? kSourcesPerThread : 4] = {};  // rows of a of the next tokens
+    Table* tables;
+    int32_t m_tiles, total, k_tiles, thread;
+    Slot at;
 
     __device__ __forceinline__ int first() const { return thread / kChunks; }
     __device__ __forceinline__ int chunk() const { return thread % kChunks; }
-    __device__ __forceinline__ int token() const {
-      const int l = thread % 32, pass = l % kSourcesPerThread, row = thread / 32 * kRowsPerWarp + l / kSourcesPerThread;
-      return l < kRowsPerWarp * kSourcesPerThread && pass < kPassesA ? row + pass * kRowsPerPass : C.block_n;
-    }
-    __device__ __forceinline__ uint32_t source_place() const {
-      return sources + (thread / 32 * kRowsPerWarp * kSourcesPerThread + thread % 32) * 4;
+    __device__ __forceinline__ int token(int i) const { return first() + kRowsPerPass * (chunk() + kChunks * i); }
+    static __device__ __forceinline__ bool in_tile(int token) {
+      return C.block_n % kCopyThreads == 0 || token < C.block_n;
     }
 
-    // What the first tile needs; with one stage a tile, open_tile finds its tile itself.
-    __device__ __forceinline__ void find_first_tile() {
-      if (k_tiles > 1) find_next_tile();
+    __device__ __forceinline__ void load_sources(const Tile& t, int32_t (&source)[kSources]) const {
+#pragma unroll
+      for (int i = 0; i < kSources; ++i) {
+        const int32_t row = t.row_begin + min(token(i), t.rows - 1);
+        source[i] = args.row_source != nullptr ? args.row_source[row] : row;
+      }
     }
-    // What a tile needs and takes long to find, half a stage before its first copy.
-    __device__ __forceinline__ void find_next_tile() {
-      if (index >= total) return;
-      const Tile t = kernels::find_tile<C.block_n>(list, args, index, m_tiles);
-      feature = t.m_tile * C.features() + feature_of(first());
-      w = args.w + (static_cast<int64_t>(t.expert) * args.n + weight_row(args, 0, 0)) * args.k + chunk() * 16;
-      Table& to = table[table_index];
-      if (thread == 0) to.tile = t;
-      const int r = token();
-      if (r < C.block_n) {
-        const int32_t row = t.row_begin + min(r, t.rows - 1);
-        source = args.row_source != nullptr ? args.row_source[row] : row;
+
+    // What the epilogue needs of a tile, beside its first stage. Returns the block row of weight rows thread * kScaleRows
+    // and behind.
+    __device__ __forceinline__ int32_t fill_table(const Tile& t, bool last, Table& to,
+                                                  const int32_t (&source)[kSources]) const {
+      if (thread == 0) {
+        to.tile = t;
+        to.last = last;
+      }
+#pragma unroll
+      for (int i = 0; i < kSources; ++i) {
+        const int r = token(i);
+        if (!in_tile(r)) break;
         if (args.row_factor != nullptr) {
+          const int32_t row = t.row_begin + min(r, t.rows - 1);
           ptx::cp_async_4(ptx::shared_address(&to.factor[r]), args.row_factor + row, true);
         } else {
           to.factor[r] = 1.0f;
         }
-      }
-      if constexpr (C.promotion == Promotion::channel) {
-#pragma unroll
-        for (int p = 0; p < (C.block_m + kThreads - 1) / kThreads; ++p) {
-          const int i = p * kThreads + thread;
-          if (C.block_m % kThreads != 0 && i >= C.block_m) break;
-          const int half = i / C.features(), column = t.m_tile * C.features() + i % C.features();
-          const int64_t at = args.w_scale_per_tensor
-                                 ? t.expert
-                                 : static_cast<int64_t>(t.expert) * args.n + weight_row(args, column, half);
-          if (column < rows_of_half(args)) {
-            ptx::cp_async_4(ptx::shared_address(&to.w_scale[i]), args.w_scale + at, true);
-          }
-        }
-      } else {
-        static_assert(C.block_m <= 32 * kScaleRows);
-        const int column = thread * kScaleRows;
-        if (column < C.block_m) {
-          const int32_t row =
-              block_row(args, t.expert, t.m_tile * C.features() + column % C.features(), column / C.features());
-          to.block_row(thread) = row;
-          if constexpr (kStageScales) ptx::store_shared(scale_rows() + thread * 4, row);
-          if constexpr (C.promotion == Promotion::hybrid) {
-            ptx::cp_async_4(ptx::shared_address(&to.w_scale[thread]), args.w_scale + static_cast<int64_t>(row), true);
-          }
-        }
-      }
-    }
-    __device__ __forceinline__ void open_tile() {
-      if (k_tiles == 1) find_next_tile();
-      const int r = token();
-      __syncwarp();  // all lanes have read the sources of the tile before
-      if (r < C.block_n) {
-        ptx::store_shared(source_place(), source);
-        Table& to = table[table_index];
         if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
-          ptx::cp_async_4(ptx::shared_address(&to.a_scale[r]), args.a_scale + source, true);
+          ptx::cp_async_4(ptx::shared_address(&to.a_scale[r]), args.a_scale + source[i], true);
         }
         if constexpr (C.promotion == Promotion::channel) {
-          if (args.a_zero != nullptr) ptx::cp_async_4(ptx::shared_address(&to.zero[r]), args.a_zero + source, true);
+          if (args.a_zero != nullptr) ptx::cp_async_4(ptx::shared_address(&to.zero[r]), args.a_zero + source[i], true);
         } else {
-          to.zero[r] = source;
+          to.zero[r] = source[i];
         }
       }
-      __syncwarp();
-      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
+      if constexpr (C.promotion == Promotion::channel) {
+#pragma unroll 1
+        for (int i = thread; i < C.block_m; i += kCopyThreads) {
+          const int half = i / C.features(), column = t.m_tile * C.features() + i % C.features();
+          if (column >= rows_of_half(args)) continue;
+          const int64_t from = args.w_scale_per_tensor
+                                   ? t.expert
+                                   : static_cast<int64_t>(t.expert) * args.n + weight_row(args, column, half);
+          ptx::cp_async_4(ptx::shared_address(&to.w_scale[i]), args.w_scale + from, true);
+        }
+        return 0;
+      } else {
+        const int column = thread * kScaleRows;
+        if (column >= C.block_m) return 0;
+        const int32_t row =
+            block_row(args, t.expert, t.m_tile * C.features() + column % C.features(), column / C.features());
+        to.block_row(thread) = row;
+        if constexpr (C.promotion == Promotion::hybrid) {
+          ptx::cp_async_4(ptx::shared_address(&to.w_scale[thread]), args.w_scale + static_cast<int64_t>(row), true);
+        }
+        return row;
+      }
     }
 
-    template <class T>
-    static __device__ __forceinline__ T base(T x) {
-      return C.order == Order::steps ? ptx::opaque(x) : x;
-    }
-    // A stage: begin, its copies in any number of pieces, end.
-    __device__ __forceinline__ bool begin(uint32_t stage) {
-      if constexpr (kStageScales) thread = static_cast<int32_t>(ptx::opaque(static_cast<uint32_t>(thread)));
-      active = index < total;
-      const bool opens = active && k_tile == 0;
-      if (__builtin_expect(opens, 0)) open_tile();
-      const int32_t column = k_tile * C.block_k;
-      inside = column + chunk() * 16 < args.k;
-      // Opaque: the compiler would take the sums apart again and add their parts for every copy.
-      w_stage = base(w + column);
-      to = base(stage + swizzled(first(), chunk()));
-      if constexpr (kStageScales) begin_scales(stage);
-      return opens;
-    }
-    // Scales of the weights. The hybrid's are bytes, which no copy brings: loaded here, stored at the stage's end.
-    __device__ __forceinline__ void begin_scales(uint32_t stage) {
-      q = 0;
-      if (active && thread < C.block_m / kScaleRows) {
-        const int64_t at = static_cast<int64_t>(ptx::load_shared(scale_rows() + thread * 4)) * args.blocks_k + k_tile;
-        if constexpr (C.promotion == Promotion::block) {
-          ptx::cp_async_4(weight_scales_of(stage) + thread * 4, args.w_scale + at, true);
-        } else {
-          q = args.w_q[at];
-        }
-      }
-    }
-    __device__ __forceinline__ void end_scales(uint32_t stage) {
-      if (C.promotion != Promotion::block && active && thread < C.block_m / kScaleRows) {
-        ptx::store_shared(weight_scales_of(stage) + thread * 4, q);
-      }
-    }
-    __device__ __forceinline__ uint32_t scale_rows() const { return sources + (kScaleRowsAt - kSourcesAt); }
-    template <int kPieces>
-    __device__ __forceinline__ void copy(int piece, uint32_t stage) {
+    // The scales of a stage's tokens and weights.
+    __device__ __forceinline__ void copy_scales(uint32_t stage, int32_t k_tile, int32_t scale_row,
+                                                const int32_t (&source)[kSources]) const {
 #pragma unroll
-      for (int c = 0; c < kCopies; ++c) {
-        if (c * kPieces / kCopies == piece) copy_one(c, stage);
+      for (int g = 0; g < C.scales_per_stage(); ++g) {
+        const int32_t block =
+            C.fine_groups ? min((k_tile * C.block_k + g * 32) / args.block_k, args.blocks_k - 1) : k_tile;
+        const void* values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
+#pragma unroll
+        for (int i = 0; i < kSources; ++i) {
+          const int r = token(i);
+          ptx::cp_async_4_if(in_tile(r), scales_of(stage) + (g * C.block_n + r) * 4,
+                             static_cast<const int32_t*>(values) + (block * args.a_rows + source[i]));
+        }
       }
-    }
-    __device__ __forceinline__ bool end(uint32_t stage) {
-      if constexpr (kStageScales) end_scales(stage);
-      const bool ends = active && ++k_tile == k_tiles;
-      if (__builtin_expect(ends, 0)) {
-        if constexpr (kStageScales) thread = static_cast<int32_t>(ptx::opaque(static_cast<uint32_t>(thread)));
-        k_tile = 0;
-        index += static_cast<int32_t>(gridDim.x);
-        if (k_tiles > 1) find_next_tile();
+      if constexpr (kStageScales) {
+        const int64_t from = static_cast<int64_t>(scale_row) * args.blocks_k + k_tile;
+        const bool has = thread < C.block_m / kScaleRows;
+        if constexpr (C.promotion == Promotion::block) {
+          ptx::cp_async_4_if(has, weight_scales_of(stage) + thread * 4, args.w_scale + from);
+        } else {  // a byte; its word
+          ptx::cp_async_4_if(has, weight_scales_of(stage) + thread * 4, args.w_q + (from & ~int64_t{3}));
+        }
       }
-      return ends;
-    }
-    __device__ __forceinline__ void load_stage(uint32_t stage) {
-      begin(stage);
-      copy<1>(0, stage);
-      end(stage);
     }
 
-    __device__ __forceinline__ void copy_one(int c, uint32_t stage) {
-      if (c < kPassesW) {
-        // Weight rows past the last: the last one once more.
-        int32_t row = min(feature + feature_of(c * kRowsPerPass), rows_of_half(args) - 1);
-        // Which half is a matter of one bit of the row: one of the pass, or of the thread's first row.
-        const bool up = kRowsPerPass > C.warp_m() / 2 ? is_up(first()) : is_up(c * kRowsPerPass);
-        if (up) row += args.up_first ? -args.n / 2 : args.n / 2;
-        ptx::cp_async_16_if(active, to + c * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.k,
-                            inside);
-      } else if (c < kPassesW + kPassesA) {
-        const int p = c - kPassesW, r = first() + p * kRowsPerPass;
-        const bool mine = C.block_n % kRowsPerPass == 0 || r < C.block_n;
-        if (p == 0) a_stage = base(args.a + (k_tile * C.block_k + chunk() * 16));
-        if (p % 4 == 0) ptx::load_shared_n(from, sources + (first() * kSourcesPerThread + p) * 4);
-        ptx::cp_async_16_if(active && mine, to + (C.block_m + p * kRowsPerPass) * C.block_k,
-                            a_stage + static_cast<int64_t>(from[p % 4]) * args.k, inside);
-      } else if constexpr (kBlocks) {
-        const int i = c - kPassesW - kPassesA, r = token();
-        const int32_t block =
-            C.fine_groups ? min((k_tile * C.block_k + i * 32) / args.block_k, args.blocks_k - 1) : k_tile;
-        const void* values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
-        ptx::cp_async_4_if(active && r < C.block_n,
-                           stage + (C.block_m + C.block_n) * C.block_k + (i * C.block_n + r) * 4,
-                           static_cast<const int32_t*>(values) + (block * args.a_rows + source));
+    __device__ __forceinline__ void run() {
+      Turn turn;
+      if (turn.index() >= total) return;
+      const uint32_t place = swizzled(first(), chunk());
+      const int32_t look_at = max(k_tiles - 2, 0);
+      Tile t = kernels::find_tile<C.block_n>(list, args, turn.index(), m_tiles), next = t;
+      int32_t source[kSources], next_source[kSources] = {};
+      load_sources(t, source);
+      int table = 0;
+      for (;;) {
+        turn.advance();
+        const bool last = turn.index() >= total;
+        const int32_t feature = t.m_tile * C.features() + feature_of(first()), last_row = rows_of_half(args) - 1;
+        const int8_t* w = args.w + static_cast<int64_t>(t.expert) * args.n * args.k + chunk() * 16;
+        const int32_t to_gate = weight_row(args, 0, 0), to_up = weight_row(args, 0, 1);
+        const int32_t passes = (t.rows + kRowsPerPass - 1) / kRowsPerPass;
+        uint32_t offset[kPassesA];  // of this lane's chunk of its tokens in a, in units of 16 bytes
+#pragma unroll
+        for (int p = 0; p < kPassesA; ++p) {
+          const int32_t from = __shfl_sync(0xffffffffu, source[p / kChunks], lane() / kChunks * kChunks + p % kChunks);
+          offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk());
+        }
+        int32_t scale_row = 0;
+        for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          const uint32_t stage = at.stage(at.index), full = at.full(at.index);
+          ptx::barrier_wait(at.empty(at.index), at.parity);
+          const uint32_t to = stage + place;
+          const int32_t column = k_tile * C.block_k;
+          const bool inside = column + chunk() * 16 < args.k;
+          const int8_t* const w_stage = w + column;
+#pragma unroll
+          for (int p = 0; p < kPassesW; ++p) {
+            const int32_t row = min(feature + feature_of(p * kRowsPerPass), last_row) +
+                                (is_up(p * kRowsPerPass) ? to_up : to_gate);
+            ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.k, inside);
+          }
+          const int8_t* const a_stage = args.a + column;
+#pragma unroll
+          for (int p = 0; p < kPassesA; ++p) {
+            const bool exists = p < passes && (C.block_n % kRowsPerPass == 0 || p * kRowsPerPass + first() < C.block_n);
+            ptx::cp_async_16_if(exists, to + (C.block_m + p * kRowsPerPass) * C.block_k,
+                                a_stage + static_cast<uint64_t>(offset[p]) * 16, inside);
+          }
+          if (k_tile == 0) {
+            scale_row = fill_table(t, last, tables[table], source);
+            table = table + 1 == kTables ? 0 : table + 1;
+          }
+          if constexpr (kBlocks) copy_scales(stage, k_tile, scale_row, source);
+          // Each thread arrives when its copies land; a warp once more for what it stored.
+          ptx::cp_async_arrive(full);
+          __syncwarp();
+          if (lane() == 0) ptx::barrier_arrive(full);
+          at.advance();
+          // The next tile and its rows are looked up while this one's copies are under way.
+          if (k_tile == look_at && !last) {
+            next = kernels::find_tile<C.block_n>(list, args, turn.index(), m_tiles);
+            load_sources(next, next_source);
+          }
+        }
+        if (last) break;
+        t = next;
+#pragma unroll
+        for (int i = 0; i < kSources; ++i) source[i] = next_source[i];
       }
+      ptx::cp_async_wait<0>();
     }
   };
 
@@ -439,10 +444,28 @@ struct GroupedGemm {
   // a gated tile: block_n is a multiple of 16.
   struct WeightScales {
     int32_t value[kHalves];
-    __device__ __forceinline__ void load(uint32_t stage_scales, int first) {
+  };
+  // Order::tiles: those of a stage. Q_w is a byte of the word there; which one depends on the row, and on K.
+  struct StageScales {
+    uint32_t byte[kHalves] = {};
+    __device__ __forceinline__ void open(const GemmArgs& args, const Table& table) {
+      if constexpr (!kFloatTotals) {
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+          const int32_t row = table.block_row(h * (C.features() / kScaleRows) + weight_scale_of_thread());
+          byte[h] = static_cast<uint32_t>(row) * static_cast<uint32_t>(args.blocks_k);
+        }
+      }
+    }
+    __device__ __forceinline__ void load(WeightScales& to, uint32_t stage, int32_t k_tile) const {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        value[h] = ptx::load_shared(stage_scales + (h * (C.features() / kScaleRows) + first) * 4);
+        const int32_t word = ptx::load_shared(weight_scales_of(stage) +
+                                              (h * (C.features() / kScaleRows) + weight_scale_of_thread()) * 4);
+        to.value[h] = kFloatTotals
+                          ? word
+                          : static_cast<int32_t>(
+                                static_cast<uint32_t>(word) >> ((byte[h] + static_cast<uint32_t>(k_tile)) % 4 * 8) & 0xffu);
       }
     }
   };
@@ -499,11 +522,6 @@ struct GroupedGemm {
                                      : w.value[h] * a.value[j];
         }
       }
-    }
-    // With sums at kInitialSum this leaves a total as it is: fma(+0, -0, -0) = -0.
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-      for (int h = 0; h < kHalves; ++h) value[h][0] = value[h][1] = kEmptyTotal;
     }
   };
 
@@ -691,23 +709,30 @@ struct GroupedGemm {
     const int32_t total = ptx::uniform(list.first_tile[args.experts] * m_tiles);
     const int32_t k_tiles = ptx::uniform((args.k + C.block_k - 1) / C.block_k);
     const uint32_t begin = ptx::shared_address(shared);
-    Loader loader{args,
-                  list,
-                  tables(shared),
-                  begin + kSourcesAt,
-                  m_tiles,
-                  total,
-                  static_cast<int32_t>(blockIdx.x),
-                  k_tiles,
-                  static_cast<int32_t>(threadIdx.x)};
-    Ring ring{loader, begin};
-    ring.open();
-    if constexpr (C.order == Order::steps) {
-      run_steps(args, ring, shared, total, k_tiles);
-    } else {
-      run_tiles(args, ring, shared, total, k_tiles);
+    Slot slot{begin, 0, 0};
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < C.stages; ++i) {
+        ptx::barrier_init(slot.full(i), kCopyThreads + C.copy_warps());
+        ptx::barrier_init(slot.empty(i), kWarps);
+      }
     }
-    ptx::cp_async_wait<0>();
+    __syncthreads();
+    // By a shuffle: so the compiler knows that a warp agrees on what follows from it, and keeps that in uniform registers.
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    if (warp >= kWarps) {
+      slot.parity = 1;  // the ring is empty
+      const int thread = static_cast<int>(threadIdx.x) - 32 * kWarps;
+      Producer{args, list, tables(shared), m_tiles, total, k_tiles, thread, slot}.run();
+      return;
+    }
+    if (static_cast<int32_t>(blockIdx.x) >= total) return;
+    Ring ring{slot};
+    ptx::barrier_wait(slot.full(0), 0);
+    if constexpr (C.order == Order::steps) {
+      run_steps(args, ring, shared, warp, k_tiles);
+    } else {
+      run_tiles(args, ring, shared, warp, k_tiles);
+    }
   }
 
   static __device__ __forceinline__ uint32_t scales_of(uint32_t stage) {
@@ -717,114 +742,30 @@ struct GroupedGemm {
     return scales_of(stage) + C.block_n * 4;
   }
 
-  // Where a warp is in the ring, and what lets it go on.
-  //
-  // Without slack: when a stage's last fragments are in registers, a thread waits for its own copies of the next stage,
-  // and a CTA barrier follows: all have read this stage, and the next one has arrived.
-  // With it: a warp arrives at the slot's mbarrier "empty" when it has read stage s, and waits there half a stage
-  // later, before it copies into the slot. So warps may be half a stage apart: those of one scheduler take turns at the
-  // tensor core instead of wanting it, and stalling, together. Four stages: a warp arrives only when its own copies of
-  // stage s + 2 have landed as well, and nothing more is needed. Three stages have no time for that, and with two CTAs
-  // it is slower: there all threads' copies arrive at a second mbarrier, "full", when they land, and a warp waits there
-  // when it needs the stage.
+  // Where a warp that multiplies is in the ring.
   struct Ring {
-    Loader& loader;
-    uint32_t begin;
-    int32_t slot = 0;
-    uint32_t parity = 0;  // of how often the ring has gone round
-
-    __device__ __forceinline__ uint32_t stage(int32_t s) const {
-      return begin + static_cast<uint32_t>(s) * C.stage_bytes();
-    }
-    __device__ __forceinline__ int32_t free_slot() const { return slot == 0 ? C.stages - 1 : slot - 1; }
-    __device__ __forceinline__ uint32_t here() const { return stage(slot); }
-    __device__ __forceinline__ uint32_t next() const { return stage(slot + 1 == C.stages ? 0 : slot + 1); }
-    __device__ __forceinline__ uint32_t free() const { return stage(free_slot()); }
-    __device__ __forceinline__ uint32_t full(int32_t s) const { return begin + kBarriersAt + s * 8; }
-    __device__ __forceinline__ uint32_t empty(int32_t s) const { return begin + kBarriersAt + (C.stages + s) * 8; }
-
-    __device__ __forceinline__ void open() {
-      if constexpr (kSlack) {
-        if (threadIdx.x == 0) {
-          for (int i = 0; i < C.stages; ++i) {
-            ptx::barrier_init(full(i), kThreads + kThreads / 32);
-            ptx::barrier_init(empty(i), kThreads / 32);
-          }
-        }
-        __syncthreads();
-        loader.find_first_tile();
-#pragma unroll 1
-        for (int i = 0; i < C.stages - 1; ++i) {
-          loader.load_stage(stage(i));
-          copied(i);
-        }
-        if constexpr (kFullBarriers) {
-          ptx::barrier_wait(full(slot), 0);
-        } else {
-          ptx::cp_async_wait<C.stages - 3>();
-          __syncthreads();
-        }
-        arrive(empty(free_slot()));
-      } else {
-        loader.find_first_tile();
-#pragma unroll 1
-        for (int i = 0; i < C.stages - 1; ++i) {
-          loader.load_stage(stage(i));
-          ptx::cp_async_commit();
-        }
-        ptx::cp_async_wait<C.stages - 2>();
-        __syncthreads();
-      }
-    }
-    __device__ __forceinline__ void arrive(uint32_t barrier) const {
+    Slot at;
+    __device__ __forceinline__ uint32_t here() const { return at.stage(at.index); }
+    __device__ __forceinline__ uint32_t next() const { return at.stage(at.wraps() ? 0 : at.index + 1); }
+    // When the stage's last fragments are in registers; afterwards the next stage, if there is one, may be read.
+    __device__ __forceinline__ void stage_read(bool more) const {
       __syncwarp();
-      if ((kStageScales ? again() & 31 : lane()) == 0) ptx::barrier_arrive(barrier);
+      if ((again() & 31) == 0) ptx::barrier_arrive(at.empty(at.index));
+      if (more) ptx::barrier_wait(at.full(at.wraps() ? 0 : at.index + 1), at.parity ^ (at.wraps() ? 1u : 0u));
     }
-    // The second arrival is for what was stored, not copied: the tile's table.
-    __device__ __forceinline__ void copied(int32_t s) const {
-      if constexpr (kFullBarriers) {
-        ptx::cp_async_arrive(full(s));
-        arrive(full(s));
-      } else {
-        ptx::cp_async_commit();
-      }
-    }
-    // Before the first copy of a stage.
-    __device__ __forceinline__ bool begin_copies() {
-      if constexpr (kSlack) ptx::barrier_wait(empty(free_slot()), parity);
-      return loader.begin(free());
-    }
-    // When the stage's last fragments are in registers: afterwards the next stage may be read.
-    __device__ __forceinline__ void stage_read() {
-      if constexpr (kSlack) {
-        if constexpr (!kFullBarriers) ptx::cp_async_wait<C.stages - 4>();
-        arrive(empty(slot));
-        if constexpr (kFullBarriers) {
-          const bool wraps = slot + 1 == C.stages;
-          ptx::barrier_wait(full(wraps ? 0 : slot + 1), parity ^ (wraps ? 1u : 0u));
-        }
-      } else {
-        loader.end(free());
-        ptx::cp_async_commit();
-        ptx::cp_async_wait<C.stages - 2>();
-        __syncthreads();
-      }
-    }
-    __device__ __forceinline__ bool advance() {
-      bool found = false;
-      if constexpr (kSlack) {
-        found = loader.end(free());
-        copied(free_slot());
-      }
-      if (slot + 1 == C.stages) {
-        slot = 0;
-        parity ^= 1;
-      } else {
-        ++slot;
-      }
-      return found;
-    }
+    __device__ __forceinline__ void advance() { at.advance(); }
   };
+
+  // A tile without rows for this warp leaves the tensor cores to others.
+  static __device__ __forceinline__ bool skips(Ring& ring, const Table& table, int warp_n, int32_t k_tiles) {
+    if (C.warps_n == 1 || warp_n * C.warp_n() < ptx::uniform(table.tile.rows)) return false;
+#pragma unroll 1
+    for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      ring.stage_read(k_tile + 1 < k_tiles || table.last == 0);
+      ring.advance();
+    }
+    return true;
+  }
 
   // Computed anew where they are needed, so that they hold no register in the main loop.
   static __device__ __forceinline__ int again() { return static_cast<int>(ptx::opaque(threadIdx.x)); }
@@ -842,36 +783,30 @@ struct GroupedGemm {
     }
   }
 
-  static __device__ __forceinline__ void run_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int32_t total,
+  static __device__ __forceinline__ void run_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
                                                    int32_t k_tiles) {
-    const int warp = static_cast<int>(threadIdx.x) >> 5, warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
+    const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
     const uint32_t weights_at = weight_address(warp_m), tokens_at = TokenFragment::address(warp_n);
-    const uint32_t token_bytes = ptx::opaque(static_cast<uint32_t>(token_of(warp_n, 0)) * 4);
-    // Token tiles beside whose mma a stage's copies are issued.
-    constexpr int kFirstPiece = kSlack ? kGroups / 2 : 0;
-    constexpr int kPieces = kSlack ? 2 : kGroups > 1 ? kGroups - 1 : 1;
+    const uint32_t token_bytes = static_cast<uint32_t>(token_of(warp_n, 0)) * 4;
     // The promotion of a group of token tiles starts this many mma after its last one and is spread over the others.
     constexpr int kValues = 4 * kMT * kGroup, kMma = kSteps * kMT * kGroup, kLag = kMT * kGroup >= 4 ? 3 : 2;
-    int32_t table_index = 0;
-
-    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < total; index += static_cast<int32_t>(gridDim.x)) {
+    for (int32_t table_index = 0;; table_index = table_index + 1 == kTables ? 0 : table_index + 1) {
       const Table& table = tables(shared)[table_index];
-      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
+      if (skips(ring, table, warp_n, k_tiles)) {
+        if (table.last != 0) return;
+        continue;
+      }
       Sums totals;
       fill(totals, kEmptyTotal);
       int32_t partial[2][kMT][kGroup][4];
-      if constexpr (kBlocks) {
-        fill(partial[0], kInitialSum);
-        fill(partial[1], kInitialSum);
-      }
       Sums values;
       Chunks chunks;
       if constexpr (kFlush) fill(values, kMinusZero);
       Products pending[kGroup];
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) pending[i].clear();
       int32_t rows[kHalves];
       WeightScales scales;
+      StageScales stage_scales;
+      if constexpr (kBlocks) stage_scales.open(args, table);
       if constexpr (kFlush) {
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
@@ -882,35 +817,26 @@ struct GroupedGemm {
       uint32_t w[kSteps][kMT][4];
       TokenFragment tokens[kGroup];
       TokenScales token_scales[kGroup];
-      const auto load_all = [&](uint32_t stage, int first_token_tile) {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) load_weights(w[step], stage + weights_at, step);
+      for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here() + weights_at, step);
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          tokens[i].load_half(stage + tokens_at, first_token_tile + i, 0);
-          tokens[i].load_half(stage + tokens_at, first_token_tile + i, 1);
-          if constexpr (kBlocks) {
-            token_scales[i].load(scales_of(stage), table, token_bytes + (first_token_tile + i) * 32);
-          }
-        }
-      };
-      load_all(ring.here(), 0);
-      if constexpr (kBlocks) scales.load(weight_scales_of(ring.here()), weight_scale_of_thread());
+      for (int i = 0; i < kGroup; ++i) {
+        tokens[i].load_half(ring.here() + tokens_at, i, 0);
+        tokens[i].load_half(ring.here() + tokens_at, i, 1);
+        if constexpr (kBlocks) token_scales[i].load(scales_of(ring.here()), table, token_bytes + i * 32);
+      }
+      if constexpr (kBlocks) stage_scales.load(scales, ring.here(), 0);
 
       for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
         [[maybe_unused]] const bool last = k_tile + 1 == k_tiles;
         const uint32_t stage = ring.here(), next = ring.next();
-        if (!kSlack) ring.begin_copies();
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           // What is loaded beside this group's mma is the next one's; after the tile's last stage nobody looks at it.
           const bool leaving = group == kGroups - 1;
           const uint32_t from = leaving ? next : stage;
           const int first = leaving ? 0 : (group + 1) * kGroup;
-          if (leaving) {
-            if (kGroups == 1) ring.loader.template copy<1>(0, ring.free());
-            ring.stage_read();
-          }
+          if (leaving) ring.stage_read(!last || table.last == 0);
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -931,8 +857,8 @@ struct GroupedGemm {
 #pragma unroll
                 for (int i = 0; i < kValues; ++i) {
                   const int c = i / 4;
-                  if (at >= 0 && i * (kMma - kLag) / kValues == at) {
-                    promote_one(totals[c % kMT][(group + kGroups - 1) % kGroups * kGroup + c / kMT],
+                  if (group > 0 && at >= 0 && i * (kMma - kLag) / kValues == at) {
+                    promote_one(totals[c % kMT][(group - 1) * kGroup + c / kMT],
                                 partial[(group + 1) % 2][c % kMT][c / kMT], pending[c / kMT], c % kMT, i % 4);
                   }
                 }
@@ -950,55 +876,38 @@ struct GroupedGemm {
               pending[i].set(scales, token_scales[i]);
               token_scales[i].load(scales_of(from), table, token_bytes + (first + i) * 32);
             }
-            if (leaving) scales.load(weight_scales_of(next), weight_scale_of_thread());
-          }
-          if constexpr (kSlack) {
-            if (group == kFirstPiece && ring.begin_copies()) {
-              // A tile was opened: what can be read again holds no registers meanwhile.
-              load_all(stage, first);
-            }
-          }
-          if (kGroups > 1 && group >= kFirstPiece && group - kFirstPiece < kPieces) {
-            ring.loader.template copy<kPieces>(group - kFirstPiece, ring.free());
+            if (leaving) stage_scales.load(scales, next, k_tile + 1);
           }
         }
-        if constexpr (kBlocks && kGroups % 2 == 1) {
-#pragma unroll
-          for (int c = 0; c < kMT * kGroup; ++c) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) partial[1][c % kMT][c / kMT][i] = partial[0][c % kMT][c / kMT][i];
-          }
-        }
+        // Not beside the next stage's: where one ends and the next begins, fragments of both need registers.
+        if constexpr (kBlocks) promote_last(totals, partial[(kGroups - 1) % 2], pending);
         if constexpr (kFlush) {
           if (chunks.advance(args, last)) {
-            promote_last(totals, partial[1], pending);
-#pragma unroll
-            for (int i = 0; i < kGroup; ++i) pending[i].clear();
             chunks.flush(args, table, rows, warp_n, totals, values);
             chunks.next(args);
           }
         }
-        if (ring.advance()) load_all(ring.here(), 0);
+        ring.advance();
       }
-      if constexpr (kBlocks && !kFlush) promote_last(totals, partial[1], pending);
       if constexpr (kFlush) {
         finish_tile(args, table, values, again_m(), again_n());
       } else {
         finish_tile(args, table, totals, again_m(), again_n());
       }
+      if (table.last != 0) return;
     }
   }
 
-  static __device__ __forceinline__ void run_steps(const GemmArgs& args, Ring& ring, uint8_t* shared, int32_t total,
+  static __device__ __forceinline__ void run_steps(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
                                                    int32_t k_tiles) {
-    const int warp = static_cast<int>(threadIdx.x) >> 5, warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
+    const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
     const uint32_t weights_at = weight_address(warp_m), tokens_at = Fragments::address(warp_n);
-    constexpr int kFirstStep = kSlack ? kSteps / 2 : 0, kPieces = (kSlack ? kSteps - kFirstStep : kSteps - 1) * kNT;
-    int32_t table_index = 0;
-
-    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < total; index += static_cast<int32_t>(gridDim.x)) {
+    for (int32_t table_index = 0;; table_index = table_index + 1 == kTables ? 0 : table_index + 1) {
       const Table& table = tables(shared)[table_index];
-      table_index = table_index + 1 == kTables ? 0 : table_index + 1;
+      if (skips(ring, table, warp_n, k_tiles)) {
+        if (table.last != 0) return;
+        continue;
+      }
       Sums sums, totals, values;
       fill(sums, kInitialSum);
       if constexpr (kBlocks) fill(totals, kEmptyTotal);
@@ -1021,7 +930,6 @@ struct GroupedGemm {
         const uint32_t stage = ring.here(), next = ring.next();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          if (step == kFirstStep) ring.begin_copies();
           const Fragments& now = fragments[step % 2];
           // Scales per K-block: a block may end with any step, and the last one with K.
           bool ends = false;
@@ -1040,7 +948,7 @@ struct GroupedGemm {
             }
           }
           if (step == kSteps - 1) {
-            ring.stage_read();
+            ring.stage_read(!last || table.last == 0);
             if (!last) fragments[0].load(next + weights_at, next + tokens_at, 0);
           } else {
             fragments[(step + 1) % 2].load(stage + weights_at, stage + tokens_at, step + 1);
@@ -1049,9 +957,6 @@ struct GroupedGemm {
           for (int nt = 0; nt < kNT; ++nt) {
 #pragma unroll
             for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8(sums[mt][nt], now.w[mt], now.a[nt][0], now.a[nt][1]);
-            if (step >= kFirstStep && (step - kFirstStep) * kNT + nt < kPieces) {
-              ring.loader.template copy<kPieces>((step - kFirstStep) * kNT + nt, ring.free());
-            }
           }
           if constexpr (kBlocks) {
             if (ends) {
@@ -1083,6 +988,7 @@ struct GroupedGemm {
       } else {
         finish_tile(args, table, sums, warp_m, warp_n);
       }
+      if (table.last != 0) return;
     }
   }
 };

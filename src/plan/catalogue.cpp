@@ -36,37 +36,37 @@ constexpr Tile kChannel90[] = {
     {128, 8, 128, 5, 4, 1, 2, kSteps},
     {128, 64, 128, 4, 2, 2, 2, kSteps},
     {256, 96, 128, 4, 4, 2, 1, kSteps},
-    {256, 128, 128, 4, 4, 2, 1, kSteps},
 };
 constexpr Tile kChannel80[] = {
-    {128, 8, 128, 5, 4, 1, 2, kSteps},  {128, 16, 128, 5, 4, 1, 2, kSteps},  {128, 32, 128, 4, 4, 1, 2, kSteps},
-    {128, 64, 128, 4, 2, 2, 2, kSteps}, {256, 128, 128, 3, 4, 2, 1, kSteps},
+    {128, 8, 128, 4, 4, 1, 2, kSteps},  {128, 16, 128, 4, 4, 1, 2, kSteps}, {128, 32, 128, 3, 4, 1, 2, kSteps},
+    {128, 64, 128, 3, 2, 2, 2, kSteps}, {256, 96, 128, 3, 4, 2, 1, kSteps},
 };
 constexpr Tile kChannel89[] = {
     {128, 8, 128, 4, 4, 1, 1, kSteps},  {128, 16, 128, 4, 4, 1, 1, kSteps}, {128, 32, 128, 4, 4, 1, 1, kSteps},
-    {128, 64, 128, 3, 2, 2, 1, kSteps}, {128, 128, 64, 4, 2, 4, 1, kSteps},
+    {128, 64, 128, 3, 2, 2, 1, kSteps}, {128, 96, 128, 3, 4, 2, 1, kSteps},
 };
 constexpr Tile kBlock90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 64, 128, 4, 2, 2, 2, kTiles},
-    {128, 80, 128, 3, 2, 2, 2, kTiles},
+    {128, 96, 128, 6, 4, 2, 1, kTiles},
 };
 constexpr Tile kBlock80[] = {
-    {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 16, 128, 5, 4, 1, 2, kTiles},
-    {128, 32, 128, 4, 4, 1, 2, kTiles},
-    {256, 80, 128, 3, 4, 2, 1, kTiles},
+    {128, 8, 128, 4, 4, 1, 2, kTiles},
+    {128, 16, 128, 4, 4, 1, 2, kTiles},
+    {128, 32, 128, 3, 4, 1, 2, kTiles},
+    {128, 96, 128, 5, 4, 2, 1, kTiles},
 };
 constexpr Tile kBlock89[] = {
     {128, 8, 128, 4, 4, 1, 1, kTiles},
     {128, 16, 128, 4, 4, 1, 1, kTiles},
     {128, 32, 128, 4, 4, 1, 1, kTiles},
-    {128, 64, 128, 3, 2, 2, 1, kTiles},
+    {128, 96, 128, 3, 4, 2, 1, kTiles},
 };
-// Scale blocks other than 128 columns, and sums with float steps: right everywhere, tuned for nothing.
+// Scale blocks other than 128 columns: right everywhere, tuned for nothing.
 constexpr Tile kGeneral[] = {{128, 32, 128, 4, 4, 1, 1, kSteps}};
-
-constexpr Tile kFlush[] = {{128, 32, 128, 4, 4, 1, 1, kTiles}};
+// Sums with float steps: three sets of them.
+constexpr Tile kFlush90[] = {{128, 64, 128, 6, 4, 2, 1, kTiles}};
+constexpr Tile kFlush80[] = {{128, 64, 128, 5, 4, 2, 1, kTiles}};
+constexpr Tile kFlush89[] = {{128, 64, 128, 3, 4, 2, 1, kTiles}};
 
 constexpr int kFamilies[] = {80, 89, 90};  // one set of tiles each
 
@@ -80,14 +80,13 @@ std::vector<GemmConfig> make_configs(std::span<const Tile> tiles, Promotion prom
 }
 
 std::span<const Tile> tiles_of(Promotion promotion, bool fine, int family) {
+  const auto of = [family](std::span<const Tile> t80, std::span<const Tile> t89, std::span<const Tile> t90) {
+    return family == 90 ? t90 : family == 80 ? t80 : t89;
+  };
   if (fine) return kGeneral;
-  if (promotion == Promotion::hybrid_flush) return kFlush;
-  if (promotion == Promotion::channel) {
-    return family == 90   ? std::span<const Tile>(kChannel90)
-           : family == 80 ? std::span<const Tile>(kChannel80)
-                          : kChannel89;
-  }
-  return family == 90 ? std::span<const Tile>(kBlock90) : family == 80 ? std::span<const Tile>(kBlock80) : kBlock89;
+  if (promotion == Promotion::channel) return of(kChannel80, kChannel89, kChannel90);
+  if (promotion == Promotion::hybrid_flush) return of(kFlush80, kFlush89, kFlush90);
+  return of(kBlock80, kBlock89, kBlock90);
 }
 
 KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {

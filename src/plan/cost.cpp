@@ -56,7 +56,8 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
                     .block_m = c.block_m,
                     .block_n = c.block_n,
                     .features = c.features(),
-                    .resident = c.min_blocks});
+                    .resident = c.min_blocks,
+                    .parts = c.warps_n});
   }
   return list;
 }
@@ -95,10 +96,16 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   const double ctas = static_cast<double>(key.multiprocessors) * kernel.resident;
   // A wgmma tile reads its share of the rows in steps of 16, and is as wide in steps of its own.
   const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9), most = kernel.block_n;
+  // An expert's last tile is one half, or two.
+  const double halves =
+      kernel.parts == 2
+          ? 2 - ceil_of({mean, mean}, kernel.block_n / 2.0, -std::expm1(-mean)).mean / std::max(of_expert.mean, 1e-9)
+          : 0;
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .tiles = tiles.mean,
           .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
           .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most) : most,
+          .halves = halves,
           .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : most,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
@@ -111,7 +118,8 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
   if (!kernel.wgmma) {
-    const double stage = kernel.resident > 1 ? constants.mma_resident : 1;
+    const double stage =
+        (kernel.resident > 1 ? constants.mma_resident : 1) * (1 - work.halves * (1 - constants.mma_half));
     return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
   }
   const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.fed));

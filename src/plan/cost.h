@@ -21,6 +21,7 @@ struct GemmKernel {
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
+  int parts = 1;                 // mma.sync: warps side by side along a tile's tokens; those without any rest
   int token_box = 0;             // wgmma: rows of a box of the tokens' map
   bool token_major = false;      // wgmma: tokens are the M operand
   int weight_box = 0;            // token_major: rows of a box of the weights' map
@@ -44,6 +45,7 @@ struct CostConstants {
   // mma.sync
   double mma_opening = 1200;
   double mma_resident = 1.28;  // a stage of two CTAs, whose tiles are smaller
+  double mma_half = 0.6;       // a stage of a tile of which half of the warps rest
 };
 
 // What a kernel has to do, however long that takes.
@@ -51,7 +53,8 @@ struct GemmWork {
   double rounds;  // tiles of the CTA that has most of them
   double tiles;   // in all
   bool one_each;  // no multiprocessor has more than one tile
-  double width;   // tokens that a tile is computed for
+  double width;   // tokens that a tile is computed for, on average
+  double halves;  // mma.sync: part of the tiles of which half of the warps rest
   double fed;     // and those that it reads
   double stages;  // of K
 };
