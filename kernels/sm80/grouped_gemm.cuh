@@ -447,12 +447,14 @@ struct GroupedGemm {
   };
   // Order::tiles: those of a stage. Q_w is a byte of the word there; which one depends on the row, and on K.
   struct StageScales {
+    int32_t first;  // of the thread's rows
     uint32_t byte[kHalves] = {};
-    __device__ __forceinline__ void open(const GemmArgs& args, const Table& table) {
+    __device__ __forceinline__ void open(const GemmArgs& args, const Table& table, int warp_m) {
+      first = feature_in_tile(warp_m) / kScaleRows;
       if constexpr (!kFloatTotals) {
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
-          const int32_t row = table.block_row(h * (C.features() / kScaleRows) + weight_scale_of_thread());
+          const int32_t row = table.block_row(h * (C.features() / kScaleRows) + first);
           byte[h] = static_cast<uint32_t>(row) * static_cast<uint32_t>(args.blocks_k);
         }
       }
@@ -460,8 +462,8 @@ struct GroupedGemm {
     __device__ __forceinline__ void load(WeightScales& to, uint32_t stage, int32_t k_tile) const {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        const int32_t word = ptx::load_shared(weight_scales_of(stage) +
-                                              (h * (C.features() / kScaleRows) + weight_scale_of_thread()) * 4);
+        const int32_t word =
+            ptx::load_shared(weight_scales_of(stage) + (h * (C.features() / kScaleRows) + first) * 4);
         to.value[h] = kFloatTotals
                           ? word
                           : static_cast<int32_t>(
@@ -750,7 +752,7 @@ struct GroupedGemm {
     // When the stage's last fragments are in registers; afterwards the next stage, if there is one, may be read.
     __device__ __forceinline__ void stage_read(bool more) const {
       __syncwarp();
-      if ((again() & 31) == 0) ptx::barrier_arrive(at.empty(at.index));
+      if (lane() == 0) ptx::barrier_arrive(at.empty(at.index));
       if (more) ptx::barrier_wait(at.full(at.wraps() ? 0 : at.index + 1), at.parity ^ (at.wraps() ? 1u : 0u));
     }
     __device__ __forceinline__ void advance() { at.advance(); }
@@ -767,14 +769,6 @@ struct GroupedGemm {
     return true;
   }
 
-  // Computed anew where they are needed, so that they hold no register in the main loop.
-  static __device__ __forceinline__ int again() { return static_cast<int>(ptx::opaque(threadIdx.x)); }
-  static __device__ __forceinline__ int again_m() { return (again() >> 5) % C.warps_m; }
-  static __device__ __forceinline__ int again_n() { return (again() >> 5) / C.warps_m; }
-  static __device__ __forceinline__ int weight_scale_of_thread() {
-    const int t = again();
-    return ((t >> 5) % C.warps_m * (C.features() / C.warps_m) + (t >> 2 & 7) * kOutColumns) / kScaleRows;
-  }
   static __device__ __forceinline__ void promote_last(Sums& totals, const int32_t (&sums)[kMT][kGroup][4],
                                                       const Products (&products)[kGroup]) {
 #pragma unroll
@@ -806,7 +800,7 @@ struct GroupedGemm {
       int32_t rows[kHalves];
       WeightScales scales;
       StageScales stage_scales;
-      if constexpr (kBlocks) stage_scales.open(args, table);
+      if constexpr (kBlocks) stage_scales.open(args, table, warp_m);
       if constexpr (kFlush) {
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
@@ -890,9 +884,9 @@ struct GroupedGemm {
         ring.advance();
       }
       if constexpr (kFlush) {
-        finish_tile(args, table, values, again_m(), again_n());
+        finish_tile(args, table, values, warp_m, warp_n);
       } else {
-        finish_tile(args, table, totals, again_m(), again_n());
+        finish_tile(args, table, totals, warp_m, warp_n);
       }
       if (table.last != 0) return;
     }

@@ -136,7 +136,7 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
   const std::vector<double> epilogues = {0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8};
   const std::vector<double> feeds = {0, 0.1, 0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.325, 0.35, 0.4};
   std::vector<double> factors;
-  for (int percent = 50; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
+  for (int percent = 20; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
   struct Search {
     double CostConstants::*constant;
     const std::vector<double>& values;
@@ -147,8 +147,9 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
                                         {&CostConstants::stand_in_opening, openings}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings},
                                       {&CostConstants::mma_resident, factors},
-                                      {&CostConstants::mma_half, factors}};
-  CostConstants c{0, 0, 0, 0, 0, 1, 1};
+                                      {&CostConstants::mma_half, factors},
+                                      {&CostConstants::mma_feed, feeds}};
+  CostConstants c{0, 0, 0, 0, 0, 1, 1, 0};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -192,6 +193,7 @@ TuneCheck check_costs(const plan::TunedTable& table) {
       check.fitted.mma_opening = fitted.mma_opening;
       check.fitted.mma_resident = fitted.mma_resident;
       check.fitted.mma_half = fitted.mma_half;
+      check.fitted.mma_feed = fitted.mma_feed;
     }
     check.leaves_out = models.size() > 1;
     CheckRow total{.model = "all", .family = wgmma ? "sm90" : "sm80", .points = points.size()};
@@ -250,9 +252,9 @@ std::string render(const TuneCheck& check, bool colour) {
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
     text += fmt::format(
-        "constants {}: opening {}, epilogue {}, feed {}, stand_in_opening {}, mma_opening {}, mma_resident {}, mma_half {}\n",
+        "constants {}: opening {}, epilogue {}, feed {}, stand_in_opening {}, mma_opening {}, mma_resident {}, mma_half {}, mma_feed {}\n",
         name,
-        c->opening, c->epilogue, c->feed, c->stand_in_opening, c->mma_opening, c->mma_resident, c->mma_half);
+        c->opening, c->epilogue, c->feed, c->stand_in_opening, c->mma_opening, c->mma_resident, c->mma_half, c->mma_feed);
   }
   return text;
 }
@@ -265,7 +267,8 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
                                   {"stand_in_opening", c.stand_in_opening},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident},
-                                  {"mma_half", c.mma_half}};
+                                  {"mma_half", c.mma_half},
+                                  {"mma_feed", c.mma_feed}};
   };
   const auto rounded = [](double x) { return std::round(1e4 * x) / 1e4; };
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();

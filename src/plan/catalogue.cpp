@@ -59,7 +59,7 @@ constexpr Tile kBlock89[] = {
     {128, 8, 128, 4, 4, 1, 1, kTiles},
     {128, 16, 128, 4, 4, 1, 1, kTiles},
     {128, 32, 128, 4, 4, 1, 1, kTiles},
-    {128, 96, 128, 3, 4, 2, 1, kTiles},
+    {128, 80, 128, 3, 4, 2, 1, kTiles},
 };
 // Scale blocks other than 128 columns: right everywhere, tuned for nothing.
 constexpr Tile kGeneral[] = {{128, 32, 128, 4, 4, 1, 1, kSteps}};

@@ -118,9 +118,10 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
   if (!kernel.wgmma) {
-    const double stage =
-        (kernel.resident > 1 ? constants.mma_resident : 1) * (1 - work.halves * (1 - constants.mma_half));
-    return work.rounds * part * (work.width * work.stages * stage + constants.mma_opening);
+    const double width = work.width * (kernel.resident > 1 ? constants.mma_resident : 1) *
+                         (1 - work.halves * (1 - constants.mma_half));
+    const double stage = std::max(width, constants.mma_feed * (kernel.block_m + work.fed));
+    return work.rounds * part * (stage * work.stages + constants.mma_opening);
   }
   const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.fed));
   return work.rounds * part * (stage * work.stages + work.fed * constants.epilogue + constants.opening);

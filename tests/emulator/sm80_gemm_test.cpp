@@ -60,7 +60,8 @@ void check_channel() {
 TEST(Sm80Gemm, Channel8Tokens) { check_channel<Tile{128, 8, 128, 5, 4, 1, Order::steps}>(); }
 TEST(Sm80Gemm, Channel16Tokens) { check_channel<Tile{128, 16, 128, 4, 4, 1, Order::steps}>(); }
 TEST(Sm80Gemm, Channel64Tokens) { check_channel<Tile{128, 64, 128, 4, 2, 2, Order::steps}>(); }
-TEST(Sm80Gemm, Channel128TokensThreeStages) { check_channel<Tile{256, 128, 128, 3, 4, 2, Order::steps}>(); }
+TEST(Sm80Gemm, Channel96Tokens) { check_channel<Tile{256, 96, 128, 4, 4, 2, Order::steps}>(); }
+TEST(Sm80Gemm, Channel96TokensThreeStages) { check_channel<Tile{128, 96, 128, 3, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelStagesOf64Bytes) { check_channel<Tile{128, 128, 64, 4, 2, 4, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
   constexpr Tile kTile{128, 32, 128, 4, 4, 1, Order::steps};
@@ -74,6 +75,15 @@ TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
   check<Promotion::channel, kStore, kTile>({.rows = {0, 0}, .n = 64, .k = 48, .seed = 5});
   check<Promotion::channel, kStore, kTile>({.rows = {0, 3}, .n = 64, .k = 48, .seed = 6}, 5);
   check<Promotion::channel, kSwiglu, kTile>({.rows = {40, 1}, .n = 2 * 136, .k = 272, .up_first = true, .seed = 7});
+}
+
+// Several tiles an expert, the last ones of every length; more CTAs than tiles, as many, and one.
+TEST(Sm80Gemm, ShortLastTiles) {
+  constexpr Tile kTile{128, 32, 128, 3, 2, 2, Order::steps};
+  for (const int ctas : {1, 2, 4, 7, 40}) {
+    check<Promotion::channel, kStore, kTile>({.rows = {33, 64, 47, 96, 1}, .n = 264, .k = 144, .gather = true, .seed = 13},
+                                             ctas);
+  }
 }
 
 template <Promotion kPromotion, Tile kTile>
@@ -108,9 +118,9 @@ void check_blocks(int block_k, int super_group = 256, int flush_blocks = 256) {
   check<kPromotion, kSwiglu, kTile>(with({.rows = {4, 20}, .n = 2 * 136, .k = 80, .seed = 11}));
 }
 TEST(Sm80Gemm, Block8Tokens) { check_blocks<Promotion::block, Tile{128, 8, 128, 5, 4, 1, Order::tiles}>(128); }
-TEST(Sm80Gemm, Block64Tokens) { check_blocks<Promotion::block, Tile{256, 64, 128, 4, 4, 2, Order::tiles}>(128); }
-TEST(Sm80Gemm, Block64TokensThreeStages) {
-  check_blocks<Promotion::block, Tile{256, 64, 128, 3, 4, 2, Order::tiles}>(128);
+TEST(Sm80Gemm, Block96Tokens) { check_blocks<Promotion::block, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>(128); }
+TEST(Sm80Gemm, Block80TokensThreeStages) {
+  check_blocks<Promotion::block, Tile{128, 80, 128, 3, 4, 2, Order::tiles}>(128);
 }
 TEST(Sm80Gemm, BlockOfAnyWidth) {
   constexpr Tile kTile{128, 32, 128, 4, 4, 1, Order::steps, true};
@@ -118,11 +128,12 @@ TEST(Sm80Gemm, BlockOfAnyWidth) {
 }
 TEST(Sm80Gemm, Hybrid16Tokens) { check_blocks<Promotion::hybrid, Tile{128, 16, 128, 5, 4, 1, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid32Tokens) { check_blocks<Promotion::hybrid, Tile{128, 32, 128, 4, 4, 1, Order::tiles}>(128); }
+TEST(Sm80Gemm, Hybrid96Tokens) { check_blocks<Promotion::hybrid, Tile{128, 96, 128, 5, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, HybridOfAnyWidth) {
   check_blocks<Promotion::hybrid, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64);
 }
 TEST(Sm80Gemm, HybridFloatSteps) {
-  constexpr Tile kTiles{128, 32, 128, 4, 4, 1, Order::tiles};
+  constexpr Tile kTiles{128, 64, 128, 3, 4, 2, Order::tiles};
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 4, 2);
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 3, 3);
   check_blocks<Promotion::hybrid_flush, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64, 5, 2);
