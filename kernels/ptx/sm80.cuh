@@ -66,10 +66,6 @@ __device__ __forceinline__ void load_shared_n(int32_t (&d)[kN], uint32_t shared)
     }
   }
 }
-__device__ __forceinline__ void store_shared(uint32_t shared, int32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
-}
-
 // Neighbouring words, aligned to their size, to global memory; where `wanted` holds, by predicate. As a C++ vector
 // store the compiler may split it.
 template <int kN>
@@ -89,16 +85,6 @@ __device__ __forceinline__ void store_if(bool wanted, void* global, const uint32
         "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(wanted))
         : "memory");
   }
-}
-// The same value, about which the compiler knows nothing.
-template <class T>
-__device__ __forceinline__ T* opaque(T* p) {
-  asm volatile("" : "+l"(p));
-  return p;
-}
-__device__ __forceinline__ uint32_t opaque(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
 }
 // A value that all lanes hold, known to the compiler as such: it may live in uniform registers.
 __device__ __forceinline__ int32_t uniform(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }

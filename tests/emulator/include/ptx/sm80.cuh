@@ -43,18 +43,12 @@ inline void load_shared_n(int32_t (&d)[kN], uint32_t shared) {
   if (shared % (kN >= 4 ? 16 : kN * 4) != 0) throw std::runtime_error("load_shared_n: not aligned");
   std::memcpy(d, emulator::shared_bytes(shared, kN * 4), kN * 4);
 }
-inline void store_shared(uint32_t shared, int32_t value) { std::memcpy(emulator::shared_bytes(shared, 4), &value, 4); }
 template <int kN>
 inline void store_if(bool wanted, void* global, const uint32_t (&v)[kN]) {
   if (!wanted) return;
   if (reinterpret_cast<std::uintptr_t>(global) % (kN * 4) != 0) throw std::runtime_error("store_if: not aligned");
   std::memcpy(global, v, kN * 4);
 }
-template <class T>
-inline T* opaque(T* p) {
-  return p;
-}
-inline uint32_t opaque(uint32_t x) { return x; }
 inline int32_t uniform(int32_t value) {
   const auto most = __reduce_max_sync(~0u, value);
   if (most != value) throw std::runtime_error("uniform: the lanes differ");
