@@ -37,8 +37,8 @@ struct GemmConfig {
   int block_k;  // bytes of K a pipeline stage holds
   int stages;
   int warps_m, warps_n;  // those that multiply
-  bool fine_groups;  // scale blocks of any multiple of 32 columns; otherwise of block_k
-  int min_blocks;    // CTAs per SM that registers must allow
+  bool fine_groups;      // scale blocks of any multiple of 32 columns; otherwise of block_k
+  int min_blocks;        // CTAs per SM that registers must allow
   Order order;
 
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }

@@ -252,9 +252,10 @@ std::string render(const TuneCheck& check, bool colour) {
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
     text += fmt::format(
-        "constants {}: opening {}, epilogue {}, feed {}, stand_in_opening {}, mma_opening {}, mma_resident {}, mma_half {}, mma_feed {}\n",
-        name,
-        c->opening, c->epilogue, c->feed, c->stand_in_opening, c->mma_opening, c->mma_resident, c->mma_half, c->mma_feed);
+        "constants {}: opening {}, epilogue {}, feed {}, stand_in_opening {}, mma_opening {}, mma_resident {}, "
+        "mma_half {}, mma_feed {}\n",
+        name, c->opening, c->epilogue, c->feed, c->stand_in_opening, c->mma_opening, c->mma_resident, c->mma_half,
+        c->mma_feed);
   }
   return text;
 }

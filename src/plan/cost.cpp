@@ -97,10 +97,9 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   // A wgmma tile reads its share of the rows in steps of 16, and is as wide in steps of its own.
   const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9), most = kernel.block_n;
   // An expert's last tile is one half, or two.
-  const double halves =
-      kernel.parts == 2
-          ? 2 - ceil_of({mean, mean}, kernel.block_n / 2.0, -std::expm1(-mean)).mean / std::max(of_expert.mean, 1e-9)
-          : 0;
+  const double halves = kernel.parts == 2 ? 2 - ceil_of({mean, mean}, kernel.block_n / 2.0, -std::expm1(-mean)).mean /
+                                                    std::max(of_expert.mean, 1e-9)
+                                          : 0;
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .tiles = tiles.mean,
           .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
@@ -118,8 +117,8 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
   if (!kernel.wgmma) {
-    const double width = work.width * (kernel.resident > 1 ? constants.mma_resident : 1) *
-                         (1 - work.halves * (1 - constants.mma_half));
+    const double width =
+        work.width * (kernel.resident > 1 ? constants.mma_resident : 1) * (1 - work.halves * (1 - constants.mma_half));
     const double stage = std::max(width, constants.mma_feed * (kernel.block_m + work.fed));
     return work.rounds * part * (stage * work.stages + constants.mma_opening);
   }

@@ -81,8 +81,8 @@ TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
 TEST(Sm80Gemm, ShortLastTiles) {
   constexpr Tile kTile{128, 32, 128, 3, 2, 2, Order::steps};
   for (const int ctas : {1, 2, 4, 7, 40}) {
-    check<Promotion::channel, kStore, kTile>({.rows = {33, 64, 47, 96, 1}, .n = 264, .k = 144, .gather = true, .seed = 13},
-                                             ctas);
+    check<Promotion::channel, kStore, kTile>(
+        {.rows = {33, 64, 47, 96, 1}, .n = 264, .k = 144, .gather = true, .seed = 13}, ctas);
   }
 }
 
