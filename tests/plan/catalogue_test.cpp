@@ -18,7 +18,8 @@ TEST(Catalogue, TilesFitTheirDevicesSharedMemory) {
           for (const auto& c : gemm_configs(promotion, fine, static_cast<kernels::Epilogue>(e), family)) {
             EXPECT_LE(c.pipeline_bytes() + kTileList, limit) << family << " " << gemm_id(c);
             // As many as registers allow: a block takes 1 KB of its own.
-            EXPECT_LE((c.pipeline_bytes() + kTileList + 1024) * c.min_blocks, limit + 1024) << family << " " << gemm_id(c);
+            EXPECT_LE((c.pipeline_bytes() + kTileList + 1024) * c.min_blocks, limit + 1024)
+                << family << " " << gemm_id(c);
           }
         }
       }
