@@ -38,6 +38,10 @@ struct LayerOptions {
   // same results, to measure what the fusion is worth. Without fused_activation nothing is quantised there either.
   bool fused_gather = true, fused_activation = true, fused_requantize = true;
   KernelFamily family = KernelFamily::automatic;  // CUDA
+  // CUDA: integer weights are copied into panels (WeightLayout) on the device, from which memory gives them faster than
+  // from where they lie (docs/performance.md); K of both matrices a multiple of 128. What is not referenced elsewhere
+  // is freed. Weights that come in panels are used as they are, with and without.
+  bool prepack = false;
   // CUDA: from the third call on with the same T, k and stream, the host launches a graph that the layer has made,
   // instead of its kernels, and sets the arguments in which the call differs from the one before. Graphs of this many
   // kinds of calls are kept, the latest (about 0.11 MiB of GPU memory each, once made); 0: none, at most 64. Replayed
@@ -100,7 +104,9 @@ struct Groups {
 // A matrix stack made ready for a device (CPU: packed). Reuse it across calls.
 class PreparedMatrix {
  public:
-  PreparedMatrix(Device device, QuantizedMatrix matrix, int threads = 0, KernelFamily family = KernelFamily::automatic);
+  // prepack: as in LayerOptions.
+  PreparedMatrix(Device device, QuantizedMatrix matrix, int threads = 0, KernelFamily family = KernelFamily::automatic,
+                 bool prepack = false);
   ~PreparedMatrix();
   PreparedMatrix(PreparedMatrix&&) noexcept;
   PreparedMatrix& operator=(PreparedMatrix&&) noexcept;

@@ -12,8 +12,15 @@
 
 namespace octomoe OCTOMOE_API {
 
+// How the values of an integer matrix lie.
+enum class WeightLayout : std::uint8_t {
+  natural,  // int8 [E, N, K]
+  panels,   // int8 [E, K/128, N, 128]: columns 128p ... 128p + 127 of all rows of an expert lie together
+};
+inline constexpr std::int64_t kPanelColumns = 128;
+
 // E matrices [N, K], K-major, in one scheme. `values`:
-//   int8_*    int8 [E, N, K]          w4a8_fp8  int4x2 [E, N, K/2]       bf16/fp16  [E, N, K]
+//   int8_*    int8 by `layout`        w4a8_fp8  int4x2 [E, N, K/2]       bf16/fp16  [E, N, K]
 // `scale`, float32:
 //   int8_channel  [E, N], per_tensor [E]      int8_block  [E, NB, KB]     int8_hybrid (F) [E, NB, SG]
 //   w4a8_fp8      [E, N, ceil(K/group)]       bf16/fp16   undefined
@@ -22,6 +29,7 @@ struct QuantizedMatrix {
   Scheme scheme;
   std::int64_t experts = 0, n = 0, k = 0;
   int segments = 1;  // 2 for a gated w13: scale blocks restart at row N/2
+  WeightLayout layout = WeightLayout::natural;
   Tensor values;
   Tensor scale;
   Tensor q;                 // int8_hybrid: uint8 [E, NB, KB], integer scales 1..q_max

@@ -36,7 +36,7 @@ struct Routes {
 };
 
 // Up to so many routes a GEMM counts its experts' rows itself (WgmmaArgs::routes).
-inline constexpr int kCountedRoutes = 2048;
+inline constexpr int kCountedRoutes = 8192;
 
 inline constexpr int kSortThreads = 256, kSortChunk = 2048;  // a CTA's threads and routes
 // sm90/sort.cuh
@@ -71,6 +71,13 @@ struct QuantizeArgs {
   // before, which is waited for only at the end. next_early: the launch that follows may begin at once, because until
   // its own wait it needs nothing of launches that may still run.
   int32_t beside_last, next_early;
+};
+
+struct PanelArgs {
+  const int8_t* from;  // [E, N, K], 16-byte aligned, K a multiple of 128
+  int8_t* to;          // [E, K/128, N, 128], 16-byte aligned
+  int64_t rows;        // E * N
+  int32_t n, k;
 };
 
 struct ActivateArgs {

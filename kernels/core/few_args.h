@@ -37,13 +37,14 @@ constexpr int few_streams(int stage_columns, int stages) {
 
 // One of the two matrices of every expert.
 struct FewMatrix {
-  const int8_t* w;            // [E, n, k]
+  const int8_t* w;            // [E, n, k], or in panels: [E, k/128, n, 128]
   const float* scale;         // channel: [E, n] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
   const float* bias;          // [E, n] or null
   const int32_t* column_sum;  // asymmetric: [E, n]; null: symmetric
   const float* static_scale;  // or null
   const uint8_t* q;           // hybrid: [E, NB, KB], 4-byte aligned
   int32_t n, k, per_tensor;
+  int32_t w_row, w_panel;                    // as in GemmArgs
   int32_t block_n, block_k;                  // scale blocks: weight rows; columns, 128 or 256
   int32_t blocks_n, blocks_k, super_groups;  // NB, KB, SG
   int32_t super_group, flush_blocks, q_max;  // hybrid: as in GemmArgs
@@ -71,6 +72,7 @@ struct FewDownLayout {
   int32_t a_words, w_words;  // as in FewGateUpLayout
   int32_t blocks;            // scale blocks that a CTA's columns meet at most
   int32_t stream_warps, streams;
+  int32_t w_row, w_panel;  // of a stage's weights in the ring, as in GemmArgs
 };
 
 constexpr int few_a_words(Promotion p, const FewMatrix& m) {
@@ -102,6 +104,8 @@ constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int ro
   FewDownLayout l{};
   l.stream_warps = few_stream_warps(stage_columns);
   l.streams = few_streams(stage_columns, stages);
+  l.w_row = w2.w_row;
+  l.w_panel = w2.w_panel == kFewPiece ? kFewPiece : stage_columns * kFewPiece;
   l.a_words = few_a_words(p, w2);
   l.w_words = few_w_words(p, w2);
   l.blocks = p == Promotion::channel ? 0 : (columns - 1) / w2.block_n + 2;

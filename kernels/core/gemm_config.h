@@ -126,7 +126,7 @@ struct TokenMajorConfig {
 
 struct GemmArgs {
   const int8_t* a;                // [rows of a, K]
-  const int8_t* w;                // [E, N, K], natural layout
+  const int8_t* w;                // [E, N, K], or in panels: [E, K/128, N, 128]
   int64_t a_rows;                 // rows of a: the leading dimension of the transposed scales
   const float* a_scale;           // channel: [rows of a]; block: [KB, rows of a]; hybrid: [SG, rows of a]
   const float* w_scale;           // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
@@ -144,6 +144,7 @@ struct GemmArgs {
   int32_t experts;
   int32_t n;                   // weight rows of an expert (gated: 2I)
   int32_t k;                   // bytes of a row, a multiple of 16
+  int32_t w_row, w_panel;      // bytes from a row of w to the next, and from 128 columns of it to the next
   int32_t masked_rows;         // masked layout: rows per expert in a and out; 0 = offsets layout
   int32_t w_scale_per_tensor;  // channel: 1 = [E]
   int32_t block_n, block_k;    // scale blocks: weight rows, columns
@@ -160,7 +161,9 @@ struct GemmArgs {
 struct WgmmaArgs {
   TensorMap weights;  // src/cuda/tensor_map.h
   GemmArgs gemm;
-  int32_t evict_first;    // weights pass through L2: their lines are the first to go
+  int32_t evict_first;  // weights pass through L2: their lines are the first to go
+  // Weights of two stages are asked for together: 256 bytes of a row, which is what L2 fetches of it.
+  int32_t weights_in_pairs;
   int32_t tokens_by_map;  // gemm.row_source is null, and `tokens` is a's map
   // The launches before this kernel's may still be writing gemm.expert_offsets. Otherwise it reads them, and asks for
   // its first weights, before it waits for its predecessor; which it also does if it has the routes that the rows come

@@ -27,12 +27,15 @@ __device__ __forceinline__ void count_rows(TileList& list, int32_t experts, cons
   const int thread = static_cast<int>(threadIdx.x);
   for (int e = thread; e < experts; e += kThreads) list.row_begin[e] = 0;
   __syncthreads();
-  constexpr int kCount = (kCountedRoutes + kThreads - 1) / kThreads;
-  int32_t expert[kCount];
-  find_experts(routes, thread, kThreads, routes.tokens * routes.top_k, expert);
+  constexpr int kCount = 8;
+  const int32_t end = routes.tokens * routes.top_k;
+  for (int32_t first = thread; first < end; first += kCount * kThreads) {
+    int32_t expert[kCount];
+    find_experts(routes, first, kThreads, end, expert);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (expert[i] >= 0) atomicAdd(&list.row_begin[expert[i]], 1);
+    for (int i = 0; i < kCount; ++i) {
+      if (expert[i] >= 0) atomicAdd(&list.row_begin[expert[i]], 1);
+    }
   }
   __syncthreads();
 }

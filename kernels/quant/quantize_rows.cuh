@@ -192,7 +192,8 @@ struct RowQuantizer {
       }
       quantize_row<false>(args, shared, row);
     }
-    if (args.beside_last != 0) ptx::grid_dependency_wait();
+    // One CTA waits for all: the others leave their multiprocessors to the launch that follows.
+    if (args.beside_last != 0 && blockIdx.x == gridDim.x - 1) ptx::grid_dependency_wait();
   }
 
   // kHeld: a row of aligned bf16 or fp16 stays in registers, as it came; otherwise it is read twice.

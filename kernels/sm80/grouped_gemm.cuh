@@ -306,12 +306,12 @@ struct GroupedGemm {
           const uint32_t to = stage + place;
           const int32_t column = k_tile * C.block_k;
           const bool inside = column + chunk() * 16 < args.k;
-          const int8_t* const w_stage = w + column;
+          const int8_t* const w_stage = w + static_cast<int64_t>(column / 128) * args.w_panel + column % 128;
 #pragma unroll
           for (int p = 0; p < kPassesW; ++p) {
             const int32_t row = min(feature + feature_of(p * kRowsPerPass), last_row) +
                                 (is_up(p * kRowsPerPass) ? to_up : to_gate);
-            ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.k, inside);
+            ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.w_row, inside);
           }
           const int8_t* const a_stage = args.a + column;
 #pragma unroll

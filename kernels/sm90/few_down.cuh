@@ -36,14 +36,20 @@ struct FewDown {
   __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
   __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.stage_columns * m.k; }
 
-  // One thread: an entry's rows of a set's columns are one copy.
+  // One thread: an entry's rows of a set's columns are one copy, or one for each panel.
   __device__ __forceinline__ void copy(int32_t slot, int32_t set, int32_t entry) const {
     const int32_t column = first + set * args.stage_columns;
-    const auto bytes = static_cast<uint32_t>(columns_of(set) * m.k);
-    ptx::barrier_arrive_expect(full(slot), bytes);
-    ptx::copy_bulk(ptx::shared_address(place(slot)),
-                   m.w + (static_cast<int64_t>(shared.entry[entry].expert) * m.n + column) * m.k, bytes, full(slot),
-                   ptx::kEvictFirst);
+    ptx::barrier_arrive_expect(full(slot), static_cast<uint32_t>(columns_of(set) * m.k));
+    const int8_t* from = m.w + static_cast<int64_t>(shared.entry[entry].expert) * m.n * m.k +
+                         static_cast<int64_t>(column) * m.w_row;
+    const auto bytes = static_cast<uint32_t>(columns_of(set) * m.w_row);
+    uint32_t to = ptx::shared_address(place(slot));
+#pragma unroll 1
+    for (int32_t k = 0; k < m.k; k += m.w_row) {
+      ptx::copy_bulk(to, from, bytes, full(slot), ptx::kEvictFirst);
+      from += m.w_panel;
+      to += static_cast<uint32_t>(args.layout.w_panel);
+    }
   }
 
   // All threads: the scales of the CTA's weight rows.
@@ -176,16 +182,17 @@ struct FewDown {
     int32_t acc[kFewTogether] = {}, offset[kFewTogether];
 #pragma unroll
     for (int i = 0; i < kFewTogether; ++i) offset[i] = few_byte(entry.rows, i) * m.k;
+    const uint8_t* from = w + column * args.layout.w_row + lane % 8 * 16;
     const auto dot = [&](int32_t c, int i) {
-      const int4 v = *reinterpret_cast<const int4*>(w + column * m.k + c);
+      const int4 v = *reinterpret_cast<const int4*>(from);
       acc[i] = few_dot(v, *reinterpret_cast<const int4*>(rows + offset[i] + c), acc[i]);
     };
     if (works) {
       if (entry.count == 1) {
 #pragma unroll 3
-        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) dot(c, 0);
+        for (int32_t c = lane % 8 * 16; c < m.k; c += 128, from += args.layout.w_panel) dot(c, 0);
       } else {
-        for (int32_t c = lane % 8 * 16; c < m.k; c += 128) {
+        for (int32_t c = lane % 8 * 16; c < m.k; c += 128, from += args.layout.w_panel) {
 #pragma unroll
           for (int i = 0; i < kFewTogether; ++i) {
             if (i < entry.count) dot(c, i);
@@ -234,7 +241,8 @@ struct FewDown {
         for (int j = 0; j < 8; ++j) {
           const int32_t k = piece * kFewPiece + (j ^ place) * 16;  // the eight read different banks
           if (k >= m.k) continue;
-          const int4 weights = *reinterpret_cast<const int4*>(w + column * m.k + k);
+          const int4 weights = *reinterpret_cast<const int4*>(w + column * args.layout.w_row + piece * args.layout.w_panel +
+                                                              (j ^ place) * 16);
 #pragma unroll
           for (int i = 0; i < kFewTogether; ++i) {
             if (i > 0 && i >= entry.count) break;

@@ -238,34 +238,42 @@ struct FewGateUp {
     __syncwarp();  // the slots may be written again
   }
 
-  // Has L2 fetch this warp's first rows, while x is quantised: a lane asks for a row.
+  // Has L2 fetch the first rows of all warps, of the CTA's `pairs` from `first_pair` on, while x is quantised: a thread
+  // asks for a row, or for the rows' piece of a panel.
   __device__ __forceinline__ void prefetch(int32_t first_pair, int32_t pairs) const {
-    const int32_t pair = lane / 2;
-    if (pair >= min(pairs, max(1, kFewPrefetchBytes / (2 * m.k)))) return;
-    const Place p = place(first_pair + pair * kFewGateUpWarps);
-    const int64_t row = static_cast<int64_t>(shared.entry[p.entry].expert) * m.n + p.column + lane % 2 * width;
-    ptx::prefetch_bulk(m.w + row * m.k, static_cast<uint32_t>(m.k));
+    const auto thread = static_cast<int32_t>(threadIdx.x), half = thread % 2;
+    const int32_t rows = min(pairs, kFewGateUpWarps * max(1, kFewPrefetchBytes / (2 * m.k)));
+    const bool by_panels = m.w_row != m.k;
+    if (rows <= 0 || thread / 2 >= (by_panels ? m.k / m.w_row : rows)) return;
+    const Place p = place(first_pair + (by_panels ? 0 : thread / 2));
+    const int8_t* const from = m.w + static_cast<int64_t>(shared.entry[p.entry].expert) * m.n * m.k +
+                               static_cast<int64_t>(p.column + half * width) * m.w_row +
+                               (by_panels ? thread / 2 * static_cast<int64_t>(m.w_panel) : 0);
+    ptx::prefetch_bulk(from, static_cast<uint32_t>((by_panels ? min(rows, width - p.column) : 1) * m.w_row));
   }
 
   // Up to 32 pairs of this warp, from `first_pair` on.
   __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool first, bool last) const {
-    const int64_t up = static_cast<int64_t>(width) * m.k;
+    const int64_t up = static_cast<int64_t>(width) * m.w_row;
     int4 w[kFewDepth][kFewPieces][2] = {};
     // What is loaded next, and what is multiplied next.
     Place to_load = place(first_pair), at = to_load;
     int32_t loads = pairs, load_column = lane * 16, column = 0;
     const int8_t* from = nullptr;
     const auto open = [&] {
-      from = m.w + (static_cast<int64_t>(shared.entry[to_load.entry].expert) * m.n + to_load.column) * m.k;
+      from = m.w + static_cast<int64_t>(shared.entry[to_load.entry].expert) * m.n * m.k +
+             static_cast<int64_t>(to_load.column) * m.w_row + lane / 8 * static_cast<int64_t>(m.w_panel) + lane % 8 * 16;
     };
     const auto load = [&](int4(&unit)[kFewPieces][2]) {
       if (loads == 0) return;
 #pragma unroll
       for (int i = 0; i < kFewPieces; ++i) {
         const int32_t c = load_column + 512 * i;
-        ptx::load_once(unit[i][0], from + c, c < m.k);
-        ptx::load_once(unit[i][1], from + up + c, c < m.k);
+        const int8_t* const piece = from + i * 4 * static_cast<int64_t>(m.w_panel);
+        ptx::load_once(unit[i][0], piece, c < m.k);
+        ptx::load_once(unit[i][1], piece + up, c < m.k);
       }
+      from += kFewUnit / 128 * static_cast<int64_t>(m.w_panel);
       load_column += kFewUnit;
       if (load_column - lane * 16 < m.k) return;
       load_column = lane * 16;
@@ -399,7 +407,7 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   const auto begin = static_cast<int32_t>(all * blockIdx.x / gridDim.x);
   const auto end = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x);
   int32_t pair = begin + g.warp, left = max(0, (end - pair + kFewGateUpWarps - 1) / kFewGateUpWarps);
-  g.prefetch(pair, left);
+  g.prefetch(begin, end - begin);
   g.quantize();
   __syncthreads();
   if constexpr (Gate::kBlocks) {

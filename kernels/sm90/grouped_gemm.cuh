@@ -94,20 +94,21 @@ struct GroupedGemm {
   static __device__ __forceinline__ Boxes boxes_of(const WgmmaArgs& all, const Tile& t) {
     const int column = t.m_tile * C.features();
     // Gated, a column has a row in each half; otherwise a column is a row.
-    return {t.expert * (all.gemm.n / kUnit) + column / kUnit, column + kGroup < width(all.gemm) ? 2 : 1,
+    return {t.expert * WeightSteps(all.gemm, kUnit).expert + column / kUnit, column + kGroup < width(all.gemm) ? 2 : 1,
             all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
   }
   static __device__ __forceinline__ void copy_box(const WgmmaArgs& all, Shared& shared, const Boxes& boxes, int consumer,
                                                   int32_t k_tile, int32_t slot, uint32_t full) {
     const uint32_t to = ptx::shared_address(shared.weights[consumer][slot]);
-    const int32_t unit = boxes.unit + consumer * (kGroup / kUnit);
+    const WeightSteps step(all.gemm, kUnit);
+    const int32_t unit = boxes.unit + consumer * (kGroup / kUnit) + k_tile * step.unit;
     if constexpr (C.cluster > 1) {
       // Each CTA asks for one consumer's box, which both get.
       if (rank() == consumer) {
-        ptx::copy_box_5d_multicast(to, &all.weights, k_tile * 128, 0, 0, unit, 0, full, boxes.hint, 3);
+        ptx::copy_box_5d_multicast(to, &all.weights, k_tile * step.column, 0, 0, unit, 0, full, boxes.hint, 3);
       }
     } else {
-      ptx::copy_box_5d(to, &all.weights, k_tile * 128, 0, 0, unit, 0, full, boxes.hint);
+      ptx::copy_box_5d(to, &all.weights, k_tile * step.column, 0, 0, unit, 0, full, boxes.hint);
     }
   }
 
@@ -126,6 +127,11 @@ struct GroupedGemm {
         const Boxes boxes = boxes_of(all, tile_at(shared, args, queue.index, m_tiles));
         const bool exists = consumer < boxes.count;
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          if (all.weights_in_pairs != 0 && k_tile % 2 == 0 && k_tile + 1 < k_tiles) {
+            Slot<kWeightStages> second = slot;
+            second.advance();
+            ptx::barrier_wait(ptx::shared_address(&shared.weights_empty[consumer][second.index]), second.phase);
+          }
           ptx::barrier_wait(ptx::shared_address(&shared.weights_empty[consumer][slot.index]), slot.phase);
           const uint32_t full = ptx::shared_address(&shared.weights_full[consumer][slot.index]);
           ptx::barrier_arrive_expect(full, exists ? kBoxBytes : 0);

@@ -57,6 +57,20 @@ __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& 
   return t;
 }
 
+// How a tensor map's coordinates lead from a stage's weights to the next one's: in panels the tensor is one of E * K/128
+// stacks of N rows of 128 columns, so that the next 128 columns are N rows further on.
+struct WeightSteps {
+  int32_t column, unit;  // of the map's first dimension, and of that which counts units of rows
+  int32_t expert;        // units from an expert to the next
+  __device__ __forceinline__ WeightSteps(const GemmArgs& args, int rows_of_unit) {
+    const bool panels = args.w_panel != 128;
+    const int32_t units = args.n / rows_of_unit;
+    column = panels ? 0 : 128;
+    unit = panels ? units : 0;
+    expert = panels ? units * (args.k / 128) : units;
+  }
+};
+
 template <bool kGated>
 __device__ __forceinline__ int width_of(const GemmArgs& args) {
   return kGated ? args.n / 2 : args.n;

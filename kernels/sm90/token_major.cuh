@@ -139,13 +139,21 @@ struct TokenMajor {
       for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, all.taken != nullptr)) {
         queue.ask(shared.next);
         const Tile t = tile_at(shared, args, queue.index);
-        const int32_t unit = (t.expert * args.n + t.m_tile * C.features() + inside) / 32;
+        const WeightSteps step(args, 32);
+        int32_t column = 0, unit = t.expert * step.expert + (t.m_tile * C.features() + inside) / 32;
 #pragma unroll 1  // registers
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          if (all.weights_in_pairs != 0 && k_tile % 2 == 0 && k_tile + 1 < k_tiles) {
+            Slot<kStages> second = slot;
+            second.advance();
+            wait_empty(second);
+          }
           wait_empty(slot);
           ptx::barrier_arrive_expect(full(slot), kBoxBytes);
-          ptx::copy_box_5d(ptx::shared_address(shared.weights[slot.index][box]), &all.weights, k_tile * 128, 0, 0, 0,
+          ptx::copy_box_5d(ptx::shared_address(shared.weights[slot.index][box]), &all.weights, column, 0, 0, 0,
                            unit, full(slot), hint);
+          column += step.column;
+          unit += step.unit;
           slot.advance();
         }
       }

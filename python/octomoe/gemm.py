@@ -21,6 +21,7 @@ class PreparedMatrix:
         device: "cpu", "cuda" or "cuda:1".
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
         family: CUDA: "automatic", "sm80" or "sm90", as for :class:`MoeLayer`.
+        prepack: CUDA: copy integers [E, N, K] into panels on the device, as for :class:`MoeLayer`.
     """
 
     __slots__ = ("__weakref__", "_handle", "_info")
@@ -32,13 +33,14 @@ class PreparedMatrix:
         device: str = "cpu",
         threads: int = 0,
         family: str = "automatic",
+        prepack: bool = False,
     ) -> None:
         if not isinstance(matrix, QuantizedMatrix):
             raise InvalidArgument(
                 f"matrix: expected a QuantizedMatrix, got {type(matrix).__name__}"
             )
         self._handle = lib.prepare_matrix(
-            find_cuda_libraries(str(device)), matrix._handle, threads, str(family)
+            find_cuda_libraries(str(device)), matrix._handle, threads, str(family), bool(prepack)
         )
         self._info = dict(lib.prepared_info(self._handle).items())
 
@@ -82,7 +84,7 @@ def _prepare(b: Any, b_scale: Tensor | None, scheme: str | None, device: str) ->
         raise InvalidArgument("b_scale: an int8 b needs its scales")
     if scheme is None:
         rank = len(_shape(b_scale, "b_scale"))
-        if len(shape) != 3 or rank not in (2, 3):
+        if len(shape) not in (3, 4) or rank not in (2, 3):
             raise InvalidArgument(
                 f"b_scale: expected [E, N] or [E, ceil(N/128), ceil(K/128)] beside b "
                 f"{list(shape)}, got {list(_shape(b_scale, 'b_scale'))}"
@@ -118,8 +120,8 @@ def grouped_gemm(
         a: bfloat16, float16 or float32: quantised inside as the scheme says. Or already quantised
             (int8, or float8_e4m3fn for w4a8_fp8) with its `a_scale`.
         b: a PreparedMatrix; or a QuantizedMatrix, or a tensor [E, N, K], which are prepared anew in
-            each call: int8 with `b_scale`, or float (quantised to `scheme`, by default its own
-            dtype).
+            each call: int8 (also in panels [E, K/128, N, 128]) with `b_scale`, or float (quantised
+            to `scheme`, by default its own dtype).
         expert_offsets: int32 or int64 [E+1]: prefix sums of the rows, from 0 to R.
         rows_per_expert: int32 [E].
         a_scale: float32: int8_channel and w4a8_fp8 [R] (static: [1], [E]); int8_block [R, KB];

@@ -177,7 +177,9 @@ def _describe(module: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-def _make_layer(module: torch.nn.Module, scheme: str, threads: int, device: str | None) -> MoeLayer:
+def _make_layer(
+    module: torch.nn.Module, scheme: str, threads: int, device: str | None, prepack: bool
+) -> MoeLayer:
     found = _describe(module)
     weights = quantize(
         found["w13"],
@@ -194,6 +196,7 @@ def _make_layer(module: torch.nn.Module, scheme: str, threads: int, device: str 
         swiglu_alpha=found["swiglu_alpha"],
         swiglu_limit=found["swiglu_limit"],
         threads=threads,
+        prepack=prepack,
     )
 
 
@@ -204,6 +207,7 @@ def replace_experts(
     device: str | None = None,
     keep_weights: bool = True,
     threads: int = 0,
+    prepack: bool = False,
 ) -> Replacement:
     """Quantise the experts of a loaded model and let OctoMoE compute them.
 
@@ -215,6 +219,7 @@ def replace_experts(
         keep_weights: keep the float weights, so that :meth:`Replacement.restore` works. False frees
             each layer's as soon as it is quantised.
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
+        prepack: on a GPU, put integer weights into panels: see :class:`octomoe.MoeLayer`.
 
     Returns:
         A :class:`Replacement`.
@@ -239,7 +244,7 @@ def replace_experts(
     try:
         while places:  # nothing here may hold on to a module that has been replaced
             parent, name, module = places.pop()
-            layer = _make_layer(module, scheme, threads, device)
+            layer = _make_layer(module, scheme, threads, device, prepack)
             parallel = bool(getattr(module, "_is_expert_parallel", False))
             setattr(parent, name, Experts(layer, parallel))
             result._layers.append(layer)

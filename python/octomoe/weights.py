@@ -32,6 +32,15 @@ class MoeWeights:
     Made by :func:`quantize`, by the ``from_*`` constructors, or by :func:`load_checkpoint`. Shapes:
     E experts, H hidden size, I intermediate size, T tokens. Layout: ``w13`` [E, 2I, H] holds gate
     and up ([E, I, H] for an activation that is not gated), ``w2`` is [E, H, I].
+
+    Integers of the int8 schemes may also come in panels, which CUDA kernels read faster, with the
+    same result: w13 [E, H/128, 2I, 128], w2 [E, I/128, H, 128], each of the two in either layout.
+    With PyTorch, for a ``w`` [E, N, K] whose K is a multiple of 128::
+
+        w.view(E, N, K // 128, 128).transpose(1, 2).contiguous()
+
+    That is a second copy until the caller drops ``w``. ``MoeLayer(weights, prepack=True)`` makes
+    it as well.
     """
 
     __slots__ = ("__weakref__", "_framework", "_handle", "_info", "_layers", "_lock")
@@ -66,9 +75,9 @@ class MoeWeights:
         The integers are used where they lie: keep them unchanged while this object lives.
 
         Args:
-            w13: int8 [E, 2I, H]. w13_scale: float32, float16 or bfloat16 [E, 2I] or [E, 2I, 1];
-                [E] with ``scheme="int8_channel:per_tensor"``.
-            w2: int8 [E, H, I]. w2_scale: [E, H], [E, H, 1] or [E].
+            w13: int8 [E, 2I, H], or panels [E, H/128, 2I, 128]. w13_scale: float32, float16 or
+                bfloat16 [E, 2I] or [E, 2I, 1]; [E] with ``scheme="int8_channel:per_tensor"``.
+            w2: int8 [E, H, I], or panels [E, I/128, H, 128]. w2_scale: [E, H], [E, H, 1] or [E].
             scheme: ``int8_channel``; ``static``, ``asymmetric``, ``per_tensor`` follow a colon.
             activation: "swiglu", "geglu_tanh", "geglu_erf", "swigluoai", "silu", "gelu_tanh",
                 "gelu_erf", "relu", "relu2" or "none".
@@ -78,7 +87,8 @@ class MoeWeights:
             threads: 0 = all cores.
 
         Raises:
-            InvalidArgument: a wrong dtype or shape, or a scale that is not positive and finite.
+            InvalidArgument: a wrong dtype or shape, panels that are not contiguous or not of 128
+                columns, or a scale that is not positive and finite.
         """
         return cls._from_integers(
             scheme,
@@ -113,9 +123,11 @@ class MoeWeights:
         """Adopt INT8 weights with one scale per block (DeepSeek's block format).
 
         Args:
-            w13: int8 [E, 2I, H]. w13_scale: [E, 2*ceil(I/block_n), ceil(H/block_k)]: the values are
-                multiplied by it; gate and up have their own blocks.
-            w2: int8 [E, H, I]. w2_scale: [E, ceil(H/block_n), ceil(I/block_k)].
+            w13: int8 [E, 2I, H], or panels [E, H/128, 2I, 128]. w13_scale: [E, 2*ceil(I/block_n),
+                ceil(H/block_k)]: the values are multiplied by it; gate and up have their own
+                blocks.
+            w2: int8 [E, H, I], or panels [E, I/128, H, 128]. w2_scale: [E, ceil(H/block_n),
+                ceil(I/block_k)].
             block: (rows, columns) of a block.
 
         The other arguments and errors are those of :meth:`from_int8_channel`.
@@ -205,7 +217,8 @@ class MoeWeights:
         """Adopt INT8 weights with two-level scales.
 
         Args:
-            w13: int8 [E, 2I, H]. w13_scale: [E, NB, SG], one float per super group of K-blocks.
+            w13: int8 [E, 2I, H], or panels [E, H/128, 2I, 128]. w13_scale: [E, NB, SG], one float
+                per super group of K-blocks.
             w13_q: uint8 [E, NB, KB], the integer scale of a block, 1..q_max.
             w2, w2_scale, w2_q: the same of [E, H, I].
             scheme: ``int8_hybrid`` with its parameters (``block``, ``super``, ``q_max``).
@@ -308,7 +321,8 @@ class MoeWeights:
         """The stored tensors: ``{"w13": {"values", "scale", "q", ...}, "w2": {...}, "b13", "b2"}``.
 
         They share memory with the weights: do not write to them. ``framework`` is "numpy" or
-        "torch"; by default the one that the weights came from. INT4 values are uint8, two a byte.
+        "torch"; by default the one that the weights came from. INT4 values are uint8, two a byte;
+        values in panels have four dimensions.
         """
         return _tensor_tree(lib.weights_tensors(self._live()), framework or self._framework)
 
@@ -401,8 +415,9 @@ class QuantizedMatrix:
         """Adopt stored values, where they lie, with float32 scales.
 
         Args:
-            values: int8 [E, N, K]; two INT4 a byte [E, N, K/2] for w4a8_fp8; bfloat16 or float16
-                for the schemes of that name.
+            values: int8 [E, N, K], or panels [E, K/128, N, 128] (see :class:`MoeWeights`); two
+                INT4 a byte [E, N, K/2] for w4a8_fp8; bfloat16 or float16 for the schemes of that
+                name.
             scale: int8_channel [E, N] (per_tensor [E]); int8_block [E, NB, KB]; int8_hybrid
                 [E, NB, SG]; w4a8_fp8 [E, N, ceil(K/group)].
             q: int8_hybrid: uint8 [E, NB, KB], the integer scales.

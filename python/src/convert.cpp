@@ -88,7 +88,7 @@ TensorView view_of(const OptionalTensor& tensor, const char* name) {
 
 Tensor adopt(const ffi::Tensor& tensor, const char* name) {
   const TensorView view = view_of(tensor, name);
-  if (!view.is_contiguous()) return Tensor::copy_of(view, view.device());
+  if (!view.is_contiguous() && view.rank() != 4) return Tensor::copy_of(view, view.device());
   return Tensor::wrap(view, std::make_shared<ffi::Tensor>(tensor));
 }
 

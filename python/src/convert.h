@@ -17,9 +17,12 @@ using OptionalTensor = ffi::Optional<ffi::Tensor>;
 TensorView view_of(const ffi::Tensor& tensor, const char* name);
 TensorView view_of(const OptionalTensor& tensor, const char* name);  // undefined if absent
 
-// The same memory, kept alive; a contiguous copy if it has strides. `as` reinterprets one-byte values as packed int4.
+// The same memory, kept alive; a contiguous copy if it has strides. Panels (rank 4) with strides stay as they are,
+// which the library refuses: a forgotten .contiguous() would else be a copy in runs of 128 bytes, minutes of it on a
+// GPU.
 Tensor adopt(const ffi::Tensor& tensor, const char* name);
 Tensor adopt(const OptionalTensor& tensor, const char* name);
+// One-byte values taken as packed int4.
 Tensor adopt_int4x2(const ffi::Tensor& tensor, const char* name);
 
 // The same memory, strides and all, or a copy on the CPU of a CUDA tensor: for what the CPU reads (scales, floats to

@@ -179,13 +179,13 @@ ffi::Tensor matrix_dequantize(const QuantizedMatrixRef& matrix, std::int64_t thr
 }
 
 PreparedMatrixRef prepare_matrix(const ffi::String& device, const QuantizedMatrixRef& matrix, std::int64_t threads,
-                                 const ffi::String& family) {
+                                 const ffi::String& family, bool prepack) {
   return guarded([&] {
     OptionMap info = describe(*matrix);
     info.Set("device", ffi::String(to_string(Device::parse(device))));
-    return PreparedMatrixRef(
-        Prepared{PreparedMatrix(Device::parse(device), *matrix, static_cast<int>(threads), parse_kernel_family(family)),
-                 std::move(info)});
+    return PreparedMatrixRef(Prepared{
+        PreparedMatrix(Device::parse(device), *matrix, static_cast<int>(threads), parse_kernel_family(family), prepack),
+        std::move(info)});
   });
 }
 

@@ -197,6 +197,7 @@ Json to_json(const BenchReport& r) {
       {"family", r.family},
       {"graph", r.graph},
       {"replay", r.replay},
+      {"prepack", r.prepack},
       {"ceilings", {{"read_bytes_per_s", r.ceilings.read_bytes_per_s}, {"int8_ops_per_s", r.ceilings.int8_ops_per_s}}},
       {"problem",
        {{"model", r.model},

@@ -62,6 +62,7 @@ struct BenchReport {
   nlohmann::ordered_json gpu = nullptr;
   std::string family = "automatic";  // GPU: LayerOptions::family
   bool graph = false;                // GPU: calls were replayed from a CUDA graph
+  bool prepack = false;              // GPU: weights in panels
   bool replay = true;                // GPU: the layer may launch graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;

@@ -128,7 +128,7 @@ class Bench {
 
  private:
   std::unique_ptr<cuda::DeviceMatrix> matrix(QuantizedMatrix m) const {
-    return std::make_unique<cuda::DeviceMatrix>(std::move(m), Tensor(), kernels::Epilogue::store, in_.family,
+    return std::make_unique<cuda::DeviceMatrix>(std::move(m), Tensor(), kernels::Epilogue::store, in_.family, false,
                                                 gpu_.info(), "w");
   }
 

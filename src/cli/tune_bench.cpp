@@ -141,7 +141,7 @@ class Stack {
   std::unique_ptr<cuda::DeviceMatrix> matrix(const QuantizedMatrix& m) const {
     return std::make_unique<cuda::DeviceMatrix>(m, Tensor(),
                                                 is_w13_ ? cuda::swiglu_epilogue(m.scheme) : kernels::Epilogue::store,
-                                                in_.family, gpu_.info(), is_w13_ ? "w13" : "w2");
+                                                in_.family, false, gpu_.info(), is_w13_ ? "w13" : "w2");
   }
   const cuda::DeviceMatrix& copy(std::int64_t i) {
     while (static_cast<std::int64_t>(copies_.size()) <= i) {

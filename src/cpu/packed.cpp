@@ -221,13 +221,20 @@ PackedMatrix pack(const QuantizedMatrix& m, const PackOptions& options, ThreadPo
   out.panel_bytes = row_bytes * kPanel;
   out.weights = HugeBuffer(static_cast<std::size_t>(m.experts * out.units * 2 * out.panel_bytes) + kSlackBytes);
   const auto* source = m.values.as<std::uint8_t>();
-  pool.parallel_for(m.experts * out.units, [&](std::int64_t i, int) {
+  // Weights in panels of 128 columns: each thread gathers the rows of one of ours first, so no second matrix is needed.
+  const bool gather = m.layout == WeightLayout::panels;
+  std::vector<std::int8_t> gathered(gather ? static_cast<std::size_t>(pool.threads() * kPanel * row_bytes) : 0);
+  pool.parallel_for(m.experts * out.units, [&](std::int64_t i, int thread) {
     const std::int64_t e = i / out.units, u = i % out.units;
     for (int p = 0; p < 2; ++p) {
       PanelRows rows;
       for (int c = 0; c < kPanel; ++c) {
         const std::int64_t row = out.source_row(u, p, c);
         rows.row[c] = row < 0 ? nullptr : source + (e * m.n + row) * row_bytes;
+        if (row < 0 || !gather) continue;
+        std::int8_t* copy = gathered.data() + (thread * kPanel + c) * row_bytes;
+        gather_row(m, e, row, copy);
+        rows.row[c] = reinterpret_cast<const std::uint8_t*>(copy);
       }
       auto* dst = out.weights.as<std::uint8_t>() + (i * 2 + p) * out.panel_bytes;
       switch (out.rows) {

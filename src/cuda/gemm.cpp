@@ -1,6 +1,7 @@
 #include "cuda/gemm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -53,6 +54,23 @@ Tensor upload_words(const Tensor& t, Device device) {
   return Tensor::copy_of(words.view(), device);
 }
 
+// [E, N, K] on the device -> panels there.
+Tensor panels_of(const QuantizedMatrix& m, const DeviceInfo& device) {
+  const Device where = Device::cuda(device.index);
+  Tensor panels = Tensor::empty(m.values.dtype(), {m.experts, m.k / kPanelColumns, m.n, kPanelColumns}, where);
+  const kernels::PanelArgs args{.from = m.values.as<std::int8_t>(),
+                                .to = panels.as<std::int8_t>(),
+                                .rows = m.experts * m.n,
+                                .n = static_cast<std::int32_t>(m.n),
+                                .k = static_cast<std::int32_t>(m.k)};
+  const ContextGuard context(device);
+  OCTOMOE_CUDA(cuCtxSynchronize);  // the values may still be written, on whatever stream
+  const OwnedStream stream;
+  Launcher(device, stream.get())(load(plan::entry("panels"), device.index), ceil_div(args.rows * m.k / 16, 256), args);
+  stream.synchronize();
+  return panels;
+}
+
 }  // namespace
 
 kernels::RowView row_view(const TensorView& rows) {
@@ -91,7 +109,7 @@ KernelFamily default_family() {
 }
 
 DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue epilogue, KernelFamily family,
-                           const DeviceInfo& device, const char* name)
+                           bool prepack, const DeviceInfo& device, const char* name)
     : m_(std::move(matrix)), epilogue_(epilogue) {
   const Scheme& s = m_.scheme;
   const Device where = Device::cuda(device.index);
@@ -118,6 +136,13 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
   m_.values = upload(m_.values, where);
   if (reinterpret_cast<std::uintptr_t>(m_.values.view().data()) % 16 != 0) {
     bad_argument("{}: expected values aligned to 16 bytes, got {}", name, m_.values.view().data());
+  }
+  if (prepack && !in_panels()) {
+    if (m_.k % kPanelColumns != 0) {
+      bad_argument("{}: expected K of a multiple of {} for prepack, got {}", name, kPanelColumns, m_.k);
+    }
+    m_.values = panels_of(m_, device);
+    m_.layout = WeightLayout::panels;
   }
   m_.scale = upload(m_.scale, where);
   m_.q = upload_words(m_.q, where);
@@ -150,9 +175,11 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
     }
     const ContextGuard context(device);
     const Kernel& any = kernels_.front();  // they all read the same boxes
-    weight_map_ = any.token_major
-                      ? token_major_weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, any.weight_box)
-                      : weight_map(m_.values.view().data(), m_.experts, m_.n, m_.k, gated());
+    const void* w = m_.values.view().data();
+    const std::int64_t stacks = in_panels() ? m_.experts * (m_.k / kPanelColumns) : m_.experts;
+    const std::int64_t columns = in_panels() ? kPanelColumns : m_.k;
+    weight_map_ = any.token_major ? token_major_weight_map(w, stacks, m_.n, columns, any.weight_box)
+                                  : weight_map(w, stacks, m_.n, columns, gated());
   }
   if (!wgmma || automatic) {
     const int tiles = plan::tile_family(device.max_shared_bytes);
@@ -215,6 +242,8 @@ std::optional<kernels::FewMatrix> DeviceMatrix::few() const {
                             .n = static_cast<std::int32_t>(m_.n),
                             .k = static_cast<std::int32_t>(m_.k),
                             .per_tensor = s.per_tensor,
+                            .w_row = w_row(),
+                            .w_panel = w_panel(),
                             .block_n = s.block_n,
                             .block_k = s.block_k,
                             .blocks_n = static_cast<std::int32_t>(blocks_n_),
@@ -327,6 +356,8 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .experts = static_cast<std::int32_t>(m_.experts),
       .n = static_cast<std::int32_t>(m_.n),
       .k = static_cast<std::int32_t>(m_.k),
+      .w_row = w_row(),
+      .w_panel = w_panel(),
       .masked_rows = static_cast<std::int32_t>(p.masked_rows),
       .w_scale_per_tensor = s.per_tensor,
       .block_n = s.block_n,
@@ -350,13 +381,16 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows for the sm90 family, got {} x {}", p.a.rows,
            m_.k);
     }
-    // Weights that are read once only pass through L2. With more rows that loses: what L2 fetches along with a line is
-    // then often gone before it is needed. One rule for a launch: where both kinds of lines live in L2, the evict-first
-    // ones are squeezed out at once (docs/kernels.md).
-    constexpr std::int64_t kFewRows = 32;  // of an expert
+    // Weights that are read once only pass through L2. One rule for a launch: where both kinds of lines live in L2, the
+    // evict-first ones are squeezed out at once (docs/kernels.md).
+    const double each = static_cast<double>(rows) / static_cast<double>(m_.experts);  // rows of an expert
+    const bool once = each + 2 * std::sqrt(each) <= kernel.block_n;
+    // Between what an expert's first rows ask for and a second token tile memory waits for whole lines.
+    constexpr double kPairRows = 4;
     kernels::WgmmaArgs all{.weights = weight_map_,
                            .gemm = args,
-                           .evict_first = rows <= kFewRows * m_.experts,
+                           .evict_first = once,
+                           .weights_in_pairs = once && !in_panels() && each >= kPairRows,
                            .tokens_by_map = p.row_source == nullptr && p.a.rows > 0,
                            .offsets_late = p.index_late,
                            .routes = p.routes,

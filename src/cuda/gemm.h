@@ -85,8 +85,9 @@ class DeviceMatrix {
  public:
   // Values on `device` are used where they lie; everything else is uploaded. Error(unsupported) for what the kernels
   // cannot do; swiglu_block becomes swiglu where there is no kernel for it.
+  // prepack: values are copied into panels.
   DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, kernels::Epilogue epilogue, KernelFamily family,
-               const DeviceInfo& device, const char* name);
+               bool prepack, const DeviceInfo& device, const char* name);
 
   std::int64_t experts() const { return m_.experts; }
   std::int64_t n() const { return m_.n; }
@@ -96,6 +97,7 @@ class DeviceMatrix {
   float static_scale() const { return static_scale_; }
   kernels::Epilogue epilogue() const { return epilogue_; }
   kernels::Promotion promotion() const { return key_.promotion; }
+  bool in_panels() const { return m_.layout == WeightLayout::panels; }
   const QuantizedMatrix& matrix() const { return m_; }
   // Whether there are narrow kernels for where wgmma's tiles are too few.
   bool has_stand_ins() const;
@@ -145,6 +147,8 @@ class DeviceMatrix {
  private:
   std::string why_not_wgmma(const DeviceInfo& device) const;  // empty: it can
   bool gated() const { return epilogue_ != kernels::Epilogue::store; }
+  std::int32_t w_row() const { return static_cast<std::int32_t>(in_panels() ? kPanelColumns : m_.k); }
+  std::int32_t w_panel() const { return static_cast<std::int32_t>(in_panels() ? m_.n * kPanelColumns : kPanelColumns); }
 
   QuantizedMatrix m_;  // every tensor on the device
   kernels::Epilogue epilogue_;

@@ -26,8 +26,12 @@ constexpr int kCallsBeforeGraph = 3;
 
 // Of weights that the kernels for few tokens are likely to read at most: they save launches and lose some bandwidth,
 // more of it where sums per K-block cost instructions. From there on the others are as fast (H100, docs/kernels.md).
-std::int64_t few_most_bytes(kernels::Promotion p) {
-  return p == kernels::Promotion::channel ? 128'000'000 : p == kernels::Promotion::block ? 64'000'000 : 48'000'000;
+// In panels they gain less, the others more.
+std::int64_t few_most_bytes(const DeviceMatrix& m) {
+  if (m.in_panels()) return 48'000'000;
+  return m.promotion() == kernels::Promotion::channel ? 128'000'000
+         : m.promotion() == kernels::Promotion::block ? 64'000'000
+                                                      : 48'000'000;
 }
 
 // The steps of a layer, for the lifetimes of its buffers.
@@ -41,10 +45,12 @@ struct Expert {
         up_first(w.gate_up_order == GateUpOrder::up_gate),
         fused(o.fused_activation && w.activation == Activation::swiglu),
         intermediate(w.intermediate()),
-        w13(std::move(w.w13), w.b13, epilogue(o, w.w2.scheme), o.family, device, (std::string(prefix) + "w13").c_str()),
-        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, device, (std::string(prefix) + "w2").c_str()) {
+        w13(std::move(w.w13), w.b13, epilogue(o, w.w2.scheme), o.family, o.prepack, device,
+            (std::string(prefix) + "w13").c_str()),
+        w2(std::move(w.w2), w.b2, kernels::Epilogue::store, o.family, o.prepack, device,
+           (std::string(prefix) + "w2").c_str()) {
     if (w13.epilogue() != kernels::Epilogue::swiglu_block) return;
-    narrow_w13.emplace(w13.matrix(), w.b13, kernels::Epilogue::swiglu, o.family, device,
+    narrow_w13.emplace(w13.matrix(), w.b13, kernels::Epilogue::swiglu, o.family, o.prepack, device,
                        (std::string(prefix) + "w13").c_str());
     if (!narrow_w13->has_stand_ins()) narrow_w13.reset();
   }
@@ -212,8 +218,7 @@ class CudaLayer final : public LayerBackend {
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
-        likely_rows(routes) * 3 * hidden_ * row >
-            std::min(few_most_bytes(routed_.w13.promotion()), few_most_bytes(routed_.w2.promotion()))) {
+        likely_rows(routes) * 3 * hidden_ * row > std::min(few_most_bytes(routed_.w13), few_most_bytes(routed_.w2))) {
       return {};
     }
     const kernels::FewMatrix w13 = *routed_.w13.few(), w2 = *routed_.w2.few();

@@ -21,9 +21,9 @@ struct Plan {
 
 class CudaMatrix final : public MatrixBackend {
  public:
-  CudaMatrix(int device, QuantizedMatrix matrix, KernelFamily family)
+  CudaMatrix(int device, QuantizedMatrix matrix, KernelFamily family, bool prepack)
       : info_(device_info(device)),
-        matrix_(std::move(matrix), {}, kernels::Epilogue::store, family, info_, "b"),
+        matrix_(std::move(matrix), {}, kernels::Epilogue::store, family, prepack, info_, "b"),
         index_kernel_(load(plan::entry("group_index"), device)),
         transpose_kernel_(load(plan::entry("transpose_scales"), device)),
         workspaces_(device) {}
@@ -126,8 +126,8 @@ class CudaMatrix final : public MatrixBackend {
 
 }  // namespace
 
-std::unique_ptr<MatrixBackend> make_matrix(Device device, QuantizedMatrix matrix, KernelFamily family) {
-  return std::make_unique<CudaMatrix>(device.index, std::move(matrix), family);
+std::unique_ptr<MatrixBackend> make_matrix(Device device, QuantizedMatrix matrix, KernelFamily family, bool prepack) {
+  return std::make_unique<CudaMatrix>(device.index, std::move(matrix), family, prepack);
 }
 
 void route(const TensorView& logits, const TensorView& topk_weights, const TensorView& topk_ids, const RouteOptions& o,

@@ -15,7 +15,8 @@ struct TensorBoxes {
 };
 TensorBoxes weight_boxes(std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
 // w: int8 [experts, n, k], 16-byte aligned, k a multiple of 16. A box of the map is 128 rows by 128 columns in the
-// order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16.
+// order that kernels/sm90/grouped_gemm.cuh describes: n a multiple of 32; gated: of w13, n / 2 a multiple of 16. Panels
+// [experts, k/128, n, 128] are experts * k/128 stacks of 128 columns.
 kernels::TensorMap weight_map(const void* w, std::int64_t experts, std::int64_t n, std::int64_t k, bool gated);
 
 // The same for kernels/sm90/token_major.cuh: boxes of box_rows rows by 128 columns; n a multiple of 32, gated n / 2.

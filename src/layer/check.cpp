@@ -27,8 +27,9 @@ void check_matrix(const QuantizedMatrix& m, const char* name, Device device) {
                    t.defined() ? fmt::format("{} {}", to_string(t.dtype()), to_string(t.shape())) : "none");
     }
   };
-  if (m.values.shape() != l.values) {
-    bad_argument("{}.values: expected shape {}, got {}", name, to_string(l.values), to_string(m.values.shape()));
+  check_layout(m, name);
+  if (const Shape want = values_shape(m); m.values.shape() != want) {
+    bad_argument("{}.values: expected shape {}, got {}", name, to_string(want), to_string(m.values.shape()));
   }
   if (l.scale.rank() > 0) part(m.scale, "scale", l.scale, DType::float32);
   if (m.scheme.kind == SchemeKind::int8_hybrid) {

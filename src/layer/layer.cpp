@@ -85,13 +85,13 @@ KernelFamily parse_kernel_family(const std::string& text) {
   bad_argument("family: expected automatic, sm80 or sm90, got \"{}\"", text);
 }
 
-PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads, KernelFamily family) {
+PreparedMatrix::PreparedMatrix(Device device, QuantizedMatrix matrix, int threads, KernelFamily family, bool prepack) {
   if (threads < 0 || threads > 1024) bad_argument("threads: expected 0..1024, got {}", threads);
   check_matrix(matrix, "b", device);
   impl_ = std::make_unique<Impl>();
   impl_->shape = {device, matrix.scheme, matrix.experts, matrix.n, matrix.k, matrix.activation_scale.defined()};
   impl_->backend = device.type == DeviceType::cpu ? cpu::make_matrix(std::move(matrix), threads)
-                                                  : cuda::make_matrix(device, std::move(matrix), family);
+                                                  : cuda::make_matrix(device, std::move(matrix), family, prepack);
 }
 PreparedMatrix::~PreparedMatrix() = default;
 PreparedMatrix::PreparedMatrix(PreparedMatrix&&) noexcept = default;

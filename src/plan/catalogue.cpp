@@ -179,6 +179,7 @@ std::vector<KernelEntry> make_catalogue() {
                                  "QuantizeArgs", 256));
     }
   }
+  all.push_back(simple_entry("panels", "quant/panels.cuh", "make_panels", "PanelArgs", 256));
   all.push_back(simple_entry("activate", "quant/activate_rows.cuh", "activate_rows", "ActivateArgs", 256));
   all.push_back(simple_entry("count", "route/sort.cuh", "count_routes", "SortArgs", kernels::kSortThreads));
   all.push_back(simple_entry("sort", "route/sort.cuh", "sort_routes", "SortArgs", kernels::kSortThreads));

@@ -336,8 +336,9 @@ int prove_flush_blocks(const QuantizedMatrix& m, const std::string& name, Thread
   std::vector<std::atomic<std::int64_t>> worst(candidates.size());
   for_row_runs(pool, m.experts, m.n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
     std::vector<std::int64_t> prefix(static_cast<std::size_t>(kb) + 1, 0);
+    IntegerRows rows(m);
     for (std::int64_t r = begin; r < end; ++r) {
-      const std::int8_t* w = m.values.as<std::int8_t>() + (e * m.n + r) * m.k;
+      const std::int8_t* w = rows.read(e, r);
       const std::uint8_t* q = m.q.as<std::uint8_t>() + (e * nb + m.block_of_row(r)) * kb;
       for (std::int64_t b = 0; b < kb; ++b) {
         const std::int64_t c = b * m.scheme.block_k, count = std::min<std::int64_t>(m.scheme.block_k, m.k - c);
@@ -373,6 +374,7 @@ int prove_flush_blocks(const QuantizedMatrix& m, const std::string& name, Thread
 
 void finish_matrix(QuantizedMatrix& m, const std::string& name, int threads) {
   check_sizes(m.scheme, m.experts, m.n, m.k, m.segments, name);
+  check_layout(m, name);
   if (m.values.device() != Device::cpu() && (m.scheme.kind == SchemeKind::int8_hybrid || m.scheme.asymmetric)) {
     QuantizedMatrix host = m;
     host.values = Tensor::copy_of(m.values);
@@ -394,8 +396,9 @@ void finish_matrix(QuantizedMatrix& m, const std::string& name, int threads) {
   if (m.scheme.asymmetric) {
     m.column_sum = Tensor::empty(DType::int32, {m.experts, m.n});
     for_row_runs(pool, m.experts, m.n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
+      IntegerRows rows(m);
       for (std::int64_t r = begin; r < end; ++r) {
-        const std::int8_t* w = m.values.as<std::int8_t>() + (e * m.n + r) * m.k;
+        const std::int8_t* w = rows.read(e, r);
         std::int32_t sum = 0;
         for (std::int64_t i = 0; i < m.k; ++i) sum += w[i];
         m.column_sum.as<std::int32_t>()[e * m.n + r] = sum;
@@ -414,8 +417,10 @@ Tensor dequantize(const QuantizedMatrix& m, int threads) {
   Tensor out = Tensor::empty(DType::float32, {m.experts, m.n, m.k});
   const std::int64_t width = group_columns(m.scheme, m.k);
   for_row_runs(ThreadPool::shared(threads), m.experts, m.n, [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
+    IntegerRows rows(m);
     for (std::int64_t r = begin; r < end; ++r) {
       const std::int64_t row = e * m.n + r;
+      const std::int8_t* integers = m.scheme.is_integer() ? rows.read(e, r) : nullptr;
       float* dst = out.as<float>() + row * m.k;
       if (!m.scheme.is_integer() && m.scheme.kind != SchemeKind::w4a8_fp8) {
         cpu::to_float(m.values.as<std::uint16_t>() + row * m.k, m.values.dtype(), m.k, dst);
@@ -442,7 +447,7 @@ Tensor dequantize(const QuantizedMatrix& m, int threads) {
         for (std::int64_t c = g * width; c < std::min(m.k, (g + 1) * width); ++c) {
           int v = 0;
           if (m.scheme.is_integer()) {
-            v = m.values.as<std::int8_t>()[row * m.k + c];
+            v = integers[c];
           } else {
             const int byte = m.values.as<std::uint8_t>()[row * (m.k / 2) + c / 2];
             v = ((c % 2 ? byte >> 4 : byte & 0xf) ^ 8) - 8;

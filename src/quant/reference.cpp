@@ -62,8 +62,7 @@ float round_to(DType dtype, float v) {
                                  : num::bf16_to_float(num::float_to_bf16(v));
 }
 
-int weight_at(const QuantizedMatrix& m, std::int64_t row, std::int64_t c) {
-  if (m.scheme.is_integer()) return m.values.as<std::int8_t>()[row * m.k + c];
+int int4_at(const QuantizedMatrix& m, std::int64_t row, std::int64_t c) {
   const int byte = m.values.as<std::uint8_t>()[row * (m.k / 2) + c / 2];
   return ((c % 2 ? byte >> 4 : byte & 0xf) ^ 8) - 8;
 }
@@ -145,23 +144,24 @@ Row quantize_row(const Scheme& s, const float* x, std::int64_t k, float static_s
 void product(const QuantizedMatrix& m, std::int64_t expert, const Row& a, float factor, float* v) {
   const Scheme& s = m.scheme;
   const MatrixLayout l = layout_of(s, m.experts, m.n, m.k, m.segments);
+  IntegerRows rows(m);
   for (std::int64_t n = 0; n < m.n; ++n) {
     const std::int64_t row = expert * m.n + n;
+    const std::int8_t* integers = s.is_integer() ? rows.read(expert, n) : nullptr;
     const std::int64_t block = s.has_blocks() ? expert * l.blocks_n + m.block_of_row(n) : 0;
     const float* scale = m.scale.as<float>();
 
     // Σ over columns [begin, end): exact for integers, float64 rounded once for floats.
     const auto int_dot = [&](std::int64_t begin, std::int64_t end) {
-      const std::int8_t* w = m.values.as<std::int8_t>() + row * m.k;
       std::int32_t sum = 0;
-      for (std::int64_t c = begin; c < end; ++c) sum += std::int32_t{a.q[static_cast<std::size_t>(c)]} * w[c];
+      for (std::int64_t c = begin; c < end; ++c) sum += std::int32_t{a.q[static_cast<std::size_t>(c)]} * integers[c];
       return sum;
     };
     const auto float_dot = [&](std::int64_t begin, std::int64_t end) {
       double sum = 0;
       for (std::int64_t c = begin; c < end; ++c) {
         const double w = s.kind == SchemeKind::w4a8_fp8
-                             ? weight_at(m, row, c)
+                             ? int4_at(m, row, c)
                              : load(m.values.as<std::uint16_t>() + row * m.k + c, m.values.dtype());
         sum += static_cast<double>(a.value[static_cast<std::size_t>(c)]) * w;
       }

@@ -14,15 +14,22 @@ QuantizedMatrix adopt_matrix(const Scheme& scheme, Tensor values, TensorView sca
   check(scheme);
   check_defined(values, name.c_str());
   const bool int4 = scheme.kind == SchemeKind::w4a8_fp8;
-  if (values.view().rank() != 3) {
-    bad_argument("{}: expected shape {}, got {}", name, int4 ? "[E, N, K/2]" : "[E, N, K]", to_string(values.shape()));
+  const int rank = values.view().rank();
+  const bool panels = scheme.is_integer() && rank == 4;
+  if ((rank != 3 && !panels) || (panels && values.dim(3) != kPanelColumns)) {
+    const char* want = panels                ? "[E, K/128, N, 128]"
+                       : scheme.is_integer() ? "[E, N, K] or [E, K/128, N, 128]"
+                       : int4                ? "[E, N, K/2]"
+                                             : "[E, N, K]";
+    bad_argument("{}: expected shape {}, got {}", name, want, to_string(values.shape()));
   }
   QuantizedMatrix m;
   m.scheme = scheme;
   m.experts = values.dim(0);
-  m.n = values.dim(1);
-  m.k = values.dim(2) * (int4 ? 2 : 1);
+  m.n = values.dim(panels ? 2 : 1);
+  m.k = panels ? values.dim(1) * kPanelColumns : values.dim(2) * (int4 ? 2 : 1);
   m.segments = segments;
+  if (panels) m.layout = WeightLayout::panels;
   check_sizes(scheme, m.experts, m.n, m.k, segments, name);
   const MatrixLayout layout = layout_of(scheme, m.experts, m.n, m.k, segments);
   if (int4) {

@@ -4,10 +4,13 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "quant/numerics.h"
 #include "support/isa.h"
+#include "support/panels.h"
 #include "support/run.h"
 
 namespace octomoe::testing {
@@ -145,6 +148,31 @@ TEST_P(OnIsa, MinusOneHundredAndTwentyEight) {
   }
 }
 
+// The layout in which weights come changes no bit; I = 128 is one panel, the natural order.
+TEST_P(OnIsa, WeightsInPanels) {
+  const struct { std::int64_t hidden, intermediate; } shapes[] = {{128, 256}, {384, 128}};
+  std::uint32_t seed = 50;
+  for (const Scheme& s : integer_schemes()) {
+    for (const auto& shape : shapes) {
+      SCOPED_TRACE(to_string(s) + " H " + std::to_string(shape.hidden) + " I " + std::to_string(shape.intermediate));
+      LayerCase c;
+      c.scheme = s;
+      c.hidden = shape.hidden;
+      c.intermediate = shape.intermediate;
+      c.experts = 3;
+      c.top_k = 2;
+      c.seed = seed++;
+      const MoeWeights w = make_weights(c, c.experts);
+      const LayerInput in = make_input(c);
+      const Tensor want = reference_layer(w, {}, in, DType::bfloat16);
+      EXPECT_TRUE(same_bits(want, reference_layer(in_panels(w), {}, in, DType::bfloat16)));
+      for (const auto& [w13, w2] : {std::pair{true, true}, std::pair{true, false}, std::pair{false, true}}) {
+        EXPECT_TRUE(same_bits(want, run_layer(Device::cpu(), in_panels(w, w13, w2), {}, in))) << w13 << w2;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Cpu, OnIsa, ::testing::ValuesIn(cpu::available_isas()),
                          [](const auto& info) { return std::string(cpu::to_string(info.param)); });
 
@@ -236,6 +264,44 @@ TEST(CpuLayer, Options) {
     with_shared.shared_gate = {};
     with_shared.router_weight_on_input = true;
     expect_layer(c, with_shared, DType::float16, DType::float32);
+  }
+}
+
+TEST(CpuLayer, PanelsOfASharedExpertAndOfASingleHalf) {
+  for (const Activation activation : {Activation::swiglu, Activation::relu2}) {
+    LayerCase c;
+    c.hidden = 256;
+    c.intermediate = 128;
+    c.activation = activation;
+    c.order = GateUpOrder::up_gate;
+    c.biases = true;
+    LayerCase shared = c;
+    shared.intermediate = 384;
+    const MoeWeights w = make_weights(c, c.experts);
+    const LayerInput in = make_input(c);
+    LayerOptions natural, panels;
+    natural.shared_expert = make_weights(shared, 1);
+    panels.shared_expert = in_panels(*natural.shared_expert);
+    panels.threads = 3;
+    EXPECT_TRUE(
+        same_bits(run_layer(Device::cpu(), w, natural, in), run_layer(Device::cpu(), in_panels(w), panels, in)));
+  }
+}
+
+// As the natural layout: gone once packed, unless the layer is to keep it.
+TEST(CpuLayer, PanelsAreReleasedOncePacked) {
+  LayerCase c;
+  c.intermediate = 128;
+  for (const bool keep : {false, true}) {
+    MoeWeights w = in_panels(make_weights(c, c.experts));
+    const auto first = std::make_shared<Tensor>(w.w13.values), second = std::make_shared<Tensor>(w.w2.values);
+    w.w13.values = Tensor::wrap(first->view(), first);
+    w.w2.values = Tensor::wrap(second->view(), second);
+    LayerOptions o;
+    o.keep_weights = keep;
+    const MoeLayer layer(Device::cpu(), std::move(w), o);
+    EXPECT_EQ(first.use_count(), keep ? 2 : 1);
+    EXPECT_EQ(second.use_count(), keep ? 2 : 1);
   }
 }
 

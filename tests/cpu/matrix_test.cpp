@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "support/isa.h"
+#include "support/panels.h"
 #include "support/run.h"
 
 namespace octomoe::testing {
@@ -108,6 +109,13 @@ void expect_gemm(const Case& c) {
   grouped_gemm(a, prepared, got, groups, {bias});
   if (scheme.is_integer()) {
     EXPECT_TRUE(same_bits(want, got));
+    if (c.k % kPanelColumns != 0) return;
+    const QuantizedMatrix panels = in_panels(m);
+    Tensor of_reference = output(), of_engine = output();
+    reference::grouped_gemm(panels, a, of_reference, groups, bias);
+    grouped_gemm(a, PreparedMatrix(Device::cpu(), panels), of_engine, groups, {bias});
+    EXPECT_TRUE(same_bits(want, of_reference)) << "panels";
+    EXPECT_TRUE(same_bits(want, of_engine)) << "panels";
     return;
   }
   // Untouched rows are equal; the rest within the order of float additions.
@@ -145,6 +153,24 @@ TEST(CpuMatrix, LayoutsAndGivenActivations) {
         c.masked = masked;
         c.bias = masked != given;
         c.wide_offsets = !masked;
+        expect_gemm(c);
+      }
+    }
+  }
+}
+
+// expect_gemm runs them in panels too, where K is whole panels.
+TEST(CpuMatrix, WeightsInPanels) {
+  for (const char* scheme : kSchemes) {
+    if (!Scheme::parse(scheme).is_integer()) continue;
+    for (const std::int64_t k : {128, 640}) {
+      for (const bool masked : {false, true}) {
+        Case c;
+        c.scheme = scheme;
+        c.n = 72;
+        c.k = k;
+        c.given = masked;
+        c.masked = masked;
         expect_gemm(c);
       }
     }

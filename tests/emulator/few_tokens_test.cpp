@@ -1,5 +1,6 @@
 // kernels/sm90/few_tokens.cuh: both kernels after another against the CPU engine's layer, bit for bit.
 #include "emulator/kernels.h"
+#include "quant/matrix.h"
 #include "support/run.h"
 
 namespace octomoe::emulator {
@@ -18,11 +19,13 @@ struct Options {
   int ctas = 5;     // stand for the GPU's multiprocessors
   int stage_columns = kernels::kFewMaxStageColumns, stages = 3;
   bool ones = false;  // x and weights: sums as large as they can be
+  bool panels = false;
 };
 
-FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
+// values: of m, or in panels.
+FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias, const Tensor& values) {
   const auto i32 = [](std::int64_t v) { return static_cast<std::int32_t>(v); };
-  return {.w = m.values.as<std::int8_t>(),
+  return {.w = values.as<std::int8_t>(),
           .scale = m.scale.as<float>(),
           .bias = bias.as<float>(),
           .column_sum = m.scheme.asymmetric ? m.column_sum.as<std::int32_t>() : nullptr,
@@ -31,6 +34,8 @@ FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias) {
           .n = i32(m.n),
           .k = i32(m.k),
           .per_tensor = m.scheme.per_tensor,
+          .w_row = values.view().rank() == 4 ? 128 : i32(m.k),
+          .w_panel = values.view().rank() == 4 ? i32(m.n) * 128 : 128,
           .block_n = m.scheme.block_n,
           .block_k = m.scheme.block_k,
           .blocks_n = i32(m.blocks_n()),
@@ -105,7 +110,9 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   const std::int64_t stage_columns = std::min<std::int64_t>(columns, o.stage_columns);
   const int streams = kernels::few_streams(static_cast<int>(stage_columns), o.stages);
   const int stages = o.stages / streams * streams;
-  const FewMatrix w13 = matrix(weights.w13, weights.b13), w2 = matrix(weights.w2, weights.b2);
+  const Tensor values13 = o.panels ? to_panels(weights.w13.values) : weights.w13.values;
+  const Tensor values2 = o.panels ? to_panels(weights.w2.values) : weights.w2.values;
+  const FewMatrix w13 = matrix(weights.w13, weights.b13, values13), w2 = matrix(weights.w2, weights.b2, values2);
   const Promotion first = promotion(weights.w13), second = promotion(weights.w2);
   for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed},
                                    Schedule{true, true, 2 * c.seed + 1}, Schedule{false, true, 2 * c.seed + 3}}) {
@@ -298,6 +305,29 @@ TEST(FewTokens, ChunksKeepSumsSmall) {
            .scheme = Scheme::parse(scheme),
            .seed = 140},
           {.ctas = 40, .ones = true});
+  }
+}
+// One, a few and many panels of either matrix; sets of columns that end early.
+TEST(FewTokens, Panels) {
+  std::uint32_t seed = 150;
+  for (const char* scheme :
+       {"int8_channel", "int8_channel:asymmetric", "int8_block", "int8_hybrid", "int8_hybrid:super=3,block_k=256"}) {
+    SCOPED_TRACE(scheme);
+    for (const int tokens : {1, 3, 8}) {
+      check({.experts = 5,
+             .hidden = tokens == 1   ? 2176
+                       : tokens == 3 ? 128
+                                     : 512,
+             .intermediate = tokens == 1   ? 128
+                             : tokens == 3 ? 1152
+                                           : 384,
+             .tokens = tokens,
+             .top_k = 3,
+             .scheme = Scheme::parse(scheme),
+             .seed = seed},
+            {.ctas = 3, .stage_columns = tokens == 3 ? 13 : 64, .stages = 2, .panels = true});
+      ++seed;
+    }
   }
 }
 TEST(FewTokens, Options) {

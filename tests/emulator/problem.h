@@ -76,6 +76,7 @@ struct GemmCase {
        up_first = false;
   float limit = std::bit_cast<float>(0x7f800000u);
   bool extreme = false;  // blocks: scales and row factors that make some rows of h zero, tiny, Inf and NaN
+  bool panels = false;   // of weights
   std::uint32_t seed = 1;
 };
 
@@ -83,7 +84,7 @@ struct GemmProblem {
   static constexpr float kUntouched = 0x1.a5a5p+10f;
   GemmCase c;
   kernels::GemmArgs args{};
-  Memory<std::int8_t> a, w;
+  Memory<std::int8_t> a, w, panels;
   Memory<float> a_scale, w_scale, row_factor, bias, out_scale;
   Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source;
   Memory<std::uint8_t> w_q, out;
@@ -152,8 +153,16 @@ struct GemmProblem {
     out = Memory<std::uint8_t>(count(rows, width + 16, elem_bytes()));
     if (c.quantized) out_scale = Memory<float>(count((width + 127) / 128, rows));
     clear();
+    if (c.panels) {
+      panels = Memory<std::int8_t>(w.size());
+      const std::size_t n = count(c.n), k = count(c.k);
+      for (std::size_t i = 0; i < w.size(); ++i) {
+        const std::size_t row = i / k, column = i % k;
+        panels[row / n * n * k + column / 128 * n * 128 + row % n * 128 + column % 128] = w[i];
+      }
+    }
     args = {.a = a.data(),
-            .w = w.data(),
+            .w = c.panels ? panels.data() : w.data(),
             .a_rows = a_rows,
             .a_scale = a_scale.data(),
             .w_scale = w_scale.data(),
@@ -171,6 +180,8 @@ struct GemmProblem {
             .experts = experts,
             .n = c.n,
             .k = c.k,
+            .w_row = c.panels ? 128 : c.k,
+            .w_panel = c.panels ? c.n * 128 : 128,
             .masked_rows = c.masked ? most : 0,
             .w_scale_per_tensor = c.per_tensor,
             .block_n = c.block_n,
@@ -198,7 +209,7 @@ struct GemmProblem {
     const kernels::GemmArgs& g = args;
     const std::int64_t from = g.row_source != nullptr ? g.row_source[row] : row;
     const std::int8_t* x = g.a + from * g.k;
-    const std::int8_t* y = g.w + (std::int64_t{e} * g.n + weight_row) * g.k;
+    const std::int8_t* y = w.data() + (std::int64_t{e} * g.n + weight_row) * g.k;
     const auto sum = [&](int begin, int end) {
       std::int32_t s = 0;
       for (int i = begin; i < end; ++i) s += x[i] * y[i];

@@ -77,6 +77,18 @@ TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
   check<Promotion::channel, kSwiglu, kTile>({.rows = {40, 1}, .n = 2 * 136, .k = 272, .up_first = true, .seed = 7});
 }
 
+TEST(Sm80Gemm, Panels) {
+  for (const int k : {128, 384}) {
+    const auto seed = static_cast<std::uint32_t>(90 + k / 128);
+    const GemmCase plain{.rows = {20, 0, 3, 40}, .n = 136, .k = k, .gather = true, .panels = true, .seed = seed};
+    const GemmCase gated{.rows = {40, 1}, .n = 2 * 136, .k = k, .up_first = true, .panels = true, .seed = seed};
+    check<Promotion::channel, kStore, Tile{128, 32, 128, 4, 4, 1, Order::steps}>(plain);
+    check<Promotion::channel, kStore, Tile{128, 128, 64, 4, 2, 4, Order::steps}>(plain);
+    check<Promotion::channel, kSwiglu, Tile{128, 32, 128, 4, 4, 1, Order::steps}>(gated);
+    check<Promotion::hybrid, kSwiglu, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>(gated);
+  }
+}
+
 // Several tiles an expert, the last ones of every length; more CTAs than tiles, as many, and one.
 TEST(Sm80Gemm, ShortLastTiles) {
   constexpr Tile kTile{128, 32, 128, 3, 2, 2, Order::steps};

@@ -44,6 +44,7 @@ void check_launch(GemmProblem& problem, const GemmCase& c, const Launch& how,
     const WgmmaArgs all{.weights = encode_tensor_map(args.w, how.weights.sizes, how.weights.strides, how.weights.box),
                         .gemm = args,
                         .evict_first = c.seed % 2 == 0,
+                        .weights_in_pairs = c.seed / 2 % 2 == 0,
                         .tokens_by_map = args.row_source == nullptr && args.a_rows > 0,
                         .offsets_late = c.seed % 3 == 0,
                         .routes = routes,
@@ -54,6 +55,10 @@ void check_launch(GemmProblem& problem, const GemmCase& c, const Launch& how,
   });
 }
 
+// Stacks of weight rows, and how long these are, as the tensor map sees them.
+std::int64_t stacks(const GemmCase& c) { return static_cast<std::int64_t>(c.rows.size()) * (c.panels ? c.k / 128 : 1); }
+std::int64_t columns(const GemmCase& c) { return c.panels ? 128 : c.k; }
+
 template <WgmmaConfig C>
 void check(GemmCase c, int ctas = 2) {
   c.promotion = Promotion::channel;
@@ -62,7 +67,7 @@ void check(GemmCase c, int ctas = 2) {
   GemmProblem problem(c);
   check_launch(problem, c,
                {ctas, C.threads(), C.pipeline_bytes(), C.cluster, WgmmaConfig::kTokenBox,
-                cuda::weight_boxes(problem.args.experts, c.n, c.k, c.gated)},
+                cuda::weight_boxes(stacks(c), c.n, columns(c), c.gated)},
                [](const WgmmaArgs& all) { sm90::grouped_gemm<C>(all); });
 }
 
@@ -76,7 +81,7 @@ void check(GemmCase c, int ctas = 2) {
   GemmProblem problem(c);
   check_launch(problem, c,
                {ctas, C.threads(), C.pipeline_bytes(), 1, TokenMajorConfig::kTokenBox,
-                cuda::token_major_weight_boxes(problem.args.experts, c.n, c.k, C.box_rows())},
+                cuda::token_major_weight_boxes(stacks(c), c.n, columns(c), C.box_rows())},
                [](const WgmmaArgs& all) { sm90::token_major_gemm<C>(all); });
 }
 
@@ -266,6 +271,24 @@ TEST(Sm90Gemm, ClustersOfTwo) {
   check<config(Epilogue::swiglu, 128, 2)>(
       {.rows = {130, 2}, .n = 2 * 144, .k = 272, .gather = true, .zero_points = true, .bias = true, .seed = 31});
   check<config(Epilogue::store, 160, 2)>({.rows = {5, 0, 37, 400}, .n = 544, .k = 144, .seed = 33}, 1);
+}
+
+// Panels of weights: one, two, and as many as stages and more; columns that end inside a tile.
+TEST(Sm90Gemm, Panels) {
+  for (const int k : {128, 256, 768}) {
+    const auto seed = static_cast<std::uint32_t>(80 + k / 128);
+    check<kStore>({.rows = {5, 0, 37, 1, 150}, .n = 288, .k = k, .panels = true, .seed = seed});
+    check<kSwiglu>({.rows = {5, 0, 140}, .n = 2 * 144, .k = k, .gather = true, .panels = true, .seed = seed});
+    check<config(Epilogue::store, 160, 2)>({.rows = {5, 300}, .n = 544, .k = k, .panels = true, .seed = seed}, 1);
+    check<blocks(Promotion::hybrid, Epilogue::store)>(
+        {.rows = {5, 0, 140}, .n = 288, .k = k, .panels = true, .seed = seed});
+    check<blocks(Promotion::block, Epilogue::swiglu_block)>(
+        {.rows = {70, 3}, .n = 2 * 160, .k = k, .gather = true, .up_first = true, .panels = true, .seed = seed});
+    check<blocks(Promotion::block, Epilogue::swiglu, 2)>(
+        {.rows = {70, 3}, .n = 2 * 160, .k = k, .panels = true, .seed = seed});
+    check<blocks(Promotion::hybrid_flush, Epilogue::store)>(
+        {.rows = {5, 0, 37}, .n = 288, .k = k, .flush_blocks = 2, .panels = true, .seed = seed});
+  }
 }
 
 }  // namespace

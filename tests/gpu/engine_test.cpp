@@ -53,6 +53,9 @@ TEST_P(Sanitized, SmallLayersEqualTheCpu) {
     SCOPED_TRACE(tokens);
     expect_cpu_bits(case_of(scheme, 6, 256, 96, tokens, 2));
   }
+  LayerOptions prepacked;
+  prepacked.prepack = true;
+  for (const std::int64_t tokens : {2, 90}) expect_cpu_bits(case_of(scheme, 6, 256, 128, tokens, 2), prepacked);
   LayerCase c = case_of(scheme, 4, 128, 64, 9, 3);
   c.activation = Activation::geglu_tanh;
   c.biases = true;

@@ -6,6 +6,7 @@
 #include <random>
 #include <string>
 
+#include "quant/matrix.h"
 #include "support/errors.h"
 #include "support/run.h"
 
@@ -13,6 +14,8 @@ namespace octomoe::testing {
 namespace {
 
 const Device kGpu = Device::cuda(0);
+
+bool has_panels(const LayerCase& c) { return c.hidden % kPanelColumns == 0 && c.intermediate % kPanelColumns == 0; }
 
 class Family : public ::testing::Test {
  protected:
@@ -30,7 +33,12 @@ class Family : public ::testing::Test {
     const Tensor want = run_layer(Device::cpu(), w, o, in, out);
     for (const KernelFamily family : {KernelFamily::sm80, KernelFamily::sm90}) {
       o.family = family;
-      EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in, out), want)) << (family == KernelFamily::sm80 ? "sm80" : "sm90");
+      for (const bool prepack : {false, true}) {
+        if (prepack && !has_panels(c)) continue;
+        o.prepack = prepack;
+        EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in, out), want))
+            << (family == KernelFamily::sm80 ? "sm80" : "sm90") << (prepack ? ", prepacked" : "");
+      }
     }
   }
 };
@@ -70,6 +78,41 @@ TEST_F(Family, AgreeOnEveryTileWidth) {
       expect_same(c, w);
     }
   }
+}
+
+// Panels made by the layer, on the host and given; one matrix in panels, the other not; a matrix for grouped_gemm.
+TEST_F(Family, PanelsAsTheyCome) {
+  for (const char* scheme : {"int8_channel:asymmetric", "int8_block", "int8_hybrid"}) {
+    SCOPED_TRACE(scheme);
+    LayerCase c;
+    c.scheme = Scheme::parse(scheme);
+    c.hidden = 384;
+    c.intermediate = 256;
+    const MoeWeights natural = make_weights(c, c.experts);
+    for (const int tokens : {1, 40, 300}) {
+      c.tokens = tokens;
+      const LayerInput in = make_input(c);
+      const Tensor want = run_layer(Device::cpu(), natural, {}, in, DType::bfloat16);
+      for (int which = 1; which < 8; ++which) {
+        MoeWeights w = natural;
+        for (QuantizedMatrix* m : {&w.w13, &w.w2}) {
+          if ((which & (m == &w.w13 ? 1 : 2)) == 0) continue;
+          m->values = to_panels(m->values);
+          m->layout = WeightLayout::panels;
+        }
+        if ((which & 4) != 0) w.w13.values = on(kGpu, w.w13.values);
+        EXPECT_TRUE(same_bits(run_layer(kGpu, w, {}, in, DType::bfloat16), want)) << tokens << " tokens, " << which;
+        EXPECT_TRUE(same_bits(run_layer(Device::cpu(), which < 4 ? w : natural, {}, in, DType::bfloat16), want));
+      }
+    }
+  }
+  LayerCase odd;
+  odd.hidden = 352;
+  odd.intermediate = 256;
+  LayerOptions o;
+  o.prepack = true;
+  expect_error(ErrorCode::invalid_argument, "w13: expected K of a multiple of 128 for prepack, got 352",
+               [&] { MoeLayer(kGpu, make_weights(odd, odd.experts), o); });
 }
 
 TEST_F(Family, FewTokensWithEveryOption) {
@@ -154,10 +197,15 @@ TEST_F(Family, RandomProblems) {
     c.tokens = upto(3) == 0 ? 1 + upto(5) : 1 + upto(upto(4) == 0 ? 300 : 60);
     c.hidden = 32 * (1 + upto(upto(8) == 0 ? 32 : 8));
     c.intermediate = 32 * (1 + upto(upto(8) == 0 ? 32 : 8));
+    if (upto(4) == 0) {  // whole panels
+      c.hidden = (c.hidden + 127) / 128 * 128;
+      c.intermediate = (c.intermediate + 127) / 128 * 128;
+    }
     c.seed = random() % 1000003;
     LayerOptions o;
     o.router_weight_on_input = upto(6) == 0;
     if (c.activation == Activation::swiglu && upto(6) == 0) o.swiglu_limit = 0.5f;
+    o.prepack = has_panels(c) && upto(2) == 0;
     o.fused_gather = upto(8) != 0;
     o.fused_activation = upto(8) != 0;
     o.fused_requantize = upto(4) != 0;
@@ -171,7 +219,7 @@ TEST_F(Family, RandomProblems) {
       EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in, out), want))
           << "problem " << i << ": " << to_string(c.scheme) << " " << to_string(c.activation) << " E" << c.experts
           << " H" << c.hidden << " I" << c.intermediate << " T" << c.tokens << " k" << c.top_k << " seed " << c.seed
-          << (family == KernelFamily::sm80 ? " sm80" : " automatic");
+          << (family == KernelFamily::sm80 ? " sm80" : " automatic") << (o.prepack ? " prepacked" : "");
     }
   }
 }

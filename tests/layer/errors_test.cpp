@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "octomoe/layer.h"
+#include "quant/matrix.h"
 #include "support/errors.h"
 #include "support/run.h"
 
@@ -109,6 +110,21 @@ TEST(LayerErrors, Construction) {
   MoeWeights broken = w;
   broken.w2.scale = Tensor();
   expect_error("w2.scale: expected float32 [8, 128], got none", [&] { MoeLayer(Device::cpu(), broken); });
+  broken = w;
+  broken.w13.layout = WeightLayout::panels;  // values [8, 192, 128]
+  expect_error("w13.values: expected shape [8, 1, 192, 128], got [8, 192, 128]",
+               [&] { MoeLayer(Device::cpu(), broken); });
+  broken = w;
+  broken.w2.layout = WeightLayout::panels;  // K = 96
+  expect_error(
+      "w2.layout: expected natural (panels need an integer scheme and K a multiple of 128), got panels of K 96",
+      [&] { MoeLayer(Device::cpu(), broken); });
+  broken = w;
+  broken.w13.values = to_panels(w.w13.values);
+  expect_error("w13.values: expected shape [8, 192, 128], got [8, 1, 192, 128]",
+               [&] { MoeLayer(Device::cpu(), broken); });
+  broken.w13.layout = WeightLayout::panels;
+  EXPECT_NO_THROW(MoeLayer(Device::cpu(), broken));
   MoeLayer layer(Device::cpu(), w);
   expect_error("top_k: expected 1..8 (the number of experts), got 9", [&] { layer.reserve(4, 9); });
   expect_error("tokens: expected at least 0, got -1", [&] { layer.reserve(-1, 1); });

@@ -61,6 +61,30 @@ def random_weights(
     return made, w13, w2
 
 
+def in_panels(values):
+    """int8 [E, N, K] -> [E, K/128, N, 128], of NumPy."""
+    experts, n, k = values.shape
+    return np.ascontiguousarray(values.reshape(experts, n, k // 128, 128).transpose(0, 2, 1, 3))
+
+
+def adopt(scheme, w13, w2, stored):
+    """MoeWeights by the `from_*` of a scheme with other values beside the stored scales."""
+    options = {}
+    maker = octomoe.MoeWeights
+    s13, s2 = stored["w13"], stored["w2"]
+    if scheme.startswith("int8_channel"):
+        if ":static" in scheme:
+            options["x_scale"] = s13["activation_scale"]
+            options["act_scale"] = s2["activation_scale"]
+        return maker.from_int8_channel(w13, s13["scale"], w2, s2["scale"], scheme=scheme, **options)
+    if scheme.startswith("int8_hybrid"):
+        return maker.from_int8_hybrid(
+            w13, s13["scale"], s13["q"], w2, s2["scale"], s2["q"], scheme=scheme, **options
+        )
+    block = {"int8_block": (128, 128), "int8_block:block=64": (64, 64)}.get(scheme, (32, 96))
+    return maker.from_int8_block(w13, s13["scale"], w2, s2["scale"], block=block, **options)
+
+
 def random_input(tokens, hidden, experts, top_k, *, seed=1, routing="uniform", dtype=np.float32):
     """x, topk_ids, topk_weights. routing: uniform, skewed, single, holes."""
     random = np.random.default_rng(seed)

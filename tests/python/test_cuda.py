@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
 
 import octomoe  # noqa: E402
 import octomoe.torch as octomoe_torch  # noqa: E402
-from problems import INTEGER_SCHEMES, random_input, random_weights  # noqa: E402
+from problems import INTEGER_SCHEMES, adopt, random_input, random_weights  # noqa: E402
 
 
 def problem(scheme="int8_channel", tokens=33):
@@ -39,6 +39,34 @@ def test_layer(scheme):
         layer(x.cpu(), ids, topk_weights)
     with pytest.raises(octomoe.InvalidArgument, match="topk_ids: expected expert ids"):
         layer(x, ids + 8, topk_weights, check_ids=True)
+
+
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+def test_panels_and_prepack(scheme):
+    weights, x, topk_weights, ids = problem(scheme)
+    try:
+        expected = octomoe.MoeLayer(weights, device="cuda")(x, ids, topk_weights)
+    except octomoe.Unsupported as error:
+        pytest.skip(str(error))
+    layer = octomoe.MoeLayer(weights, device="cuda", prepack=True)  # uploaded
+    assert torch.equal(layer(x, ids, topk_weights), expected)
+    stored = weights.tensors("torch")
+    natural = [stored[name]["values"].cuda() for name in ("w13", "w2")]
+    panels = [w.view(*w.shape[:2], -1, 128).transpose(1, 2).contiguous() for w in natural]
+    for w13, w2 in (natural, panels, (panels[0], natural[1]), (natural[0], panels[1])):
+        there = adopt(scheme, w13, w2, stored)
+        assert there.tensors()["w13"]["values"].data_ptr() == w13.data_ptr()
+        for prepack in (False, True):
+            layer = octomoe.MoeLayer(there, device="cuda", prepack=prepack)
+            assert torch.equal(layer(x, ids, topk_weights), expected)
+    with pytest.raises(octomoe.InvalidArgument, match="w13: expected a contiguous tensor"):
+        adopt(scheme, panels[0][:, :, ::2], natural[1], stored)
+
+
+def test_prepack_needs_whole_panels():
+    weights = random_weights("int8_channel", 8, 256, 192)[0]
+    with pytest.raises(octomoe.InvalidArgument, match="multiple of 128"):
+        octomoe.MoeLayer(weights, device="cuda", prepack=True)
 
 
 def test_two_streams_and_a_graph():

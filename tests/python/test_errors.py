@@ -115,6 +115,44 @@ def test_from_integers(change, message):
         octomoe.MoeWeights.from_int8_channel(**(INTEGERS | change))
 
 
+PANELS = {
+    "w13": np.ones((4, 2, 256, 128), np.int8),
+    "w13_scale": np.ones((4, 256), np.float32),
+    "w2": np.ones((4, 1, 256, 128), np.int8),
+    "w2_scale": np.ones((4, 256), np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w13": np.ones((4, 4, 256, 64), np.int8)}, r"w13: expected .*\[E, K/128, N, 128\], got"),
+        ({"w2": np.ones((4, 3, 256, 64), np.int8)}, r"w2: expected .*\[E, K/128, N, 128\], got"),
+        ({"w13": np.ones((4, 2, 256, 128), np.uint8)}, "w13: .*int8.*uint8"),
+        ({"w13": np.ones((1, 4, 2, 256, 128), np.int8)}, r"w13: expected .*\[E, N, K\] or \[E, K"),
+        ({"w2": np.ones((4, 2, 256, 128), np.int8)}, "w2: expected .*fit w13"),
+        ({"w2": np.ones((4, 256, 256), np.int8)}, "w2: expected .*fit w13"),
+        ({"w13_scale": np.ones((4, 2, 256, 1), np.float32)}, "w13_scale: expected shape"),
+        ({"w13": np.ones((4, 256, 2, 128), np.int8).transpose(0, 2, 1, 3)}, "w13: .*contiguous"),
+    ],
+)
+def test_from_panels(change, message):
+    assert octomoe.MoeWeights.from_int8_channel(**PANELS).intermediate == 128
+    with pytest.raises(octomoe.InvalidArgument, match=message):
+        octomoe.MoeWeights.from_int8_channel(**(PANELS | change))
+
+
+def test_panels_of_other_schemes():
+    scale = np.ones((4, 256, 2), np.float32)
+    with pytest.raises(octomoe.InvalidArgument, match=r"w13: expected .*\[E, N, K/2\], got \[4, 2"):
+        octomoe.MoeWeights.from_w4a8_fp8(PANELS["w13"], scale, PANELS["w2"], scale)
+    floats = {name: PANELS[name].astype(np.float16) for name in ("w13", "w2")}
+    with pytest.raises(octomoe.InvalidArgument, match=r"w13: expected .*\[E, N, K\], got \[4, 2"):
+        octomoe.MoeWeights.from_float(**floats)
+    with pytest.raises(octomoe.InvalidArgument, match=r"w13: expected .*\[E, N, K\]"):
+        octomoe.quantize(PANELS["w13"].astype(np.float32), PANELS["w2"].astype(np.float32))
+
+
 def test_other_constructors():
     with pytest.raises(octomoe.InvalidArgument, match="w13_scale|w2_scale"):
         octomoe.MoeWeights.from_int8_block(**INTEGERS)

@@ -7,6 +7,7 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import in_panels
 
 INTEGER = (
     "int8_channel",
@@ -182,3 +183,31 @@ def test_errors(change, message):
     change(problem)
     with pytest.raises(octomoe.InvalidArgument, match=message):
         octomoe.grouped_gemm(**problem)
+
+
+@pytest.mark.parametrize("scheme", INTEGER)
+@pytest.mark.parametrize("k", [128, 384])
+def test_panels(scheme, k):
+    a, w, offsets = random_problem(3, 30, 80, k)
+    matrix = octomoe.quantize_matrix(w, scheme)
+    parts = matrix.tensors()
+    panels = octomoe.QuantizedMatrix.from_parts(
+        scheme, in_panels(parts["values"]), parts["scale"], q=parts.get("q")
+    )
+    assert panels.shape == (3, 80, k)
+    assert panels.bytes == matrix.bytes
+    assert panels.flush_blocks == matrix.flush_blocks
+    assert panels.tensors()["values"].shape == (3, k // 128, 80, 128)
+    np.testing.assert_array_equal(panels.dequantize(), matrix.dequantize())
+    d = octomoe.grouped_gemm(a, matrix, offsets, out_dtype="float32")
+    for prepack in (False, True):
+        prepared = octomoe.PreparedMatrix(panels, prepack=prepack)
+        assert prepared.shape == (3, 80, k)
+        np.testing.assert_array_equal(
+            octomoe.grouped_gemm(a, prepared, offsets, out_dtype="float32"), d
+        )
+    if scheme in ("int8_channel", "int8_block"):
+        given = octomoe.grouped_gemm(
+            a, in_panels(parts["values"]), offsets, b_scale=parts["scale"], out_dtype="float32"
+        )
+        np.testing.assert_array_equal(given, d)

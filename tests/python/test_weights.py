@@ -7,7 +7,7 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import SCHEMES, random_weights
+from problems import INTEGER_SCHEMES, SCHEMES, adopt, in_panels, random_input, random_weights
 
 DYNAMIC = [s for s in SCHEMES if ":static" not in s]
 
@@ -116,6 +116,65 @@ def test_adopted_integers_give_the_same_layer():
     floats = random_weights("bf16", 4, 128, 96)[0].tensors()
     adopted = octomoe.MoeWeights.from_float(floats["w13"]["values"], floats["w2"]["values"])
     assert adopted.scheme == "bf16"
+
+
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 384), (384, 128)])
+def test_panels_give_the_same_layer(scheme, hidden, intermediate):
+    weights = random_weights(scheme, 4, hidden, intermediate)[0]
+    stored = weights.tensors()
+    w13, w2 = stored["w13"]["values"], stored["w2"]["values"]
+    x, ids, topk_weights = random_input(7, hidden, 4, 2)
+    expected = octomoe.fused_moe(x, weights, topk_weights, ids)
+    for first, second in (
+        (in_panels(w13), in_panels(w2)),
+        (in_panels(w13), w2),
+        (w13, in_panels(w2)),
+    ):
+        adopted = adopt(scheme, first, second, stored)
+        assert adopted.scheme == weights.scheme
+        assert adopted.bytes == weights.bytes
+        assert (adopted.hidden, adopted.intermediate) == (hidden, intermediate)
+        for name, values in (("w13", first), ("w2", second)):
+            kept = adopted.tensors()[name]["values"]
+            assert kept.shape == values.shape
+            assert np.shares_memory(kept, values)
+        for one, two in zip(adopted.dequantize(), weights.dequantize(), strict=True):
+            np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(octomoe.fused_moe(x, adopted, topk_weights, ids), expected)
+        y = octomoe.MoeLayer(adopted, prepack=True)(x, ids, topk_weights)  # the CPU does not mind
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_panels_of_torch():
+    torch = pytest.importorskip("torch", reason="PyTorch is missing")
+    weights = random_weights("int8_channel", 4, 256, 128)[0]
+    stored = weights.tensors("torch")
+    w = stored["w13"]["values"]
+    experts, n, k = w.shape
+    strided = w.view(experts, n, k // 128, 128).transpose(1, 2)
+    panels = strided.contiguous()
+    np.testing.assert_array_equal(panels.numpy(), in_panels(w.numpy()))
+    adopted = adopt("int8_channel", panels, stored["w2"]["values"], stored)
+    kept = adopted.tensors()["w13"]["values"]
+    assert kept.shape == (4, 2, 256, 128)
+    assert kept.data_ptr() == panels.data_ptr()
+    x, ids, topk_weights = map(torch.from_numpy, random_input(7, 256, 4, 2))
+    assert torch.equal(
+        octomoe.fused_moe(x, adopted, topk_weights, ids),
+        octomoe.fused_moe(x, weights, topk_weights, ids),
+    )
+    with pytest.raises(octomoe.InvalidArgument, match="w13: expected a contiguous tensor"):
+        adopt("int8_channel", strided, stored["w2"]["values"], stored)
+
+
+def test_panels_of_jax():
+    jax = pytest.importorskip("jax", reason="JAX is missing")
+    weights = random_weights("int8_channel", 4, 128, 256)[0]
+    stored = weights.tensors()
+    w13, w2 = (jax.numpy.asarray(in_panels(stored[m]["values"])) for m in ("w13", "w2"))
+    adopted = adopt("int8_channel", w13, w2, stored)
+    np.testing.assert_array_equal(adopted.dequantize("numpy")[1], weights.dequantize()[1])
 
 
 def test_weights_of_minus_128_and_scales_of_a_checkpoint():
