@@ -39,7 +39,12 @@ from peers.harness import Harness, capture, relative_error
 from peers.problems import GEMM_CASES, MODELS, GemmProblem, LayerProblem
 
 PEERS = ("octomoe", "lmdeploy", "humming", "deepgemm", "hybrid", "library")
-SCHEMES = ("int8_channel", "int8_block", "int8_hybrid")  # by default, of OctoMoE
+SCHEMES = (
+    "int8_channel",
+    "int8_channel_prepacked",
+    "int8_block",
+    "int8_hybrid",
+)  # by default, of OctoMoE
 WIDE_SCHEMES = ("int8_block:block_k=256", "int8_hybrid:block_k=256")
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 WRONG = 0.10  # relative error of an output that is not counted; INT8 layers have 0.01 to 0.03

@@ -3,14 +3,15 @@
 
     scripts/peer_tables.py bench/results/peers_layers_h100.json ...
 
-Times are medians in us; the last line of each table is the fastest peer over the fastest OctoMoE.
+Times are medians in us; the last line of each table is the fastest peer over the fastest OctoMoE
+whose weights are not prepacked.
 """
 
 import json
 import sys
 from pathlib import Path
 
-OWN = ("int8_channel", "int8_block", "int8_hybrid")
+OWN = ("int8_channel", "int8_block", "int8_hybrid")  # from weights where they lie
 
 
 def number(value: float | None) -> str:
@@ -28,9 +29,9 @@ def grid(results: list[dict], column: str, title) -> str:
     """Contenders down, values of `column` across, then floor, ratio and clock."""
     columns = list(dict.fromkeys(r[column] for r in results))
     by_key = {(r["name"], r[column]): r for r in results}
-    names = list(dict.fromkeys(r["name"] for r in results))
+    by_name = list(dict.fromkeys(r["name"] for r in results))
     rows = []
-    for name in names:
+    for name in by_name:
         found = [by_key.get((name, c)) for c in columns]
         error = max(r["error"] for r in found if r)
         times = [number(r["median_us"] if r else None) for r in found]
@@ -41,7 +42,8 @@ def grid(results: list[dict], column: str, title) -> str:
 
     def fastest(c, own: bool) -> float | None:
         # FP8 and INT8 are compared as they are; the error column says what each costs.
-        times = [r["median_us"] for r in results if r[column] == c and (r["name"] in OWN) == own]
+        names = OWN if own else [n for n in by_name if not n.startswith("int8_")]
+        times = [r["median_us"] for r in results if r[column] == c and r["name"] in names]
         return min(times, default=None)
 
     first = [next(r for r in results if r[column] == c) for c in columns]

@@ -1,4 +1,7 @@
-"""OctoMoE itself, through its Python package: one contender for each integer scheme."""
+"""OctoMoE itself, through its Python package: one contender for each integer scheme.
+
+A scheme's name that ends with _prepacked: its weights are copied into panels beforehand.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ except ImportError as error:
     raise PeerMissing(f"octomoe: {error}") from error
 
 VERSION = octomoe.__version__
+PREPACKED = "_prepacked"
 
 
 class Layer:
     """One of the integer schemes on the problem's weights, where they lie."""
 
-    def __init__(self, problem: LayerProblem, scheme: str) -> None:
+    def __init__(self, problem: LayerProblem, name: str) -> None:
+        scheme = name.removesuffix(PREPACKED)
         form = problem.form(scheme)
         kind, block_k = parse_scheme(scheme)
         if kind == "channel":
@@ -28,7 +33,9 @@ class Layer:
         else:
             weights = octomoe.MoeWeights.from_int8_hybrid(*form, scheme=scheme)
         self.weights = weights
-        self.layer = octomoe.MoeLayer(weights, device=problem.device)
+        self.layer = octomoe.MoeLayer(
+            weights, device=problem.device, prepack=name.endswith(PREPACKED)
+        )
         self.workspace = torch.empty(0, dtype=torch.uint8, device=problem.device)
 
     def call(self, inputs: Inputs):
@@ -52,14 +59,17 @@ class Layer:
 class GroupedGemm:
     """grouped_gemm on rows that are already quantised."""
 
-    def __init__(self, problem: GemmProblem, scheme: str) -> None:
+    def __init__(self, problem: GemmProblem, name: str) -> None:
+        scheme = name.removesuffix(PREPACKED)
         self.problem = problem
         self.matrices = []
         for values, scale, *q in problem.weights(scheme):
             matrix = octomoe.QuantizedMatrix.from_parts(
                 scheme, values, scale, **({"q": q[0]} if q else {})
             )
-            prepared = octomoe.PreparedMatrix(matrix, device="cuda")
+            prepared = octomoe.PreparedMatrix(
+                matrix, device="cuda", prepack=name.endswith(PREPACKED)
+            )
             self.matrices.append((prepared, matrix, values))  # used where they lie: keep them
         self.a, self.scale, *q = problem.activations(scheme)
         self.q = {"a_q": q[0]} if q else {}
