@@ -135,6 +135,7 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
   const std::vector<double> openings = {0, 25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200};
   const std::vector<double> epilogues = {0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8};
   const std::vector<double> feeds = {0, 0.1, 0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.325, 0.35, 0.4};
+  const std::vector<double> ratios = {0.5, 0.75, 1, 1.25, 1.5, 1.75, 2};
   std::vector<double> factors;
   for (int percent = 20; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
   struct Search {
@@ -144,12 +145,13 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
   const std::vector<Search> of_wgmma = {{&CostConstants::opening, openings},
                                         {&CostConstants::epilogue, epilogues},
                                         {&CostConstants::feed, feeds},
+                                        {&CostConstants::token_major, ratios},
                                         {&CostConstants::stand_in_opening, openings}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings},
                                       {&CostConstants::mma_resident, factors},
                                       {&CostConstants::mma_half, factors},
                                       {&CostConstants::mma_feed, feeds}};
-  CostConstants c{0, 0, 0, 0, 0, 1, 1, 0};
+  CostConstants c{0, 0, 0, 1, 0, 0, 1, 1, 0};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -252,10 +254,10 @@ std::string render(const TuneCheck& check, bool colour) {
                            : "left out: - (that takes tables of two models)\n";
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
     text += fmt::format(
-        "constants {}: opening {}, epilogue {}, feed {}, stand_in_opening {}, mma_opening {}, mma_resident {}, "
-        "mma_half {}, mma_feed {}\n",
-        name, c->opening, c->epilogue, c->feed, c->stand_in_opening, c->mma_opening, c->mma_resident, c->mma_half,
-        c->mma_feed);
+        "constants {}: opening {}, epilogue {}, feed {}, token_major {}, stand_in_opening {}, mma_opening {}, "
+        "mma_resident {}, mma_half {}, mma_feed {}\n",
+        name, c->opening, c->epilogue, c->feed, c->token_major, c->stand_in_opening, c->mma_opening, c->mma_resident,
+        c->mma_half, c->mma_feed);
   }
   return text;
 }
@@ -265,6 +267,7 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
     return nlohmann::ordered_json{{"opening", c.opening},
                                   {"epilogue", c.epilogue},
                                   {"feed", c.feed},
+                                  {"token_major", c.token_major},
                                   {"stand_in_opening", c.stand_in_opening},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident},

@@ -381,16 +381,17 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows for the sm90 family, got {} x {}", p.a.rows,
            m_.k);
     }
-    // Weights that are read once only pass through L2. One rule for a launch: where both kinds of lines live in L2, the
-    // evict-first ones are squeezed out at once (docs/kernels.md).
+    // Weights that are read once, by an expert's only tile, may just pass through L2. One rule for a launch: where both
+    // kinds of lines live in L2, the evict-first ones are squeezed out at once. So much of out may be written that it
+    // fills L2 then: good for whoever reads out next, but weights no longer live until their other half is wanted. With
+    // fewer rows than kPairRows, larger requests cost more than they save (docs/kernels.md).
+    constexpr double kPairRows = 4, kFewRows = 48;
     const double each = static_cast<double>(rows) / static_cast<double>(m_.experts);  // rows of an expert
-    const bool once = each + 2 * std::sqrt(each) <= kernel.block_n;
-    // Between what an expert's first rows ask for and a second token tile memory waits for whole lines.
-    constexpr double kPairRows = 4;
+    const bool once = each + 2 * std::sqrt(each) <= kernel.block_n && (p.read_next || each <= kFewRows);
     kernels::WgmmaArgs all{.weights = weight_map_,
                            .gemm = args,
                            .evict_first = once,
-                           .weights_in_pairs = once && !in_panels() && each >= kPairRows,
+                           .weights_in_pairs = once && kernel.cluster == 1 && !in_panels() && each >= kPairRows,
                            .tokens_by_map = p.row_source == nullptr && p.a.rows > 0,
                            .offsets_late = p.index_late,
                            .routes = p.routes,

@@ -117,6 +117,7 @@ class DeviceMatrix {
     std::int32_t* taken = nullptr;  // a zero, which is zero again afterwards; null: tiles are shared out beforehand
     bool index_late = false;        // launches that wrote them may still run; otherwise they were done two launches ago
     kernels::Routes routes{};       // what index was made of, at most kCountedRoutes: then it need not be waited for
+    bool read_next = false;         // the launch that follows reads out
     std::int64_t masked_rows = 0;   // rows of an expert; 0: offsets
     std::int64_t rows;              // most rows there can be in all
     std::int64_t likely_rows = 0;   // what the kernel is chosen for; 0: rows

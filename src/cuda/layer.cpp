@@ -510,6 +510,7 @@ class CudaLayer final : public LayerBackend {
     const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
                            reinterpret_cast<std::int32_t*>(at(b.h_block_q)),
                            reinterpret_cast<std::int32_t*>(at(b.h_zero)), rows};
+    first.read_next = true;
     DeviceMatrix::Problem second = first;
     ++second.taken;
     second.index_late = false;

@@ -120,10 +120,11 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     const double width =
         work.width * (kernel.resident > 1 ? constants.mma_resident : 1) * (1 - work.halves * (1 - constants.mma_half));
     const double stage = std::max(width, constants.mma_feed * (kernel.block_m + work.fed));
-    return work.rounds * part * (stage * work.stages + constants.mma_opening);
+    return work.rounds * (part * stage * work.stages + constants.mma_opening);
   }
   const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.fed));
-  return work.rounds * part * (stage * work.stages + work.fed * constants.epilogue + constants.opening);
+  const double opening = constants.opening * (kernel.token_major ? constants.token_major : 1);
+  return work.rounds * (part * (stage * work.stages + work.fed * constants.epilogue) + opening);
 }
 
 }  // namespace octomoe::plan

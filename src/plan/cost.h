@@ -41,12 +41,13 @@ struct CostConstants {
   double opening = 400;           // a tile's, whatever its width
   double epilogue = 3;            // of a token
   double feed = 0.25;             // a row's part of a stage, of weights or tokens, on its way from L2
+  double token_major = 1.25;      // the opening's factor where tokens are the M operand
   double stand_in_opening = 700;  // of a kernel that stands in for wgmma's
   // mma.sync
-  double mma_opening = 400;
-  double mma_resident = 1.24;  // a stage of two CTAs, whose tiles are smaller
-  double mma_half = 0.5;       // a stage of a tile of which half of the warps rest
-  double mma_feed = 0.1;       // a row's part of a stage on its way from L2
+  double mma_opening = 800;
+  double mma_resident = 1.3;  // a stage of two CTAs, whose tiles are smaller
+  double mma_half = 0.3;      // a stage of a tile of which half of the warps rest
+  double mma_feed = 0.1;      // a row's part of a stage on its way from L2
 };
 
 // What a kernel has to do, however long that takes.

@@ -144,7 +144,7 @@ TEST(Cost, NarrowMmaTilesForFewRows) {
     return std::ranges::find(list, id, &GemmKernel::id)->block_n;
   };
   EXPECT_EQ(width(8), 8);
-  EXPECT_LE(width(1024), 32);
+  EXPECT_LE(width(256), 32);
   EXPECT_GE(width(65536), 96);
 }
 
