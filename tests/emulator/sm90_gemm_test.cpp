@@ -111,6 +111,8 @@ TEST(Sm90Gemm, ChannelManyShortTiles) {
                  .seed = 18},
                 1);
 }
+// More routes than are counted side by side.
+TEST(Sm90Gemm, ChannelManyRoutes) { check<kStore>({.rows = {4097, 0, 301}, .n = 32, .k = 16, .seed = 84}, 3); }
 TEST(Sm90Gemm, ChannelLongK) { check<kStore>({.rows = {9, 20}, .n = 544, .k = 1296, .seed = 3}, 1); }
 TEST(Sm90Gemm, ChannelMoreCtasThanTiles) { check<kStore>({.rows = {0, 3}, .n = 64, .k = 48, .seed = 4}, 5); }
 TEST(Sm90Gemm, ChannelNoRows) { check<kStore>({.rows = {0, 0}, .n = 64, .k = 48, .seed = 5}); }
