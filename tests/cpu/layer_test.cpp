@@ -148,27 +148,24 @@ TEST_P(OnIsa, MinusOneHundredAndTwentyEight) {
   }
 }
 
-// The layout in which weights come changes no bit; I = 128 is one panel, the natural order.
+// The layout in which weights come changes no bit.
 TEST_P(OnIsa, WeightsInPanels) {
-  const struct { std::int64_t hidden, intermediate; } shapes[] = {{128, 256}, {384, 128}};
   std::uint32_t seed = 50;
   for (const Scheme& s : integer_schemes()) {
-    for (const auto& shape : shapes) {
-      SCOPED_TRACE(to_string(s) + " H " + std::to_string(shape.hidden) + " I " + std::to_string(shape.intermediate));
-      LayerCase c;
-      c.scheme = s;
-      c.hidden = shape.hidden;
-      c.intermediate = shape.intermediate;
-      c.experts = 3;
-      c.top_k = 2;
-      c.seed = seed++;
-      const MoeWeights w = make_weights(c, c.experts);
-      const LayerInput in = make_input(c);
-      const Tensor want = reference_layer(w, {}, in, DType::bfloat16);
-      EXPECT_TRUE(same_bits(want, reference_layer(in_panels(w), {}, in, DType::bfloat16)));
-      for (const auto& [w13, w2] : {std::pair{true, true}, std::pair{true, false}, std::pair{false, true}}) {
-        EXPECT_TRUE(same_bits(want, run_layer(Device::cpu(), in_panels(w, w13, w2), {}, in))) << w13 << w2;
-      }
+    SCOPED_TRACE(to_string(s));
+    LayerCase c;
+    c.scheme = s;
+    c.hidden = 384;
+    c.intermediate = 256;
+    c.experts = 3;
+    c.top_k = 2;
+    c.seed = seed++;
+    const MoeWeights w = make_weights(c, c.experts);
+    const LayerInput in = make_input(c);
+    const Tensor want = reference_layer(w, {}, in, DType::bfloat16);
+    EXPECT_TRUE(same_bits(want, reference_layer(in_panels(w), {}, in, DType::bfloat16)));
+    for (const auto& [w13, w2] : {std::pair{true, true}, std::pair{true, false}, std::pair{false, true}}) {
+      EXPECT_TRUE(same_bits(want, run_layer(Device::cpu(), in_panels(w, w13, w2), {}, in))) << w13 << w2;
     }
   }
 }
