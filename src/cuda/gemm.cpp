@@ -144,6 +144,11 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
     m_.values = panels_of(m_, device);
     m_.layout = WeightLayout::panels;
   }
+  // Kernels count the bytes of a panel in 32 bits.
+  if (in_panels() && m_.n > std::numeric_limits<std::int32_t>::max() / kPanelColumns) {
+    fail(ErrorCode::unsupported, "{}: expected at most {} rows in panels on {}, got {}", name,
+         std::numeric_limits<std::int32_t>::max() / kPanelColumns, to_string(where), m_.n);
+  }
   m_.scale = upload(m_.scale, where);
   m_.q = upload_words(m_.q, where);
   m_.column_sum = upload(m_.column_sum, where);
