@@ -8,17 +8,23 @@ namespace octomoe::kernels {
 
 inline constexpr int kFewTokens = 8, kFewRoutes = 64;
 // A multiprocessor is to hold one CTA of either kernel, not two of one, so that `down` loads weights beside the end of
-// gate_up: 8 warps of 136 or 144 registers and 16 of 56 fit its four register files, 16 of 136 do not; two of `down`
-// have no room in shared memory.
-inline constexpr int kFewGateUpWarps = 8, kFewDownWarps = 16;
-inline constexpr int kFewGateUpThreads = 32 * kFewGateUpWarps, kFewDownThreads = 32 * kFewDownWarps;
-inline constexpr int kFewGateUpRegisters = 144, kFewDownRegisters = 56;  // at most
+// gate_up: of its four register files of 512 registers a lane, each holds four warps of 65 to 72 and four of 56, but not
+// eight of 65; two of `down` have no room in shared memory.
+inline constexpr int kFewGateUpWarps = 15, kFewDownWarps = 16;  // that multiply; gate_up has one more, which copies
+inline constexpr int kFewGateUpThreads = 32 * (kFewGateUpWarps + 1), kFewDownThreads = 32 * kFewDownWarps;
+inline constexpr int kFewGateUpRegisters = 72, kFewDownRegisters = 56;  // at most
+inline constexpr int kFewGateUpMinRegisters = 65;
 // Of down's ring: enough to keep the memory busy while gate_up ends and h is quantised; more gains nothing.
 inline constexpr int kFewRingBytes = 112 * 1024;
 inline constexpr int kFewDownMinSharedBytes = 115 * 1024;
 inline constexpr int kFewHeaderBytes = 6144;  // shared memory before anything whose size depends on the shape
 inline constexpr int kFewMaxHidden = 8192;
-inline constexpr int kFewGateUpSharedBytes = 112 * 1024;  // at most: what `down` leaves
+inline constexpr int kFewGateUpSharedBytes = 111 * 1024;  // at most: what `down` leaves
+// Of the gate rows in a stage of gate_up's ring, and of the up rows: no more than this, or one row. In panels more, since
+// a copy has 128 bytes of each row only, and its size decides.
+inline constexpr int kFewGateUpStageBytes = 8192, kFewGateUpPanelStageBytes = 24576;
+// What a CTA of gate_up has not asked for when it lets `down` start, whose first copies follow its last ones then.
+inline constexpr int kFewEarlyBytes = 64 * 1024;
 inline constexpr int kFewMaxStages = 24;
 // Columns of out that lie in one stage of down's ring: four for each warp of a stream, but no more than this many
 // bytes.
@@ -53,11 +59,13 @@ struct FewMatrix {
 // Columns that are summed up before any scale is applied: a scale block is one or two of them.
 inline constexpr int kFewPiece = 128;
 
-// Dynamic shared memory of gate_up, offsets: the header, x's quantised rows, then (not with Promotion::channel) their
-// scales, those of the scale blocks that a CTA's columns meet, and of each warp the sums of results that wait for the
-// epilogue. The host makes it, so that kernels have all of it as constants.
+// Dynamic shared memory of gate_up, offsets: the header, the ring, x's quantised rows, then (not with
+// Promotion::channel) their scales, those of the scale blocks that a CTA's columns meet, and of each warp the sums of
+// results that wait for the epilogue. The host makes it, so that kernels have all of it as constants.
 struct FewGateUpLayout {
-  int32_t a, w, sums, bytes;
+  int32_t rows, a, w, sums, bytes;
+  int32_t stage_pairs, stages;  // pairs of a gate and an up row in a stage of the ring: gate rows, then up rows
+  int32_t w_row, w_panel;       // of a stage's gate or up rows in the ring, as in GemmArgs
   // Words of the scales of a row of x: s_a; hybrid: F_a, then Q_a. Of a block of weight rows: s_w; hybrid: F_w, then
   // the words that hold Q_w.
   int32_t a_words, w_words;
@@ -75,28 +83,47 @@ struct FewDownLayout {
   int32_t w_row, w_panel;  // of a stage's weights in the ring, as in GemmArgs
 };
 
+constexpr int few_min(int a, int b) { return a < b ? a : b; }
+constexpr int few_max(int a, int b) { return a > b ? a : b; }
 constexpr int few_a_words(Promotion p, const FewMatrix& m) {
   return p == Promotion::channel ? 0 : p == Promotion::block ? m.blocks_k : m.super_groups + m.blocks_k;
 }
 constexpr int few_w_words(Promotion p, const FewMatrix& m) {
   return p == Promotion::channel ? 0 : p == Promotion::block ? m.blocks_k : m.super_groups + (m.blocks_k + 6) / 4;
 }
-constexpr FewGateUpLayout few_gate_up_layout(Promotion p, const FewMatrix& w13, int tokens, int top_k, int ctas) {
+// most_bytes: that it may have; stages < 2: they do not suffice.
+constexpr FewGateUpLayout few_gate_up_layout(Promotion p, const FewMatrix& w13, int tokens, int top_k, int ctas,
+                                             int most_bytes = kFewGateUpSharedBytes) {
   FewGateUpLayout l{};
-  l.a = kFewHeaderBytes + tokens * few_x_stride(w13.k);
-  l.w = l.sums = l.bytes = l.a;
-  if (p == Promotion::channel) return l;
-  l.a_words = few_a_words(p, w13);
-  l.w_words = few_w_words(p, w13);
-  l.half_blocks = w13.blocks_n / 2;
-  l.slots = w13.k <= 2 * kFewUnit ? 32 : 16;
-  l.slot_words = 2 * ((w13.k + kFewPiece - 1) / kFewPiece) + 1;
-  // Scale blocks that a CTA's columns meet: an expert's last one may be short, and both ends lie inside of one.
-  const int width = w13.n / 2, columns = (tokens * top_k * width + ctas - 1) / ctas;
-  const int blocks = columns * l.half_blocks / width + 3;
-  l.w = l.a + tokens * l.a_words * 4;
-  l.sums = l.w + blocks * 2 * l.w_words * 4;
-  l.bytes = l.sums + kFewGateUpWarps * l.slots * l.slot_words * 4;
+  const int x_bytes = tokens * few_x_stride(w13.k);
+  int a_bytes = 0, w_bytes = 0, sums_bytes = 0;
+  if (p != Promotion::channel) {
+    l.a_words = few_a_words(p, w13);
+    l.w_words = few_w_words(p, w13);
+    l.half_blocks = w13.blocks_n / 2;
+    l.slots = w13.k <= 2 * kFewUnit ? 8 : 4;
+    l.slot_words = 2 * ((w13.k + kFewPiece - 1) / kFewPiece) + 1;
+    // Scale blocks that a CTA's columns meet: an expert's last one may be short, and both ends lie inside of one.
+    const int width = w13.n / 2, columns = (tokens * top_k * width + ctas - 1) / ctas;
+    const int blocks = columns * l.half_blocks / width + 3;
+    a_bytes = tokens * l.a_words * 4;
+    w_bytes = blocks * 2 * l.w_words * 4;
+    sums_bytes = kFewGateUpWarps * l.slots * l.slot_words * 4;
+  }
+  const int beside = kFewHeaderBytes + x_bytes + a_bytes + w_bytes + sums_bytes;
+  const bool panels = w13.w_panel != kFewPiece;
+  const int pairs = (panels ? kFewGateUpPanelStageBytes : kFewGateUpStageBytes) / w13.k;
+  const int of_two_stages = (most_bytes - beside) / 2 / (2 * w13.k);
+  l.stage_pairs = few_max(few_min(few_min(pairs, of_two_stages), kFewGateUpWarps), 1);
+  l.w_row = w13.w_row;
+  l.w_panel = panels ? l.stage_pairs * kFewPiece : kFewPiece;
+  const int stage = 2 * l.stage_pairs * w13.k;
+  l.stages = few_min((most_bytes - beside) / stage, kFewMaxStages);
+  l.rows = kFewHeaderBytes + l.stages * stage;
+  l.a = l.rows + x_bytes;
+  l.w = l.a + a_bytes;
+  l.sums = l.w + w_bytes;
+  l.bytes = l.sums + sums_bytes;
   return l;
 }
 constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int routes, int columns, int stage_columns,

@@ -65,12 +65,11 @@ struct FewDown {
         few_copy_scale<P>(m, w_scales + (entry * room + block) * words,
                           shared.entry[entry].expert * m.blocks_n + first_block + block, i - part * words);
       }
-      ptx::cp_async_commit();
     } else {
       for (int32_t i = thread; i < entries * columns; i += kThreads) {
         const int32_t entry = i / columns, expert = shared.entry[entry].expert;
-        w_scales[i] = num::bits(
-            m.scale[m.per_tensor ? expert : static_cast<int64_t>(expert) * m.n + first + i - entry * columns]);
+        const int64_t from = m.per_tensor ? expert : static_cast<int64_t>(expert) * m.n + first + i - entry * columns;
+        ptx::cp_async_4(ptx::shared_address(w_scales + i), m.scale + from, true);
       }
     }
   }
@@ -366,14 +365,16 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
     const int32_t count = shared.entries;
     for (int32_t i = 0; i < min(d.sets() * count, args.stages); ++i) d.copy(i, i / count, i % count);
   }
+  // Copied, not loaded: loads would be waited for, and come behind all weights that are under way.
   d.load_scales(shared.entries);
   if (threadIdx.x < routes) {
     const auto route = static_cast<int32_t>(threadIdx.x), token = route / args.routes.top_k;
-    shared.weight[route] =
-        args.routes.weight_on_input
-            ? 1.0f
-            : args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k];
+    const float* const from =
+        args.routes.topk_weights + token * args.routes.weights_stride + route - token * args.routes.top_k;
+    if (args.routes.weight_on_input) shared.weight[route] = 1.0f;
+    ptx::cp_async_4_if(!args.routes.weight_on_input, ptx::shared_address(shared.weight + route), from);
   }
+  ptx::cp_async_commit();
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   if (m.k <= 3 * kFewColumns) {
@@ -381,7 +382,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   } else {
     for (int32_t row = d.warp; row < routes; row += kFewDownWarps) d.template quantize<1, 4>(row, routes);
   }
-  if constexpr (FewDown<P>::kBlocks) ptx::cp_async_wait<0>();
+  ptx::cp_async_wait<0>();
   __syncthreads();
 
   // A slot of the ring serves one stream (args.stages): none may wait for a slot's next content but one.

@@ -1,18 +1,17 @@
 // The first kernel of a layer of a few tokens (few_tokens.cuh): x -> int8 -> w13 -> SwiGLU -> h.
 //
-// All pairs of a gate and an up row are shared out evenly over the CTAs, and a CTA's over its warps. Weights go straight
-// to registers, kFewDepth units ahead: a unit is 1 KB of each row of a pair, and as soon as one is multiplied its
-// registers are loaded again. Results wait until a warp is full of them, so that the epilogue's latency is paid once: in
-// lanes, or, with sums per K-block, in shared memory, where a lane promotes those of its result one after the other.
+// All pairs of a gate and an up row are shared out evenly over the CTAs, and a CTA's over its warps in turn. One warp
+// asks for them, by bulk copies into a ring, from when the routes are known, while the others quantise x; nothing that
+// they do delays it, and no load of theirs comes behind weights. Results wait until a warp is full of them, so that the
+// epilogue's latency is paid once: in lanes, or, with sums per K-block, in shared memory, where a lane promotes those of
+// its result one after the other.
 #pragma once
 
 #include "sm90/few_tokens.cuh"
 
 namespace octomoe::sm90 {
 
-inline constexpr int kFewDepth = 5;                // units in flight: 80 KB a CTA
-inline constexpr int kFewPieces = kFewUnit / 512;  // loads of a warp
-inline constexpr int kFewPrefetchBytes = 8192;     // a warp's, ahead of the first loads
+inline constexpr int kFewPieces = kFewUnit / 512;  // 16 bytes a lane
 
 template <Promotion P>
 struct FewGateUp {
@@ -20,6 +19,7 @@ struct FewGateUp {
   const FewGateUpArgs& args;
   const FewMatrix& m;
   FewShared& shared;
+  uint8_t* ring;
   int8_t* rows;        // of x, quantised
   uint32_t* a_scales;  // of each token
   uint32_t* w_scales;  // of each scale block of the CTA's columns, gate and up
@@ -27,24 +27,34 @@ struct FewGateUp {
   int32_t lane, warp, width, stride;
   int32_t first_block, blocks;  // that the CTA's columns meet
 
-  // The maxima of x's pieces of kFewColumns values; the loads of some pieces at once.
-  __device__ __forceinline__ void measure() const {
-    constexpr int kAtOnce = 4;
-    const int32_t pieces = stride / kFewColumns, all = args.routes.tokens * pieces;
-    for (int32_t first = warp; first < all; first += kAtOnce * kFewGateUpWarps) {
-      float v[kAtOnce][8] = {};
+  // Pieces of x: each warp has some that follow one another; the first ones stay in registers.
+  static constexpr int kKept = 4;
+  using Kept = float[kKept][8];
+  __device__ __forceinline__ int32_t pieces() const { return stride / kFewColumns; }
+  __device__ __forceinline__ int32_t pieces_each() const {
+    return (args.routes.tokens * pieces() + kFewGateUpWarps - 1) / kFewGateUpWarps;
+  }
+
+  // Their maxima; the loads of kKept pieces at once.
+  __device__ __forceinline__ void measure(Kept& v) const {
+    const int32_t all = args.routes.tokens * pieces(), each = pieces_each(), first = warp * each;
+#pragma unroll 1
+    for (int32_t from = (each - 1) / kKept * kKept; from >= 0; from -= kKept) {  // the first ones last
+      const int32_t end = min(first + each, all);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int32_t i = first + j * kFewGateUpWarps, token = i / pieces;
-        const int32_t column = (i - token * pieces) * kFewColumns + lane * 8;
-        if (i < all && column < m.k) kernels::load_elems(args.x, token, column, v[j]);
+      for (int j = 0; j < kKept; ++j) {
+        const int32_t i = first + from + j, token = i / pieces();
+        const int32_t column = (i - token * pieces()) * kFewColumns + lane * 8;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[j][e] = 0.0f;
+        if (i < end && column < m.k) kernels::load_elems(args.x, token, column, v[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int32_t i = first + j * kFewGateUpWarps;
-        if (i >= all) break;
+      for (int j = 0; j < kKept; ++j) {
+        const int32_t i = first + from + j;
+        if (i >= end) break;
         if constexpr (kBlocks) {
-          const int32_t token = i / pieces, column = (i - token * pieces) * kFewColumns + lane * 8;
+          const int32_t token = i / pieces(), column = (i - token * pieces()) * kFewColumns + lane * 8;
           FewRange range;
           range.add(v[j], false);
           const uint32_t top = few_block_top(range.top, m.block_k);
@@ -62,13 +72,25 @@ struct FewGateUp {
       }
     }
   }
-  // Reads x again, from L1. No weights are under way to registers yet: loads return in their order, also those that hit.
-  __device__ __forceinline__ void quantize() const {
-    const int32_t pieces = stride / kFewColumns;
-    for (int32_t i = warp; i < args.routes.tokens * pieces; i += kFewGateUpWarps) {
-      const int32_t token = i / pieces, piece = i - token * pieces, column = piece * kFewColumns + lane * 8;
+  __device__ __forceinline__ void quantize(const Kept& kept) const {
+    const int32_t each = pieces_each(), first = warp * each, end = min(first + each, args.routes.tokens * pieces());
+    int32_t known = -1;  // the token whose scale is
+    FewScale s{};
+#pragma unroll 1
+    for (int32_t i = first; i < end; ++i) {
+      const int32_t token = i / pieces(), piece = i - token * pieces(), column = piece * kFewColumns + lane * 8;
       uint2 q = make_uint2(0, 0);
       float v[8];
+      if (i - first < kKept) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          v[e] = kept[0][e];
+#pragma unroll
+          for (int j = 1; j < kKept; ++j) v[e] = i - first == j ? kept[j][e] : v[e];
+        }
+      } else if (column < m.k) {
+        kernels::load_elems(args.x, token, column, v);
+      }
       if constexpr (kBlocks) {
         const uint32_t* const tops = shared.top[0] + token * m.blocks_k;
         num::SuperScale super{};
@@ -78,26 +100,25 @@ struct FewGateUp {
           if (P == Promotion::hybrid && m.super_groups > 1) super = few_super(m, tops, block);
           const FewGroup group =
               P == Promotion::block ? FewGroup::of_block(tops[block]) : FewGroup::of_hybrid(m, super, tops[block]);
-          kernels::load_elems(args.x, token, column, v);
           q = group.quantize(v);
           if (few_begins_block(m, column)) {
             few_store_scale<P>(m, a_scales + token * args.layout.a_words, block, group, super.f);
           }
         }
       } else {
-        FewRange range;
-        if (lane < pieces) {
-          const int32_t at = token * pieces + lane;
-          range.top = shared.top[0][at];
-          range.low = shared.top[1][at];
-          range.high = shared.top[2][at];
+        if (token != known) {
+          known = token;
+          FewRange range;
+          if (lane < pieces()) {
+            const int32_t at = token * pieces() + lane;
+            range.top = shared.top[0][at];
+            range.low = shared.top[1][at];
+            range.high = shared.top[2][at];
+          }
+          range.reduce(m.column_sum != nullptr);
+          s = FewScale(m, range);
         }
-        range.reduce(m.column_sum != nullptr);
-        const FewScale s(m, range);
-        if (column < m.k) {
-          kernels::load_elems(args.x, token, column, v);
-          q = s.quantize(v);
-        }
+        if (column < m.k) q = s.quantize(v);
         if (piece == 0 && lane == 0) {
           shared.scale[token] = s.scale;
           shared.zero[token] = s.zero;
@@ -107,7 +128,7 @@ struct FewGateUp {
     }
   }
 
-  // A place in the sequence of (entry, column), kFewGateUpWarps columns from pair to pair.
+  // A place in the sequence of (entry, column); a warp's pairs are kFewGateUpWarps columns apart.
   struct Place {
     int32_t entry, column;
     __device__ __forceinline__ void advance(int32_t width) {
@@ -119,7 +140,7 @@ struct FewGateUp {
     return {entry, pair - entry * width};
   }
 
-  // All threads: the scales of the CTA's weight rows.
+  // All warps that multiply: the scales of the CTA's weight rows.
   __device__ __forceinline__ void copy_scales() const {
     const int32_t words = args.layout.w_words, half = args.layout.half_blocks;
 #pragma unroll 1
@@ -238,137 +259,164 @@ struct FewGateUp {
     __syncwarp();  // the slots may be written again
   }
 
-  // Has L2 fetch the first rows of all warps, of the CTA's `pairs` from `first_pair` on, while x is quantised: a thread
-  // asks for a row, or for the rows' piece of a panel.
-  __device__ __forceinline__ void prefetch(int32_t first_pair, int32_t pairs) const {
-    const auto thread = static_cast<int32_t>(threadIdx.x), half = thread % 2;
-    const int32_t rows = min(pairs, kFewGateUpWarps * max(1, kFewPrefetchBytes / (2 * m.k)));
-    const bool by_panels = m.w_row != m.k;
-    if (rows <= 0 || thread / 2 >= (by_panels ? m.k / m.w_row : rows)) return;
-    const Place p = place(first_pair + (by_panels ? 0 : thread / 2));
-    const int8_t* const from = m.w + static_cast<int64_t>(shared.entry[p.entry].expert) * m.n * m.k +
-                               static_cast<int64_t>(p.column + half * width) * m.w_row +
-                               (by_panels ? thread / 2 * static_cast<int64_t>(m.w_panel) : 0);
-    ptx::prefetch_bulk(from, static_cast<uint32_t>((by_panels ? min(rows, width - p.column) : 1) * m.w_row));
+  // ---- the ring ----
+  __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
+  __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
+  __device__ __forceinline__ int32_t half_bytes() const { return args.layout.stage_pairs * m.k; }
+  __device__ __forceinline__ uint8_t* stage(int32_t slot) const { return ring + slot * 2 * half_bytes(); }
+
+  // Where the warp that copies is; left: the CTA's pairs that it has not asked for.
+  struct Copier {
+    Place at{};
+    int32_t left = 0, slot = 0;
+    uint32_t parity = 1;  // the ring is empty
+  };
+  // The next stage: of its pairs, those of one entry are a copy of gate rows and one of up rows, or two for each panel.
+  __device__ __forceinline__ void copy_stage(Copier& c) const {
+    ptx::barrier_wait(empty(c.slot), c.parity);
+    int32_t pairs = min(args.layout.stage_pairs, c.left);
+    c.left -= pairs;
+    if (lane == 0) ptx::barrier_arrive_expect(full(c.slot), static_cast<uint32_t>(2 * pairs * m.k));
+    __syncwarp();
+    uint32_t to = ptx::shared_address(stage(c.slot));
+    while (pairs > 0) {
+      const int32_t together = min(pairs, width - c.at.column);
+      const int8_t* const from = m.w + static_cast<int64_t>(shared.entry[c.at.entry].expert) * m.n * m.k +
+                                 static_cast<int64_t>(c.at.column) * m.w_row;
+#pragma unroll 1
+      for (int32_t i = lane; i * m.w_row < 2 * m.k; i += 32) {
+        const int32_t half = i % 2, panel = i / 2;
+        ptx::copy_bulk(to + static_cast<uint32_t>(half * half_bytes() + panel * args.layout.w_panel),
+                       from + static_cast<int64_t>(half) * width * m.w_row + panel * static_cast<int64_t>(m.w_panel),
+                       static_cast<uint32_t>(together * m.w_row), full(c.slot), ptx::kEvictFirst);
+      }
+      to += static_cast<uint32_t>(together * m.w_row);
+      pairs -= together;
+      c.at.column += together;
+      if (c.at.column == width) {
+        c.at.column = 0;
+        ++c.at.entry;
+      }
+    }
+    if (++c.slot == args.layout.stages) {
+      c.slot = 0;
+      c.parity ^= 1u;
+    }
   }
 
-  // Up to 32 pairs of this warp, from `first_pair` on.
-  __device__ __forceinline__ void run(int32_t first_pair, int32_t pairs, bool first, bool last) const {
-    const int64_t up = static_cast<int64_t>(width) * m.w_row;
-    int4 w[kFewDepth][kFewPieces][2] = {};
-    // What is loaded next, and what is multiplied next.
-    Place to_load = place(first_pair), at = to_load;
-    int32_t loads = pairs, load_column = lane * 16, column = 0;
-    const int8_t* from = nullptr;
-    const auto open = [&] {
-      from = m.w + static_cast<int64_t>(shared.entry[to_load.entry].expert) * m.n * m.k +
-             static_cast<int64_t>(to_load.column) * m.w_row + lane / 8 * static_cast<int64_t>(m.w_panel) + lane % 8 * 16;
-    };
-    const auto load = [&](int4(&unit)[kFewPieces][2]) {
-      if (loads == 0) return;
-#pragma unroll
-      for (int i = 0; i < kFewPieces; ++i) {
-        const int32_t c = load_column + 512 * i;
-        const int8_t* const piece = from + i * 4 * static_cast<int64_t>(m.w_panel);
-        ptx::load_once(unit[i][0], piece, c < m.k);
-        ptx::load_once(unit[i][1], piece + up, c < m.k);
-      }
-      from += kFewUnit / 128 * static_cast<int64_t>(m.w_panel);
-      load_column += kFewUnit;
-      if (load_column - lane * 16 < m.k) return;
-      load_column = lane * 16;
-      to_load.advance(width);
-      if (--loads != 0) open();
-    };
-    if (pairs > 0) open();
-#pragma unroll
-    for (int i = 0; i < kFewDepth; ++i) load(w[i]);
-    if (kBlocks && first) copy_scales();
-    float scale[2] = {};  // channel: lane i: of pair i
-    if (!kBlocks && lane < pairs) {
+  // A warp that multiplies: of the CTA's `all` pairs, the first of which is `begin`, its own. All warps follow all stages,
+  // so that a barrier's parity tells them of its turn.
+  __device__ __forceinline__ void run(int32_t begin, int32_t all) const {
+    const int32_t stage_pairs = args.layout.stage_pairs;
+    // Room for a pair's results.
+    const int32_t most = (kBlocks ? args.layout.slots : 32) - kFewTogether;
+    int32_t first_pair = begin + warp;  // that `pair` counts from
+    float scale[2] = {};                // channel: lane i: of pair i
+    const auto load_scales = [&] {
+      if (first_pair + lane * kFewGateUpWarps >= begin + all) return;
       const Place p = place(first_pair + lane * kFewGateUpWarps);
       const int32_t expert = shared.entry[p.entry].expert;
       const int64_t row = static_cast<int64_t>(expert) * m.n + p.column;
       scale[0] = m.scale[m.per_tensor ? expert : row];
       scale[1] = m.scale[m.per_tensor ? expert : row + width];
-    }
-    int32_t acc[kFewTogether][2] = {}, sum[2] = {}, tag = 0, done = 0, filled = 0, pair = 0;
-    int32_t count = 0;
-    uint32_t entry_rows = 0;
-    const auto enter = [&] {
-      count = shared.entry[at.entry].count;
-      entry_rows = shared.entry[at.entry].rows;
     };
-    const auto multiply = [&](const int4(&unit)[kFewPieces][2]) {
-      const auto dots = [&](int i, const auto& use) {
-        const int8_t* a = rows + few_byte(entry_rows, i) * stride + column + lane * 16;
-#pragma unroll
-        for (int j = 0; j < kFewPieces; ++j) {
-          const int4 v = *reinterpret_cast<const int4*>(a + 512 * j);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) use(j, half, v);
-        }
-      };
+    if constexpr (kBlocks) {
+      copy_scales();
+    } else {
+      load_scales();
+    }
+    int32_t sum[2] = {}, tag = 0, done = 0, filled = 0, pair = 0, slot = 0, mine = warp;
+    uint32_t parity = 0;
+    const auto finish = [&] {
       if constexpr (kBlocks) {
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          int32_t d[kFewPieces][2];
-          dots(i, [&](int j, int half, const int4& v) { d[j][half] = few_dot(unit[j][half], v, 0); });
-          keep_pieces(done + filled + i, column, d);
-        }
+        finish_blocks(done, filled, tag, first_pair);
       } else {
+        finish_sums(filled, sum, tag, first_pair, scale);
+      }
+      done += filled;
+      filled = 0;
+    };
+    Place at = place(first_pair);
+#pragma unroll 1
+    for (int32_t first = 0; first < all; first += stage_pairs) {
+      ptx::barrier_wait(full(slot), parity);
+      const bool works = mine < min(first + stage_pairs, all);
+      if (works) {
+        const int32_t count = shared.entry[at.entry].count;
+        const uint32_t entry_rows = shared.entry[at.entry].rows;
+        const uint8_t* from = stage(slot) + (mine - first) * args.layout.w_row + lane / 8 * args.layout.w_panel +
+                              lane % 8 * 16;
+        int32_t acc[kFewTogether][2] = {};
+#pragma unroll 1
+        for (int32_t column = 0; column < m.k; column += kFewUnit) {
+          int4 unit[kFewPieces][2];
+#pragma unroll
+          for (int j = 0; j < kFewPieces; ++j) {
+            const bool exists = column + 512 * j + lane * 16 < m.k;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              unit[j][half] = exists ? *reinterpret_cast<const int4*>(from + j * 4 * args.layout.w_panel +
+                                                                      half * half_bytes())
+                                     : int4{};
+            }
+          }
+          from += kFewUnit / 128 * args.layout.w_panel;
+          const auto dots = [&](int i, const auto& use) {
+            const int8_t* a = rows + few_byte(entry_rows, i) * stride + column + lane * 16;
+#pragma unroll
+            for (int j = 0; j < kFewPieces; ++j) {
+              const int4 v = *reinterpret_cast<const int4*>(a + 512 * j);
+#pragma unroll
+              for (int half = 0; half < 2; ++half) use(j, half, v);
+            }
+          };
+          if constexpr (kBlocks) {
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+              int32_t d[kFewPieces][2];
+              dots(i, [&](int j, int half, const int4& v) { d[j][half] = few_dot(unit[j][half], v, 0); });
+              keep_pieces(done + filled + i, column, d);
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < kFewTogether; ++i) {
+              if (i > 0 && i >= count) break;
+              dots(i, [&](int j, int half, const int4& v) { acc[i][half] = few_dot(unit[j][half], v, acc[i][half]); });
+            }
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kFewTogether; ++i) {
           if (i > 0 && i >= count) break;
-          dots(i, [&](int j, int half, const int4& v) { acc[i][half] = few_dot(unit[j][half], v, acc[i][half]); });
-        }
-      }
-      column += kFewUnit;
-      if (column < m.k) return;
+          if (lane == filled + i) tag = pair * kFewTogether + i;
+          if constexpr (!kBlocks) {
 #pragma unroll
-      for (int i = 0; i < kFewTogether; ++i) {
-        if (i > 0 && i >= count) break;
-        if (lane == filled + i) tag = pair * kFewTogether + i;
-        if constexpr (!kBlocks) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int32_t total = few_sum(acc[i][half]);
-            if (lane == filled + i) sum[half] = total;
-            acc[i][half] = 0;
+            for (int half = 0; half < 2; ++half) {
+              const int32_t total = few_sum(acc[i][half]);
+              if (lane == filled + i) sum[half] = total;
+            }
           }
         }
+        filled += count;
       }
-      filled += count;
-      column = 0;
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(empty(slot));
+      if (++slot == args.layout.stages) {
+        slot = 0;
+        parity ^= 1u;
+      }
+      if (!works) continue;
       ++pair;
+      mine += kFewGateUpWarps;
       at.advance(width);
-      if (pair < pairs) enter();
-    };
-    if (pairs > 0) enter();
-    // Room must be for the results that kFewDepth units may end or begin: five of them; of rows of three or more units,
-    // three.
-    const int32_t most = kBlocks && args.layout.slots < 32 ? 16 - 3 * kFewTogether
-                                                                      : 32 - kFewDepth * kFewTogether;
-    while (pair < pairs) {
-#pragma unroll
-      for (int i = 0; i < kFewDepth; ++i) {
-        if (pair < pairs) {
-          multiply(w[i]);
-          load(w[i]);
-        }
-      }
-      // The last weights are under way: from here on `down` may load beside this kernel.
-      if (last && loads == 0) ptx::grid_dependency_launch();
-      if (filled > most || pair == pairs) {
-        if constexpr (kBlocks) {
-          finish_blocks(done, filled, tag, first_pair);
-        } else {
-          finish_sums(filled, sum, tag, first_pair, scale);
-        }
-        done += filled;
-        filled = 0;
+      if (filled > most || pair == 32) finish();
+      if (pair == 32) {  // lanes have scales of so many
+        first_pair += 32 * kFewGateUpWarps;
+        pair = 0;
+        if constexpr (!kBlocks) load_scales();
       }
     }
+    finish();
   }
 };
 
@@ -378,50 +426,67 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   FewShared& shared = *reinterpret_cast<FewShared*>(memory);
   using Gate = FewGateUp<P>;
   const FewMatrix& m = args.w13;
-  // Whoever wrote x and the routes has ended from here on. It has for `down` as well, since no CTA lets that start
-  // before its own wait is over.
-  ptx::grid_dependency_wait();
   const int warp = few_warp();
-  if (warp == kFewGateUpWarps - 1) few_group(shared, args.routes, true);
-  if (Gate::kBlocks && threadIdx.x == 0) {
-    ptx::barrier_init(ptx::shared_address(&shared.scales_full), 32 * kFewGateUpWarps);
-    ptx::barrier_init_fence();
-  }
   Gate g{args,
          m,
          shared,
-         reinterpret_cast<int8_t*>(memory + kFewHeaderBytes),
+         memory + kFewHeaderBytes,
+         reinterpret_cast<int8_t*>(memory + args.layout.rows),
          reinterpret_cast<uint32_t*>(memory + args.layout.a),
          reinterpret_cast<uint32_t*>(memory + args.layout.w),
-         reinterpret_cast<int32_t*>(memory + args.layout.sums) +
-             warp * args.layout.slots * args.layout.slot_words,
+         reinterpret_cast<int32_t*>(memory + args.layout.sums) + warp * args.layout.slots * args.layout.slot_words,
          few_lane(),
          warp,
          m.n / 2,
          kernels::few_x_stride(m.k),
          0,
          0};
-  g.measure();
+  const bool copies = warp == kFewGateUpWarps;
+  if (copies && g.lane == 0) {
+    for (int32_t i = 0; i < args.layout.stages; ++i) {
+      ptx::barrier_init(g.full(i), 1);
+      ptx::barrier_init(g.empty(i), kFewGateUpWarps);
+    }
+    if (Gate::kBlocks) ptx::barrier_init(ptx::shared_address(&shared.scales_full), 32 * kFewGateUpWarps);
+    ptx::barrier_init_fence();
+  }
+  // Whoever wrote x and the routes has ended from here on. It has for `down` as well, since no CTA lets that start
+  // before its own wait is over.
+  ptx::grid_dependency_wait();
+  // The CTA's pairs.
+  int32_t begin = 0, pairs = 0;
+  const auto share = [&] {
+    const auto all = static_cast<uint32_t>(shared.entries * g.width), each = all / gridDim.x, rest = all % gridDim.x;
+    begin = static_cast<int32_t>(each * blockIdx.x + min(blockIdx.x, rest));
+    pairs = static_cast<int32_t>(each + (blockIdx.x < rest ? 1u : 0u));
+  };
+  typename Gate::Copier copier;
+  typename Gate::Kept kept;
+  if (copies) {
+    few_group(shared, args.routes, true);
+    __syncwarp();
+    share();
+    copier.at = g.place(begin);
+    copier.left = pairs;
+    for (int32_t i = 0; i < args.layout.stages && copier.left > 0; ++i) g.copy_stage(copier);
+  } else {
+    g.measure(kept);
+  }
   __syncthreads();
-  const int64_t all = static_cast<int64_t>(shared.entries) * g.width;
-  const auto begin = static_cast<int32_t>(all * blockIdx.x / gridDim.x);
-  const auto end = static_cast<int32_t>(all * (blockIdx.x + 1) / gridDim.x);
-  int32_t pair = begin + g.warp, left = max(0, (end - pair + kFewGateUpWarps - 1) / kFewGateUpWarps);
-  g.prefetch(begin, end - begin);
-  g.quantize();
+  if (!copies) g.quantize(kept);
   __syncthreads();
+  if (copies) {
+    while (copier.left * 2 * m.k > kernels::kFewEarlyBytes) g.copy_stage(copier);
+    ptx::grid_dependency_launch();
+    while (copier.left > 0) g.copy_stage(copier);
+    return;
+  }
+  share();
   if constexpr (Gate::kBlocks) {
     g.first_block = g.block_of(g.place(begin));
-    g.blocks = begin < end ? g.block_of(g.place(end - 1)) - g.first_block + 1 : 0;
+    g.blocks = pairs > 0 ? g.block_of(g.place(begin + pairs - 1)) - g.first_block + 1 : 0;
   }
-  bool first = true;
-  do {
-    const int32_t pairs = min(left, 32);
-    left -= pairs;
-    g.run(pair, pairs, first, left == 0);
-    pair += pairs * kFewGateUpWarps;
-    first = false;
-  } while (left > 0);
+  g.run(begin, pairs);
 }
 
 }  // namespace octomoe::sm90

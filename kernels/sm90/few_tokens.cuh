@@ -52,12 +52,10 @@ struct FewShared {
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
   uint64_t scales_full;  // gate_up, block and hybrid: the scales of its weight rows are there
-  union {
-    // gate_up: largest magnitudes of kFewColumns values of a row (channel; asymmetric: of the negative and of the
-    // positive ones too), or of each K-block.
-    uint32_t top[3][kFewTokens * kFewMaxHidden / kFewColumns];
-    uint64_t barrier[2][kFewMaxStages];  // down: full, empty
-  };
+  uint64_t barrier[2][kFewMaxStages];  // of the ring: full, empty
+  // gate_up: largest magnitudes of kFewColumns values of a row (channel; asymmetric: of the negative and of the positive
+  // ones too), or of each K-block.
+  uint32_t top[3][kFewTokens * kFewMaxHidden / kFewColumns];
 };
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
 
@@ -144,6 +142,7 @@ struct FewScale {
   float scale, inverse, low, high;
   int32_t zero;
 
+  FewScale() = default;
   __device__ __forceinline__ FewScale(const FewMatrix& m, const FewRange& r) : zero(0) {
     const bool finite = r.top < num::kInfBits;
     if (m.column_sum != nullptr) {

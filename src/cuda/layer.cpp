@@ -24,14 +24,14 @@ namespace {
 // two or three calls, and 0.11 MiB on the GPU (H100, bench/results/host_cost_h100.json).
 constexpr int kCallsBeforeGraph = 3;
 
-// Of weights that the kernels for few tokens are likely to read at most: they save launches and lose some bandwidth,
-// more of it where sums per K-block cost instructions. From there on the others are as fast (H100, docs/kernels.md).
+// Of weights that the kernels for few tokens are likely to read at most, each route's counted: they save launches, and
+// lose where routes or sums per K-block cost instructions. From there on the others are as fast (H100, docs/kernels.md).
 // In panels they gain less, the others more.
 std::int64_t few_most_bytes(const DeviceMatrix& m) {
-  if (m.in_panels()) return 48'000'000;
-  return m.promotion() == kernels::Promotion::channel ? 128'000'000
-         : m.promotion() == kernels::Promotion::block ? 64'000'000
-                                                      : 48'000'000;
+  const bool panels = m.in_panels();
+  return m.promotion() == kernels::Promotion::channel ? (panels ? 152'000'000 : 270'000'000)
+         : m.promotion() == kernels::Promotion::block ? (panels ? 60'000'000 : 152'000'000)
+                                                      : (panels ? 40'000'000 : 80'000'000);
 }
 
 // The steps of a layer, for the lifetimes of its buffers.
@@ -225,7 +225,7 @@ class CudaLayer final : public LayerBackend {
     FewPlan p;
     p.gate_up = kernels::few_gate_up_layout(routed_.w13.promotion(), w13, static_cast<int>(tokens), top_k,
                                             info_.multiprocessors);
-    if (p.gate_up.bytes > few_gate_up_->shared_bytes) return {};
+    if (p.gate_up.stages < 2) return {};
     p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
     const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
     if (most == 0) return {};
