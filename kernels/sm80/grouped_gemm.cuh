@@ -67,6 +67,9 @@ struct GroupedGemm {
   static constexpr int kOutColumns = C.gated() ? kMT : kColumns;  // neighbouring output columns a thread owns
   static constexpr int kHalves = C.gated() ? 2 : 1;
   static constexpr int kTables = C.stages + 1;
+  // SM90: tiles of so many tokens need more registers than each of twelve warps may have. Those that copy give up theirs.
+  static constexpr bool kMovesRegisters = kWarps == 8 && C.block_n > 96;
+  static constexpr int kRegisters = 200, kCopyRegisters = 96;  // 256 and 128 threads, of 168 each
   // Order::tiles: token tiles whose mma alternate, so that at least four chains of mma run side by side.
   static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1, kGroups = kNT / kGroup;
   // Order::tiles: the scales of a stage's weights travel with the stage, one for each kScaleRows rows.
@@ -721,6 +724,9 @@ struct GroupedGemm {
     __syncthreads();
     // By a shuffle: so the compiler knows that a warp agrees on what follows from it, and keeps that in uniform registers.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    if constexpr (kMovesRegisters) {
+      warp >= kWarps ? ptx::lower_registers<kCopyRegisters>() : ptx::raise_registers<kRegisters>();
+    }
     if (warp >= kWarps) {
       slot.parity = 1;  // the ring is empty
       const int thread = static_cast<int>(threadIdx.x) - 32 * kWarps;

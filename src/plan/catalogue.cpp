@@ -36,6 +36,8 @@ constexpr Tile kChannel90[] = {
     {128, 8, 128, 5, 4, 1, 2, kSteps},
     {128, 64, 128, 4, 2, 2, 2, kSteps},
     {256, 96, 128, 4, 4, 2, 1, kSteps},
+    {256, 112, 128, 4, 4, 2, 1, kSteps},
+    {256, 128, 128, 4, 4, 2, 1, kSteps},
 };
 constexpr Tile kChannel80[] = {
     {128, 8, 128, 4, 4, 1, 2, kSteps},  {128, 16, 128, 3, 4, 1, 2, kSteps}, {128, 32, 128, 3, 4, 1, 2, kSteps},
@@ -48,6 +50,13 @@ constexpr Tile kChannel89[] = {
 constexpr Tile kBlock90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
     {128, 96, 128, 6, 4, 2, 1, kTiles},
+    {128, 112, 128, 6, 4, 2, 1, kTiles},
+};
+constexpr Tile kHybrid90[] = {
+    {128, 8, 128, 5, 4, 1, 2, kTiles},
+    {128, 96, 128, 6, 4, 2, 1, kTiles},
+    {128, 112, 128, 6, 4, 2, 1, kTiles},
+    {128, 128, 128, 6, 4, 2, 1, kTiles},
 };
 constexpr Tile kBlock80[] = {
     {128, 8, 128, 4, 4, 1, 2, kTiles},
@@ -86,7 +95,7 @@ std::span<const Tile> tiles_of(Promotion promotion, bool fine, int family) {
   if (fine) return kGeneral;
   if (promotion == Promotion::channel) return of(kChannel80, kChannel89, kChannel90);
   if (promotion == Promotion::hybrid_flush) return of(kFlush80, kFlush89, kFlush90);
-  return of(kBlock80, kBlock89, kBlock90);
+  return of(kBlock80, kBlock89, promotion == Promotion::hybrid ? std::span<const Tile>(kHybrid90) : kBlock90);
 }
 
 KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {

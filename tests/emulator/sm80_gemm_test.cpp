@@ -61,6 +61,7 @@ TEST(Sm80Gemm, Channel8Tokens) { check_channel<Tile{128, 8, 128, 5, 4, 1, Order:
 TEST(Sm80Gemm, Channel16Tokens) { check_channel<Tile{128, 16, 128, 4, 4, 1, Order::steps}>(); }
 TEST(Sm80Gemm, Channel64Tokens) { check_channel<Tile{128, 64, 128, 4, 2, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel96Tokens) { check_channel<Tile{256, 96, 128, 4, 4, 2, Order::steps}>(); }
+TEST(Sm80Gemm, Channel128Tokens) { check_channel<Tile{256, 128, 128, 4, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel96TokensThreeStages) { check_channel<Tile{128, 96, 128, 3, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelStagesOf64Bytes) { check_channel<Tile{128, 128, 64, 4, 2, 4, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
@@ -140,6 +141,8 @@ TEST(Sm80Gemm, BlockOfAnyWidth) {
 }
 TEST(Sm80Gemm, Hybrid16Tokens) { check_blocks<Promotion::hybrid, Tile{128, 16, 128, 5, 4, 1, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid32Tokens) { check_blocks<Promotion::hybrid, Tile{128, 32, 128, 4, 4, 1, Order::tiles}>(128); }
+TEST(Sm80Gemm, Block112Tokens) { check_blocks<Promotion::block, Tile{128, 112, 128, 6, 4, 2, Order::tiles}>(128); }
+TEST(Sm80Gemm, Hybrid128Tokens) { check_blocks<Promotion::hybrid, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid96Tokens) { check_blocks<Promotion::hybrid, Tile{128, 96, 128, 5, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, HybridOfAnyWidth) {
   check_blocks<Promotion::hybrid, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64);

@@ -5,5 +5,9 @@ namespace octomoe::ptx {
 
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
+template <int kRegisters>
+inline void raise_registers() {}
+template <int kRegisters>
+inline void lower_registers() {}
 
 }  // namespace octomoe::ptx

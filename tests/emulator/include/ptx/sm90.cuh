@@ -44,11 +44,6 @@ inline void send_word(uint32_t to, uint32_t barrier, uint32_t rank, int32_t word
 inline int32_t load_remote(uint32_t shared, uint32_t rank) { return emulator::load_remote(shared, rank); }
 inline void cluster_sync() { emulator::cluster_barrier(); }
 
-template <int kRegisters>
-inline void raise_registers() {}
-template <int kRegisters>
-inline void lower_registers() {}
-
 inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
   return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16;
 }
