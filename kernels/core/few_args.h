@@ -8,8 +8,8 @@ namespace octomoe::kernels {
 
 inline constexpr int kFewTokens = 8, kFewRoutes = 64;
 // A multiprocessor is to hold one CTA of either kernel, not two of one, so that `down` loads weights beside the end of
-// gate_up: of its four register files of 512 registers a lane, each holds four warps of 65 to 72 and four of 56, but not
-// eight of 65; two of `down` have no room in shared memory.
+// gate_up: of its four register files of 512 registers a lane, each holds four warps of 65 to 72 and four of 56, but
+// not eight of 65; two of `down` have no room in shared memory.
 inline constexpr int kFewGateUpWarps = 15, kFewDownWarps = 16;  // that multiply; gate_up has one more, which copies
 inline constexpr int kFewGateUpThreads = 32 * (kFewGateUpWarps + 1), kFewDownThreads = 32 * kFewDownWarps;
 inline constexpr int kFewGateUpRegisters = 72, kFewDownRegisters = 56;  // at most
@@ -20,8 +20,8 @@ inline constexpr int kFewDownMinSharedBytes = 115 * 1024;
 inline constexpr int kFewHeaderBytes = 6144;  // shared memory before anything whose size depends on the shape
 inline constexpr int kFewMaxHidden = 8192;
 inline constexpr int kFewGateUpSharedBytes = 111 * 1024;  // at most: what `down` leaves
-// Of the gate rows in a stage of gate_up's ring, and of the up rows: no more than this, or one row. In panels more, since
-// a copy has 128 bytes of each row only, and its size decides.
+// Of the gate rows in a stage of gate_up's ring, and of the up rows: no more than this, or one row. In panels more,
+// since a copy has 128 bytes of each row only, and its size decides.
 inline constexpr int kFewGateUpStageBytes = 8192, kFewGateUpPanelStageBytes = 24576;
 // What a CTA of gate_up has not asked for when it lets `down` start, whose first copies follow its last ones then.
 inline constexpr int kFewEarlyBytes = 64 * 1024;

@@ -135,6 +135,7 @@ struct GemmArgs {
   const int32_t* a_zero;          // asymmetric: [rows of a]; null: symmetric
   const int32_t* column_sum;      // asymmetric: [E, N]
   const int32_t* expert_offsets;  // [E + 1]; masked: rows used of each expert, [E]
+  int32_t offsets_limit;          // they are a caller's, to be taken as at most so many rows; 0: as they are
   const int32_t* row_source;      // row -> row of a; null: the row itself
   const float* row_factor;        // multiplies a's scales, indexed like rows; null: 1
   const float* bias;              // [E, N] or null

@@ -40,6 +40,13 @@ __device__ __forceinline__ void count_rows(TileList& list, int32_t experts, cons
   __syncthreads();
 }
 
+// Where expert e's rows begin, e = E: end. A caller's wrong offsets cost wrong rows, never one outside.
+__device__ __forceinline__ int32_t offset_of(const GemmArgs& args, int32_t e) {
+  const int32_t offset = args.expert_offsets[e];
+  if (args.offsets_limit == 0) return offset;
+  return e == 0 ? 0 : min(max(offset, 0), args.offsets_limit);
+}
+
 // All threads call it; ends with a barrier. Any number of threads that is a multiple of 32. With routes, at most
 // kCountedRoutes, they are counted, and args.expert_offsets is not looked at.
 template <int kBlockN, int kThreads>
@@ -58,8 +65,8 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
         begin = e * args.masked_rows;
         count = args.expert_offsets[e];
       } else {
-        begin = args.expert_offsets[e];
-        count = args.expert_offsets[e + 1] - begin;
+        begin = offset_of(args, e);
+        count = max(offset_of(args, e + 1) - begin, 0);
       }
     }
     const int32_t tiles = (count + kBlockN - 1) / kBlockN;
@@ -89,7 +96,7 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
     list.first_tile[args.experts] = routes != nullptr ? carry >> 16 : carry;
     list.row_begin[args.experts] = routes != nullptr      ? carry & 0xffff
                                    : args.masked_rows > 0 ? 0
-                                                          : args.expert_offsets[args.experts];
+                                                          : offset_of(args, args.experts);
   }
   __syncthreads();
 }

@@ -352,6 +352,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .a_zero = s.asymmetric ? p.a.zero : nullptr,
       .column_sum = m_.column_sum.as<std::int32_t>(),
       .expert_offsets = p.index,
+      .offsets_limit = p.index_limit,
       .row_source = p.row_source,
       .row_factor = p.row_factor,
       .bias = p.bias != nullptr ? p.bias : bias_.as<float>(),

@@ -114,6 +114,7 @@ class DeviceMatrix {
   struct Problem {
     QuantizedRows a;
     const std::int32_t* index;      // offsets [E + 1] or counts [E]
+    std::int32_t index_limit = 0;   // offsets that nobody has checked count as at most this; 0: they are right
     std::int32_t* taken = nullptr;  // a zero, which is zero again afterwards; null: tiles are shared out beforehand
     bool index_late = false;        // launches that wrote them may still run; otherwise they were done two launches ago
     kernels::Routes routes{};       // what index was made of, at most kCountedRoutes: then it need not be waited for

@@ -25,8 +25,8 @@ namespace {
 constexpr int kCallsBeforeGraph = 3;
 
 // Of weights that the kernels for few tokens are likely to read at most, each route's counted: they save launches, and
-// lose where routes or sums per K-block cost instructions. From there on the others are as fast (H100, docs/kernels.md).
-// In panels they gain less, the others more.
+// lose where routes or sums per K-block cost instructions. From there on the others are as fast (H100,
+// docs/kernels.md). In panels they gain less, the others more.
 std::int64_t few_most_bytes(const DeviceMatrix& m) {
   const bool panels = m.in_panels();
   return m.promotion() == kernels::Promotion::channel ? (panels ? 152'000'000 : 270'000'000)

@@ -14,6 +14,10 @@
 namespace octomoe::cuda {
 namespace {
 
+// Up to so many rows an expert the GEMM reads the caller's offsets itself, and its tiles are shared out beforehand.
+// From there on taking them one by one is worth the launch that zeroes their counter (docs/kernels.md).
+constexpr std::int64_t kOffsetsRows = 48;
+
 struct Plan {
   WorkspacePlan memory;
   int index, q, scale, block_q, zero;
@@ -52,39 +56,51 @@ class CudaMatrix final : public MatrixBackend {
     auto* base = static_cast<std::uint8_t*>(workspaces_.choose(g.workspace, p.memory.bytes(), g.stream));
     const auto at = [&](int buffer) { return base + p.memory.offset(buffer); };
     const Launcher launcher(info_, g.stream);
-    auto* index = reinterpret_cast<std::int32_t*>(at(p.index));
+    DeviceMatrix::Problem problem;
     const std::int64_t group_rows = masked ? g.a.values.dim(1) : rows;
-    launcher(index_kernel_, 1,
-             kernels::GroupIndexArgs{.index = g.groups.index.data(),
-                                     .is_64 = g.groups.index.dtype() == DType::int64,
-                                     .masked = masked,
-                                     .experts = static_cast<std::int32_t>(matrix_.experts()),
-                                     .rows = static_cast<std::int32_t>(group_rows),
-                                     .offsets = index});
+    const bool is_64 = g.groups.index.dtype() == DType::int64;
+    if (!masked && !is_64 && rows <= kOffsetsRows * matrix_.experts()) {
+      problem.index = g.groups.index.as<std::int32_t>();
+      problem.index_limit = static_cast<std::int32_t>(rows);
+      problem.index_late = true;
+    } else {
+      auto* index = reinterpret_cast<std::int32_t*>(at(p.index));
+      launcher(index_kernel_, 1,
+               kernels::GroupIndexArgs{.index = g.groups.index.data(),
+                                       .is_64 = is_64,
+                                       .masked = masked,
+                                       .experts = static_cast<std::int32_t>(matrix_.experts()),
+                                       .rows = static_cast<std::int32_t>(group_rows),
+                                       .offsets = index});
+      problem.index = index;
+      problem.taken = index + matrix_.experts() + 1;
+    }
     QuantizedRows q{reinterpret_cast<std::int8_t*>(at(p.q)), reinterpret_cast<float*>(at(p.scale)),
                     reinterpret_cast<std::int32_t*>(at(p.block_q)), reinterpret_cast<std::int32_t*>(at(p.zero)), rows};
     if (given) {
       q.q = a.as<std::int8_t>();
       q.zero = g.a.zero.as<std::int32_t>();
       const ScaleColumns c = matrix_.scale_columns();
-      const kernels::TransposeScalesArgs args{
-          .scale = g.a.scale.as<float>(),
-          .q = g.a.q.as<std::uint8_t>(),
-          .scale_out = q.scale,
-          .q_out = q.block_q,
-          .rows = rows,
-          .columns = static_cast<std::int32_t>(c.scale),
-          .q_columns = static_cast<std::int32_t>(c.block_q),
-          .broadcast = matrix_.scheme().activation_scale == ActivationScale::static_,
-      };
-      launcher(transpose_kernel_, ceil_div(rows * std::max(c.scale, c.block_q), 256), args);
+      const bool broadcast = matrix_.scheme().activation_scale == ActivationScale::static_;
+      if (c.scale == 1 && c.block_q == 0 && !broadcast) {  // as it is
+        q.scale = g.a.scale.as<float>();
+      } else {
+        const kernels::TransposeScalesArgs args{
+            .scale = g.a.scale.as<float>(),
+            .q = g.a.q.as<std::uint8_t>(),
+            .scale_out = q.scale,
+            .q_out = q.block_q,
+            .rows = rows,
+            .columns = static_cast<std::int32_t>(c.scale),
+            .q_columns = static_cast<std::int32_t>(c.block_q),
+            .broadcast = broadcast,
+        };
+        launcher(transpose_kernel_, ceil_div(rows * std::max(c.scale, c.block_q), 256), args);
+      }
     } else {
       matrix_.quantize(launcher, row_view(a), rows, nullptr, q);
     }
-    DeviceMatrix::Problem problem;
     problem.a = q;
-    problem.index = index;
-    problem.taken = index + matrix_.experts() + 1;
     problem.masked_rows = masked ? group_rows : 0;
     problem.rows = rows;
     problem.bias = g.bias.as<float>();

@@ -63,6 +63,11 @@ TEST(Sm80Gemm, Channel64Tokens) { check_channel<Tile{128, 64, 128, 4, 2, 2, Orde
 TEST(Sm80Gemm, Channel96Tokens) { check_channel<Tile{256, 96, 128, 4, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel128Tokens) { check_channel<Tile{256, 128, 128, 4, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel96TokensThreeStages) { check_channel<Tile{128, 96, 128, 3, 4, 2, Order::steps}>(); }
+// A caller's offsets that nobody has checked: below zero, beyond the rows, decreasing.
+TEST(Sm80Gemm, WrongOffsetsStayInside) {
+  check<Promotion::channel, kStore, Tile{128, 16, 128, 4, 4, 1, Order::steps}>(
+      {.rows = {9, 20, 3, 4}, .n = 128, .k = 128, .wrong_offsets = {7, -5, 1 << 30, 30, 1 << 30}, .seed = 2});
+}
 TEST(Sm80Gemm, ChannelStagesOf64Bytes) { check_channel<Tile{128, 128, 64, 4, 2, 4, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
   constexpr Tile kTile{128, 32, 128, 4, 4, 1, Order::steps};

@@ -97,6 +97,10 @@ constexpr TokenMajorConfig blocks(Promotion promotion, Epilogue epilogue, int bl
 
 // Widths of tiles: 16 to 128 in steps of 16, two tiles that share an expert's rows, one row, none.
 TEST(Sm90Gemm, ChannelRaggedExperts) { check<kStore>({.rows = {5, 0, 37, 1, 0, 128, 150}, .n = 288, .k = 272}); }
+// A caller's offsets that nobody has checked: below zero, beyond the rows, decreasing.
+TEST(Sm90Gemm, WrongOffsetsStayInside) {
+  check<kStore>({.rows = {9, 20, 3, 4}, .n = 256, .k = 128, .wrong_offsets = {7, -5, 1 << 30, 30, 1 << 30}, .seed = 2});
+}
 TEST(Sm90Gemm, ChannelWidthOfEveryTile) {
   check<kStore>({.rows = {16, 17, 33, 49, 65, 81, 97, 113}, .n = 32, .k = 128, .seed = 2}, 3);
 }
