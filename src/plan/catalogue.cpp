@@ -33,8 +33,10 @@ constexpr Order kSteps = Order::steps, kTiles = Order::tiles;
 // docs/kernels.md says what was measured. Blocks may take 227 KB of shared memory on SM90, 163 on SM80, 99 on SM86 and
 // SM89, 1 KB less than what a multiprocessor has.
 constexpr Tile kChannel90[] = {
-    {128, 8, 128, 5, 4, 1, 2, kSteps},   {128, 64, 128, 4, 2, 2, 2, kSteps},  {256, 96, 128, 4, 4, 2, 1, kSteps},
-    {256, 112, 128, 4, 4, 2, 1, kSteps}, {256, 128, 128, 4, 4, 2, 1, kSteps},
+    {128, 8, 128, 5, 4, 1, 2, kSteps},
+    {128, 64, 128, 4, 2, 2, 2, kSteps},
+    {256, 96, 128, 4, 4, 2, 1, kSteps},
+    {256, 128, 128, 4, 4, 2, 1, kSteps},
 };
 constexpr Tile kChannel80[] = {
     {128, 8, 128, 4, 4, 1, 2, kSteps},  {128, 16, 128, 3, 4, 1, 2, kSteps}, {128, 32, 128, 3, 4, 1, 2, kSteps},
@@ -46,13 +48,10 @@ constexpr Tile kChannel89[] = {
 };
 constexpr Tile kBlock90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 96, 128, 6, 4, 2, 1, kTiles},
     {128, 112, 128, 6, 4, 2, 1, kTiles},
 };
 constexpr Tile kHybrid90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 96, 128, 6, 4, 2, 1, kTiles},
-    {128, 112, 128, 6, 4, 2, 1, kTiles},
     {128, 128, 128, 6, 4, 2, 1, kTiles},
 };
 constexpr Tile kBlock80[] = {
