@@ -26,15 +26,17 @@ constexpr int kCallsBeforeGraph = 3;
 
 // Of weights that the kernels for few tokens are likely to read at most, each route's counted: they save launches, and
 // lose where routes or sums per K-block cost instructions. From there on the others are as fast (H100,
-// docs/kernels.md). In panels they gain less, the others more.
-std::int64_t few_most_bytes(const DeviceMatrix& m) {
+// docs/kernels.md). In panels they gain less, the others more. A single token's routes cost least, and those that the
+// ids leave out, which the host does not know of, nothing.
+std::int64_t few_most_bytes(const DeviceMatrix& m, std::int64_t tokens) {
   const bool panels = m.in_panels();
-  return m.promotion() == kernels::Promotion::channel ? (panels ? 152'000'000 : 270'000'000)
+  return m.promotion() == kernels::Promotion::channel ? (panels        ? 152'000'000
+                                                         : tokens == 1 ? 400'000'000
+                                                                       : 270'000'000)
          : m.promotion() == kernels::Promotion::block ? (panels ? 60'000'000 : 152'000'000)
                                                       : (panels ? 40'000'000 : 80'000'000);
 }
 
-// The steps of a layer, for the lifetimes of its buffers.
 enum Step : int { kFew, kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
 // kFew: the kernels for few tokens, instead of all others. The shared expert runs between kQuantizeX and kGather: its
 // own steps lie inside one of the layer's.
@@ -218,7 +220,8 @@ class CudaLayer final : public LayerBackend {
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
-        likely_rows(routes) * 3 * hidden_ * row > std::min(few_most_bytes(routed_.w13), few_most_bytes(routed_.w2))) {
+        likely_rows(routes) * 3 * hidden_ * row >
+            std::min(few_most_bytes(routed_.w13, tokens), few_most_bytes(routed_.w2, tokens))) {
       return {};
     }
     const kernels::FewMatrix w13 = *routed_.w13.few(), w2 = *routed_.w2.few();
