@@ -13,7 +13,6 @@ inline constexpr int kFewTokens = 8, kFewRoutes = 64;
 inline constexpr int kFewGateUpWarps = 15, kFewDownWarps = 16;  // that multiply; gate_up has one more, which copies
 inline constexpr int kFewGateUpThreads = 32 * (kFewGateUpWarps + 1), kFewDownThreads = 32 * kFewDownWarps;
 inline constexpr int kFewGateUpRegisters = 72, kFewDownRegisters = 56;  // at most
-inline constexpr int kFewGateUpMinRegisters = 65;
 // Of down's ring: enough to keep the memory busy while gate_up ends and h is quantised; more gains nothing.
 inline constexpr int kFewRingBytes = 112 * 1024;
 inline constexpr int kFewDownMinSharedBytes = 115 * 1024;

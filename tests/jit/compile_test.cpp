@@ -5,10 +5,12 @@
 #include <cstring>
 #include <thread>
 
+#include "core/few_args.h"
 #include "jit/key.h"
 #include "jit/pack_build.h"
 #include "jit/sass.h"
 #include "jit/support.h"
+#include "plan/catalogue.h"
 #include "support/errors.h"
 
 namespace octomoe::jit {
@@ -135,6 +137,23 @@ TEST(Compile, FailuresNameKernelFileAndLine) {
 TEST(Compile, UnknownArchitecture) {
   OCTOMOE_NEED_NVRTC();
   expect_error(ErrorCode::unsupported, "does not know sm_999", [] { compile(small_entry(), 999, small_sources()); });
+}
+
+// One CTA of either kernel for few tokens fits on a multiprocessor of SM90, and not two of gate_up (core/few_args.h): it
+// has four register files of 16384, and threads get registers in eights.
+TEST(Compile, FewTokensShareAMultiprocessor) {
+  OCTOMOE_NEED_NVRTC();
+  for (const kernels::Promotion p :
+       {kernels::Promotion::channel, kernels::Promotion::block, kernels::Promotion::hybrid}) {
+    const auto of_a_file = [&](const char* name) {
+      const KernelEntry& entry = plan::entry(plan::few_id(name, p));
+      return (compile(entry, 90).report.registers + 7) / 8 * 8 * (entry.threads / 4);
+    };
+    const int gate_up = of_a_file("gate_up"), down = of_a_file("down");
+    EXPECT_LE(gate_up + down, 16384) << static_cast<int>(p);
+    EXPECT_GT(2 * gate_up, 16384) << static_cast<int>(p);
+  }
+  EXPECT_GT(2 * kernels::kFewDownMinSharedBytes, 228 * 1024);
 }
 
 TEST(Compile, FromManyThreads) {
