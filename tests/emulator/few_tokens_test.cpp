@@ -20,6 +20,7 @@ struct Options {
   int stage_columns = kernels::kFewMaxStageColumns, stages = 3;
   bool ones = false;  // x and weights: sums as large as they can be
   bool panels = false;
+  bool small_ring = false;  // gate_up's: two stages
 };
 
 // values: of m, or in panels.
@@ -114,6 +115,16 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
   const Tensor values2 = o.panels ? to_panels(weights.w2.values) : weights.w2.values;
   const FewMatrix w13 = matrix(weights.w13, weights.b13, values13), w2 = matrix(weights.w2, weights.b2, values2);
   const Promotion first = promotion(weights.w13), second = promotion(weights.w2);
+  const auto layout = [&](int most_bytes) {
+    return kernels::few_gate_up_layout(first, w13, tokens, c.top_k, o.ctas, most_bytes);
+  };
+  kernels::FewGateUpLayout gate_up_layout = layout(kernels::kFewGateUpSharedBytes);
+  ASSERT_GE(gate_up_layout.stages, 2);
+  if (o.small_ring) {
+    const int stage = 2 * gate_up_layout.stage_pairs * w13.k;
+    gate_up_layout = layout(gate_up_layout.bytes - (gate_up_layout.stages - 2) * stage);
+    ASSERT_EQ(gate_up_layout.stages, 2);
+  }
   for (const Schedule& schedule : {Schedule{true, true, 0}, Schedule{false, true, 2 * c.seed},
                                    Schedule{true, true, 2 * c.seed + 1}, Schedule{false, true, 2 * c.seed + 3}}) {
     SCOPED_TRACE(std::string(schedule.late_copies ? "late" : "early") + " copies, seed " +
@@ -130,7 +141,7 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                          .h = h.data(),
                                          .up_first = c.order == GateUpOrder::up_gate,
                                          .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u),
-                                         .layout = kernels::few_gate_up_layout(first, w13, tokens, c.top_k, o.ctas)};
+                                         .layout = gate_up_layout};
     const kernels::FewDownArgs down{
         .routes = routes,
         .w2 = w2,
@@ -174,6 +185,23 @@ TEST(FewTokens, MostRoutes) {
   check({.experts = 40, .tokens = 8, .top_k = 8, .scheme = {}, .seed = 5}, {});
   check({.experts = 9, .tokens = 8, .top_k = 8, .scheme = {}, .seed = 41}, {.ctas = 2});
   check({.experts = 11, .tokens = 7, .top_k = 5, .scheme = {}, .seed = 42}, {.ctas = 3, .stages = 2});
+}
+// The ring's slots are used again and again, and stages lie in two experts.
+TEST(FewTokens, SmallRing) {
+  std::uint32_t seed = 170;
+  for (const char* scheme : {"int8_channel", "int8_block", "int8_hybrid"}) {
+    SCOPED_TRACE(scheme);
+    for (const bool panels : {false, true}) {
+      check({.experts = 6,
+             .hidden = panels ? 256 : 1040,
+             .intermediate = panels ? 128 : 112,
+             .tokens = 3,
+             .top_k = 4,
+             .scheme = Scheme::parse(scheme),
+             .seed = seed++},
+            {.ctas = 2, .panels = panels, .small_ring = true});
+    }
+  }
 }
 // Rows of several units with a short last one; longer than registers keep; more stages than the ring has.
 TEST(FewTokens, LongRows) {

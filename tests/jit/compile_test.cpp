@@ -139,8 +139,8 @@ TEST(Compile, UnknownArchitecture) {
   expect_error(ErrorCode::unsupported, "does not know sm_999", [] { compile(small_entry(), 999, small_sources()); });
 }
 
-// One CTA of either kernel for few tokens fits on a multiprocessor of SM90, and not two of gate_up (core/few_args.h): it
-// has four register files of 16384, and threads get registers in eights.
+// One CTA of either kernel for few tokens fits on a multiprocessor of SM90, and not two of gate_up (core/few_args.h):
+// it has four register files of 16384, and threads get registers in eights.
 TEST(Compile, FewTokensShareAMultiprocessor) {
   OCTOMOE_NEED_NVRTC();
   for (const kernels::Promotion p :
