@@ -476,7 +476,7 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   if (!copies) g.quantize(kept);
   __syncthreads();
   if (copies) {
-    while (copier.left * 2 * m.k > kernels::kFewEarlyBytes) g.copy_stage(copier);
+    while (copier.left > kernels::kFewEarlyBytes / (2 * m.k)) g.copy_stage(copier);
     ptx::grid_dependency_launch();
     while (copier.left > 0) g.copy_stage(copier);
     return;
