@@ -37,6 +37,7 @@ std::int64_t few_most_bytes(const DeviceMatrix& m, std::int64_t tokens) {
                                                       : (panels ? 40'000'000 : 80'000'000);
 }
 
+// The steps of a layer, for the lifetimes of its buffers.
 enum Step : int { kFew, kSort, kQuantizeX, kGather, kGemm1, kActivate, kQuantizeH, kGemm2, kCombine };
 // kFew: the kernels for few tokens, instead of all others. The shared expert runs between kQuantizeX and kGather: its
 // own steps lie inside one of the layer's.

@@ -62,7 +62,7 @@ class CudaMatrix final : public MatrixBackend {
     if (!masked && !is_64 && rows <= kOffsetsRows * matrix_.experts()) {
       problem.index = g.groups.index.as<std::int32_t>();
       problem.index_limit = static_cast<std::int32_t>(rows);
-      problem.index_late = true;
+      problem.index_late = true;  // unless a launch lies between
     } else {
       auto* index = reinterpret_cast<std::int32_t*>(at(p.index));
       launcher(index_kernel_, 1,
@@ -85,6 +85,7 @@ class CudaMatrix final : public MatrixBackend {
       if (c.scale == 1 && c.block_q == 0 && !broadcast) {  // as it is
         q.scale = g.a.scale.as<float>();
       } else {
+        problem.index_late = false;
         const kernels::TransposeScalesArgs args{
             .scale = g.a.scale.as<float>(),
             .q = g.a.q.as<std::uint8_t>(),
@@ -98,6 +99,7 @@ class CudaMatrix final : public MatrixBackend {
         launcher(transpose_kernel_, ceil_div(rows * std::max(c.scale, c.block_q), 256), args);
       }
     } else {
+      problem.index_late = false;
       matrix_.quantize(launcher, row_view(a), rows, nullptr, q);
     }
     problem.a = q;

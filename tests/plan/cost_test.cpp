@@ -56,6 +56,21 @@ TEST(GemmKernels, AreTheCatalogues) {
             ids(mma_kernels(Promotion::block, Epilogue::store, 128, 90)));
 }
 
+// The tile of 256x128 is for experts that fill it, as far as the model knows; other promotions have one large tile.
+TEST(Cost, LargestTileIsForFullTiles) {
+  const auto chosen = [](double rows_of_an_expert) {
+    const TuneKey k = key();
+    const auto list = mma_kernels(Promotion::channel, Epilogue::swiglu, 0, 90);
+    const auto cost_of = [&](const GemmKernel& kernel) {
+      return cost(kernel, work_of(kernel, k, rows_of_an_expert * static_cast<double>(k.experts)));
+    };
+    return std::ranges::min_element(list, {}, cost_of)->block_n;
+  };
+  EXPECT_EQ(chosen(1), 8);
+  EXPECT_EQ(chosen(192), 96);
+  EXPECT_EQ(chosen(4096), 128);
+}
+
 // Against counting: tokens that choose experts at random.
 TEST(Work, IsWhatRandomRoutingNeeds) {
   std::mt19937 random(1);
