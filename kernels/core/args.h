@@ -19,7 +19,7 @@ struct RowView {
   int32_t aligned;  // every row begins at a multiple of 16 bytes
 };
 
-// Behind offsets: WgmmaArgs::taken of the GEMMs that go by them.
+// Behind offsets: GemmArgs::taken of the GEMMs that go by them.
 inline constexpr int kTakenWords = 2;
 
 // A call's tokens and the experts that they go to.

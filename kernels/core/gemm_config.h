@@ -57,7 +57,7 @@ struct GemmConfig {
     return (block_m + block_n) * block_k + (scales + 127) / 128 * 128;
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
-  OCTOMOE_HD constexpr int table_bytes() const { return (20 + (3 * block_n + block_m) * 4 + 15) / 16 * 16; }
+  OCTOMOE_HD constexpr int table_bytes() const { return (16 + (3 * block_n + block_m) * 4 + 15) / 16 * 16; }
   // Dynamic shared memory: the ring, tables (copies can be as many tiles ahead as there are stages), barriers.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return stages * stage_bytes() + (stages + 1) * table_bytes() + 2 * stages * 8;
@@ -136,11 +136,13 @@ struct GemmArgs {
   const int32_t* column_sum;      // asymmetric: [E, N]
   const int32_t* expert_offsets;  // [E + 1]; masked: rows used of each expert, [E]
   int32_t offsets_limit;          // they are a caller's, to be taken as at most so many rows; 0: as they are
-  const int32_t* row_source;      // row -> row of a; null: the row itself
-  const float* row_factor;        // multiplies a's scales, indexed like rows; null: 1
-  const float* bias;              // [E, N] or null
-  void* out;                      // store: [R, N]; swiglu: h bf16 [R, I], swiglu_block: int8; 16-byte aligned rows
-  int64_t out_stride;             // elements between rows of out
+  // How many tiles have been asked for, 0 before and after: CTAs take them as they get to them. null: every gridDim-th.
+  int32_t* taken;
+  const int32_t* row_source;  // row -> row of a; null: the row itself
+  const float* row_factor;    // multiplies a's scales, indexed like rows; null: 1
+  const float* bias;          // [E, N] or null
+  void* out;                  // store: [R, N]; swiglu: h bf16 [R, I], swiglu_block: int8; 16-byte aligned rows
+  int64_t out_stride;         // elements between rows of out
   OutType out_type;
   int32_t experts;
   int32_t n;                   // weight rows of an expert (gated: 2I)
@@ -171,8 +173,6 @@ struct WgmmaArgs {
   // from, at most kCountedRoutes, and counts them itself. routes.topk_ids null: none.
   int32_t offsets_late;
   Routes routes;
-  // How many tiles have been asked for, 0 before and after: CTAs take them as they get to them. null: every gridDim-th.
-  int32_t* taken;
   TensorMap tokens;  // src/cuda/tensor_map.h
 };
 

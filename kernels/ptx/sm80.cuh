@@ -86,6 +86,12 @@ __device__ __forceinline__ void store_if(bool wanted, void* global, const uint32
         : "memory");
   }
 }
+// The value, which the compiler takes for a new one: what is made of it is made here, and does not occupy registers from
+// before a loop on.
+__device__ __forceinline__ int32_t here(int32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 // A value that all lanes hold, known to the compiler as such: it may live in uniform registers.
 __device__ __forceinline__ int32_t uniform(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 

@@ -76,6 +76,11 @@ struct GroupedGemm {
   static constexpr bool kStageScales = kBlocks && C.order == Order::tiles;
   static constexpr int kScaleRows = 8;  // neighbouring weight rows share a block row in multiples of this many
 
+  // Whether tiles are taken (Queue). Those of few tokens, and of sums per K-block, are short, and would gain less than
+  // the queue costs them (docs/kernels.md).
+  static constexpr bool kTakes =
+      C.block_n >= 64 && (C.order == Order::steps || (C.promotion == Promotion::hybrid && C.gated()));
+
   static_assert(C.block_k == 64 || C.block_k == 128, "the swizzle is made for rows of 64 or 128 bytes");
   static_assert(C.warp_m() % (C.gated() ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
   static_assert(C.block_m % kRowsPerPass == 0 && C.stages >= 2);
@@ -110,14 +115,13 @@ struct GroupedGemm {
   static constexpr int kBarriersAt = kTablesAt + kTables * C.table_bytes();
   static_assert(kBarriersAt % 16 == 0 && kBarriersAt + 2 * C.stages * 8 <= C.pipeline_bytes());
   struct alignas(16) Table {
-    Tile tile;
+    Tile tile;  // rows -1: there is no further tile
     float a_scale[C.block_n];  // block: unused
     float factor[C.block_n];   // row_factor
     int32_t zero[C.block_n];   // channel: a_zero; hybrid_flush: rows of a
     // Of the tile's weight rows, gated: gate rows before up rows. channel: scales. Otherwise of each kScaleRows rows
     // the block row, and before those, hybrid: scales.
     float w_scale[C.block_m];
-    int32_t last;  // the CTA has no further tile
     __device__ __forceinline__ int32_t& block_row(int i) {
       return reinterpret_cast<int32_t*>(w_scale)[C.block_m / kScaleRows + i];
     }
@@ -166,15 +170,50 @@ struct GroupedGemm {
     }
   };
 
-  // A CTA's tiles: one of each gridDim in turn, and of those not always the same one. Otherwise a CTA would get the short
-  // last tile of every expert, and another none.
-  struct Turn {
-    int32_t begin = 0, inside = static_cast<int32_t>(blockIdx.x);
-    __device__ __forceinline__ int32_t index() const { return begin + inside; }
-    __device__ __forceinline__ void advance() {
+  // The tile that the copying warps are told of next.
+  struct NextTile {
+    uint64_t full, empty;
+    int32_t tile;
+  };
+
+  // A CTA's tiles, as its copying warps see them. Either whichever is next when this CTA is about to need one, so that
+  // none ends long before another; or, without a counter, one of each gridDim in turn, and of those not always the same
+  // one: otherwise a CTA would get the short last tile of every expert, and another none.
+  struct Queue {
+    const GemmArgs& args;
+    NextTile& next;
+    const int32_t total;
+    int32_t index = static_cast<int32_t>(blockIdx.x), turn = 0;
+    int32_t before = 0;  // of the thread that takes tiles: how many had been asked for
+
+    __device__ __forceinline__ bool takes() const { return kTakes && args.taken != nullptr; }
+    __device__ __forceinline__ bool ended() const { return index >= total; }
+    __device__ __forceinline__ uint32_t phase() const { return static_cast<uint32_t>(turn) & 1; }
+    // All copying warps, who have read what they were told last; it is a while before one needs the answer.
+    __device__ __forceinline__ void ask(int thread) {
+      if (!takes()) return;
+      if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&next.empty));
+      if (thread == 0) {
+        ptx::barrier_wait(ptx::shared_address(&next.empty), phase());
+        before = atomicAdd(args.taken, 1);
+      }
+    }
+    __device__ __forceinline__ void advance(int thread) {
       const auto ctas = static_cast<int32_t>(gridDim.x);
-      begin += ctas;
-      inside = inside + 1 == ctas ? 0 : inside + 1;
+      if (!takes()) {
+        const int32_t inside = index - turn * ctas;
+        index += inside + 1 == ctas ? 1 : ctas + 1;
+      } else {
+        const uint32_t full = ptx::shared_address(&next.full);
+        if (thread == 0) {
+          if (before == total - 1) *args.taken = 0;  // each tile's CTA asks once, so that was the last time
+          next.tile = before + ctas;
+          ptx::barrier_arrive(full);
+        }
+        ptx::barrier_wait(full, phase());
+        index = next.tile;
+      }
+      ++turn;
     }
   };
 
@@ -185,6 +224,7 @@ struct GroupedGemm {
     const GemmArgs& args;
     const TileList& list;
     Table* tables;
+    NextTile& told;
     int32_t m_tiles, total, k_tiles, thread;
     Slot at;
 
@@ -205,12 +245,8 @@ struct GroupedGemm {
 
     // What the epilogue needs of a tile, beside its first stage. Returns the block row of weight rows thread * kScaleRows
     // and behind.
-    __device__ __forceinline__ int32_t fill_table(const Tile& t, bool last, Table& to,
-                                                  const int32_t (&source)[kSources]) const {
-      if (thread == 0) {
-        to.tile = t;
-        to.last = last;
-      }
+    __device__ __forceinline__ int32_t fill_table(const Tile& t, Table& to, const int32_t (&source)[kSources]) const {
+      if (thread == 0) to.tile = t;
 #pragma unroll
       for (int i = 0; i < kSources; ++i) {
         const int r = token(i);
@@ -281,17 +317,19 @@ struct GroupedGemm {
     }
 
     __device__ __forceinline__ void run() {
-      Turn turn;
-      if (turn.index() >= total) return;
+      Queue queue{args, told, total};
+      if (queue.ended()) return;
       const uint32_t place = swizzled(first(), chunk());
-      const int32_t look_at = max(k_tiles - 2, 0);
-      Tile t = kernels::find_tile<C.block_n>(list, args, turn.index(), m_tiles), next = t;
+      // Stages before a tile's end at which the next one is asked for, and looked up. A tile that is too short for an
+      // answer to come in time is asked for when the one before it is looked up.
+      constexpr int32_t kAsk = 4, kLook = 2, kShort = 8;
+      const int32_t look_at = max(k_tiles - kLook, 0), ask_at = k_tiles > kShort ? k_tiles - kAsk : look_at;
+      if (ask_at == look_at) queue.ask(thread);
+      Tile t = kernels::find_tile<C.block_n>(list, args, queue.index, m_tiles), next = t;
       int32_t source[kSources], next_source[kSources] = {};
       load_sources(t, source);
       int table = 0;
       for (;;) {
-        turn.advance();
-        const bool last = turn.index() >= total;
         const int32_t feature = t.m_tile * C.features() + feature_of(first()), last_row = rows_of_half(args) - 1;
         const int8_t* w = args.w + static_cast<int64_t>(t.expert) * args.n * args.k + chunk() * 16;
         const int32_t to_gate = weight_row(args, 0, 0), to_up = weight_row(args, 0, 1);
@@ -304,7 +342,7 @@ struct GroupedGemm {
         }
         int32_t scale_row = 0;
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-          const uint32_t stage = at.stage(at.index), full = at.full(at.index);
+          const uint32_t stage = at.stage(at.index);
           ptx::barrier_wait(at.empty(at.index), at.parity);
           const uint32_t to = stage + place;
           const int32_t column = k_tile * C.block_k;
@@ -312,9 +350,9 @@ struct GroupedGemm {
           const int8_t* const w_stage = w + static_cast<int64_t>(column / 128) * args.w_panel + column % 128;
 #pragma unroll
           for (int p = 0; p < kPassesW; ++p) {
-            const int32_t row = min(feature + feature_of(p * kRowsPerPass), last_row) +
-                                (is_up(p * kRowsPerPass) ? to_up : to_gate);
-            ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, w_stage + static_cast<int64_t>(row) * args.w_row, inside);
+            const auto row = static_cast<uint32_t>(min(feature + feature_of(p * kRowsPerPass), last_row) +
+                                                   (is_up(p * kRowsPerPass) ? to_up : to_gate));
+            ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, w_stage + row * static_cast<uint32_t>(args.w_row), inside);
           }
           const int8_t* const a_stage = args.a + column;
 #pragma unroll
@@ -324,27 +362,38 @@ struct GroupedGemm {
                                 a_stage + static_cast<uint64_t>(offset[p]) * 16, inside);
           }
           if (k_tile == 0) {
-            scale_row = fill_table(t, last, tables[table], source);
+            scale_row = fill_table(t, tables[table], source);
             table = table + 1 == kTables ? 0 : table + 1;
           }
           if constexpr (kBlocks) copy_scales(stage, k_tile, scale_row, source);
-          // Each thread arrives when its copies land; a warp once more for what it stored.
-          ptx::cp_async_arrive(full);
-          __syncwarp();
-          if (lane() == 0) ptx::barrier_arrive(full);
-          at.advance();
+          arrive();
           // The next tile and its rows are looked up while this one's copies are under way.
-          if (k_tile == look_at && !last) {
-            next = kernels::find_tile<C.block_n>(list, args, turn.index(), m_tiles);
-            load_sources(next, next_source);
+          if (k_tile == look_at) {
+            queue.advance(thread);
+            if (!queue.ended()) {
+              next = kernels::find_tile<C.block_n>(list, args, queue.index, m_tiles);
+              load_sources(next, next_source);
+            }
           }
+          if (k_tile == ask_at && !queue.ended()) queue.ask(thread);
         }
-        if (last) break;
+        if (queue.ended()) break;
         t = next;
 #pragma unroll
         for (int i = 0; i < kSources; ++i) source[i] = next_source[i];
       }
+      // A stage that says that there is no further tile.
+      ptx::barrier_wait(at.empty(at.index), at.parity);
+      if (thread == 0) tables[table].tile.rows = -1;
+      arrive();
       ptx::cp_async_wait<0>();
+    }
+    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored.
+    __device__ __forceinline__ void arrive() {
+      ptx::cp_async_arrive(at.full(at.index));
+      __syncwarp();
+      if (lane() == 0) ptx::barrier_arrive(at.full(at.index));
+      at.advance();
     }
   };
 
@@ -707,6 +756,7 @@ struct GroupedGemm {
   static __device__ __forceinline__ void run(const GemmArgs& args) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ TileList list;
+    __shared__ NextTile told;
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     kernels::build_tile_list<C.block_n, kThreads>(list, args);
@@ -720,6 +770,8 @@ struct GroupedGemm {
         ptx::barrier_init(slot.full(i), kCopyThreads + C.copy_warps());
         ptx::barrier_init(slot.empty(i), kWarps);
       }
+      ptx::barrier_init(ptx::shared_address(&told.full), 1);
+      ptx::barrier_init(ptx::shared_address(&told.empty), C.copy_warps());
     }
     __syncthreads();
     // By a shuffle: so the compiler knows that a warp agrees on what follows from it, and keeps that in uniform registers.
@@ -730,7 +782,7 @@ struct GroupedGemm {
     if (warp >= kWarps) {
       slot.parity = 1;  // the ring is empty
       const int thread = static_cast<int>(threadIdx.x) - 32 * kWarps;
-      Producer{args, list, tables(shared), m_tiles, total, k_tiles, thread, slot}.run();
+      Producer{args, list, tables(shared), told, m_tiles, total, k_tiles, thread, slot}.run();
       return;
     }
     if (static_cast<int32_t>(blockIdx.x) >= total) return;
@@ -769,7 +821,7 @@ struct GroupedGemm {
     if (C.warps_n == 1 || warp_n * C.warp_n() < ptx::uniform(table.tile.rows)) return false;
 #pragma unroll 1
     for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-      ring.stage_read(k_tile + 1 < k_tiles || table.last == 0);
+      ring.stage_read(true);
       ring.advance();
     }
     return true;
@@ -792,10 +844,8 @@ struct GroupedGemm {
     constexpr int kValues = 4 * kMT * kGroup, kMma = kSteps * kMT * kGroup, kLag = kMT * kGroup >= 4 ? 3 : 2;
     for (int32_t table_index = 0;; table_index = table_index + 1 == kTables ? 0 : table_index + 1) {
       const Table& table = tables(shared)[table_index];
-      if (skips(ring, table, warp_n, k_tiles)) {
-        if (table.last != 0) return;
-        continue;
-      }
+      if (ptx::uniform(table.tile.rows) < 0) return;
+      if (skips(ring, table, warp_n, k_tiles)) continue;
       Sums totals;
       fill(totals, kEmptyTotal);
       int32_t partial[2][kMT][kGroup][4];
@@ -836,7 +886,7 @@ struct GroupedGemm {
           const bool leaving = group == kGroups - 1;
           const uint32_t from = leaving ? next : stage;
           const int first = leaving ? 0 : (group + 1) * kGroup;
-          if (leaving) ring.stage_read(!last || table.last == 0);
+          if (leaving) ring.stage_read(!last || table.tile.rows > 0);
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -890,11 +940,10 @@ struct GroupedGemm {
         ring.advance();
       }
       if constexpr (kFlush) {
-        finish_tile(args, table, values, warp_m, warp_n);
+        finish_tile(args, table, values, ptx::here(warp_m), warp_n);
       } else {
-        finish_tile(args, table, totals, warp_m, warp_n);
+        finish_tile(args, table, totals, ptx::here(warp_m), warp_n);
       }
-      if (table.last != 0) return;
     }
   }
 
@@ -904,10 +953,8 @@ struct GroupedGemm {
     const uint32_t weights_at = weight_address(warp_m), tokens_at = Fragments::address(warp_n);
     for (int32_t table_index = 0;; table_index = table_index + 1 == kTables ? 0 : table_index + 1) {
       const Table& table = tables(shared)[table_index];
-      if (skips(ring, table, warp_n, k_tiles)) {
-        if (table.last != 0) return;
-        continue;
-      }
+      if (ptx::uniform(table.tile.rows) < 0) return;
+      if (skips(ring, table, warp_n, k_tiles)) continue;
       Sums sums, totals, values;
       fill(sums, kInitialSum);
       if constexpr (kBlocks) fill(totals, kEmptyTotal);
@@ -948,7 +995,7 @@ struct GroupedGemm {
             }
           }
           if (step == kSteps - 1) {
-            ring.stage_read(!last || table.last == 0);
+            ring.stage_read(!last || table.tile.rows > 0);
             if (!last) fragments[0].load(next + weights_at, next + tokens_at, 0);
           } else {
             fragments[(step + 1) % 2].load(stage + weights_at, stage + tokens_at, step + 1);
@@ -982,13 +1029,12 @@ struct GroupedGemm {
         ring.advance();
       }
       if constexpr (kFlush) {
-        finish_tile(args, table, values, warp_m, warp_n);
+        finish_tile(args, table, values, ptx::here(warp_m), warp_n);
       } else if constexpr (kBlocks) {
-        finish_tile(args, table, totals, warp_m, warp_n);
+        finish_tile(args, table, totals, ptx::here(warp_m), warp_n);
       } else {
-        finish_tile(args, table, sums, warp_m, warp_n);
+        finish_tile(args, table, sums, ptx::here(warp_m), warp_n);
       }
-      if (table.last != 0) return;
     }
   }
 };

@@ -122,7 +122,7 @@ struct GroupedGemm {
     __device__ __forceinline__ void run(int consumer) const {
       Slot<kWeightStages> slot;
       slot.phase = 1;  // the ring is empty
-      for (Queue queue; total > queue.index; queue.advance(shared.next, all.taken != nullptr)) {
+      for (Queue queue; total > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         queue.ask(shared.next);
         const Boxes boxes = boxes_of(all, tile_at(shared, args, queue.index, m_tiles));
         const bool exists = consumer < boxes.count;
@@ -234,7 +234,7 @@ struct GroupedGemm {
           if (k_tile == ask_at && lane() == 0) queue.ask(shared.next);
           // The next tile's rows are looked up while this one's copies are under way.
           if (k_tile == look_at) {
-            queue.advance(shared.next, all.taken != nullptr);
+            queue.advance(shared.next, args.taken != nullptr);
             if (queue.index < total) {
               next = tile_at(shared, args, queue.index, m_tiles);
               load_sources(next, token, next_source);
@@ -476,8 +476,8 @@ struct GroupedGemm {
       ptx::lower_registers<kWeightRegisters>();
       const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
       if (warp < C.kConsumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
-      if (warp == C.kConsumers && lane() == 0 && all.taken != nullptr && rank() == 0) {
-        Queue::take_tiles(all.taken, shared.next, total);
+      if (warp == C.kConsumers && lane() == 0 && args.taken != nullptr && rank() == 0) {
+        Queue::take_tiles(args.taken, shared.next, total);
       }
       __syncwarp();  // whole warps meet the cluster's barrier
     } else {

@@ -136,7 +136,7 @@ struct TokenMajor {
       const uint64_t hint = all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal;
       const int half = C.gated() ? box ^ args.up_first : 0;
       const int32_t inside = C.gated() ? half * width(args) : box * C.box_rows(), k_tiles = stages_of(args);
-      for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, all.taken != nullptr)) {
+      for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         queue.ask(shared.next);
         const Tile t = tile_at(shared, args, queue.index);
         const WeightSteps step(args, 32);
@@ -173,7 +173,7 @@ struct TokenMajor {
       Slot<kStages> slot;
       slot.phase = 1;
       int table = 0, chunk = 0;
-      for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, all.taken != nullptr)) {
+      for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         if (lane() == 0) queue.ask(shared.next);
         const Tile t = tile_at(shared, args, queue.index);
         int32_t row[kTokens];
@@ -312,7 +312,7 @@ struct TokenMajor {
           if (k_tile == ask_at && lane() == 0) queue.ask(shared.next);
           // The next tile's rows are looked up while this one's copies are under way.
           if (k_tile == look_at) {
-            queue.advance(shared.next, all.taken != nullptr);
+            queue.advance(shared.next, args.taken != nullptr);
             if (queue.index < total(shared, args)) {
               next = tile_at(shared, args, queue.index);
               next_source = source_of(next, token);
@@ -639,7 +639,7 @@ struct TokenMajor {
       } else if (warp == 2) {
         producer.run_scales();
       } else if (warp == 3) {
-        if (lane() == 0 && all.taken != nullptr) Queue::take_tiles(all.taken, shared.next, total(shared, args));
+        if (lane() == 0 && args.taken != nullptr) Queue::take_tiles(args.taken, shared.next, total(shared, args));
       }
     } else {
       ptx::raise_registers<kConsumerRegisters>();

@@ -128,6 +128,11 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
     fail(ErrorCode::unsupported, "{}: expected at most {} experts on {}, got {}", name, kernels::kMaxExperts,
          to_string(where), m_.experts);
   }
+  // Kernels count the bytes of an expert in 32 bits.
+  if (m_.n * m_.k > std::numeric_limits<std::uint32_t>::max()) {
+    fail(ErrorCode::unsupported, "{}: expected less than 4 GiB an expert on {}, got {} x {}", name, to_string(where),
+         m_.n, m_.k);
+  }
   blocks_n_ = m_.blocks_n();
   blocks_k_ = m_.blocks_k();
   super_groups_ = m_.super_groups();
@@ -353,6 +358,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .column_sum = m_.column_sum.as<std::int32_t>(),
       .expert_offsets = p.index,
       .offsets_limit = p.index_limit,
+      .taken = p.taken,
       .row_source = p.row_source,
       .row_factor = p.row_factor,
       .bias = p.bias != nullptr ? p.bias : bias_.as<float>(),
@@ -381,12 +387,11 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
   const std::int64_t columns = gated() ? m_.n / 2 : m_.n;
   const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);
   const std::int64_t blocks = token_tiles * ceil_div(columns, kernel.features) * kernel.cluster;
+  // Kernels count a row's place in units of 16 bytes, in 32 bits.
+  if (p.a.rows * m_.k / 16 > std::numeric_limits<std::uint32_t>::max()) {
+    fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows, got {} x {}", p.a.rows, m_.k);
+  }
   if (kernel.wgmma) {
-    // The kernel counts a row's place in units of 16 bytes, in 32 bits.
-    if (p.a.rows * m_.k / 16 > std::numeric_limits<std::uint32_t>::max()) {
-      fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows for the sm90 family, got {} x {}", p.a.rows,
-           m_.k);
-    }
     // Weights that are read once, by an expert's only tile, may just pass through L2. One rule for a launch: where both
     // kinds of lines live in L2, the evict-first ones are squeezed out at once. So much of out may be written that it
     // fills L2 then: good for whoever reads out next, but weights no longer live until their other half is wanted. With
@@ -401,7 +406,6 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
                            .tokens_by_map = p.row_source == nullptr && p.a.rows > 0,
                            .offsets_late = p.index_late,
                            .routes = p.routes,
-                           .taken = p.taken,
                            .tokens = {}};
     if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k, kernel.token_box);
     launcher(*kernel.loaded, blocks, all, true, static_cast<unsigned>(kernel.cluster));

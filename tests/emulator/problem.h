@@ -88,7 +88,7 @@ struct GemmProblem {
   kernels::GemmArgs args{};
   Memory<std::int8_t> a, w, panels;
   Memory<float> a_scale, w_scale, row_factor, bias, out_scale;
-  Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source;
+  Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source, taken;
   Memory<std::uint8_t> w_q, out;
   std::int64_t out_rows = 0, width = 0;
 
@@ -155,6 +155,8 @@ struct GemmProblem {
     out_rows = rows;
     out = Memory<std::uint8_t>(count(rows, width + 16, elem_bytes()));
     if (c.quantized) out_scale = Memory<float>(count((width + 127) / 128, rows));
+    taken = Memory<std::int32_t>(1);
+    taken[0] = 0;
     clear();
     if (c.panels) {
       panels = Memory<std::int8_t>(w.size());
@@ -175,6 +177,7 @@ struct GemmProblem {
             .column_sum = column_sum.data(),
             .expert_offsets = offsets.data(),
             .offsets_limit = !c.masked && (c.seed % 2 == 0 || !c.wrong_offsets.empty()) ? rows : 0,
+            .taken = c.seed % 4 == 3 ? nullptr : taken.data(),
             .row_source = row_source.data(),
             .row_factor = row_factor.data(),
             .bias = bias.data(),
@@ -316,6 +319,7 @@ struct GemmProblem {
       } catch (const Fault& fault) {
         FAIL() << describe(s) << ": " << fault.what();
       }
+      EXPECT_EQ(taken[0], 0) << describe(s) << ": left for the next launch";
       if (!c.wrong_offsets.empty()) continue;
       std::size_t wrong = 0, first = 0;
       for (std::size_t i = want.size(); i-- > 0;) {

@@ -213,6 +213,16 @@ TEST_F(Gpu, WrongDevice) {
                [&] { MoeLayer(kGpu, make_weights(case_of(Scheme::bf16(), 8, 128, 96, 13, 3), 8)); });
 }
 
+TEST_F(Gpu, AnExpertOf4GiB) {
+  const std::int64_t n = 65536, k = 65536;
+  const Tensor byte = Tensor::empty(DType::int8, {1}, kGpu);  // nobody looks at the others
+  const TensorView view(byte.view().data(), DType::int8, {1, n, k}, kGpu);
+  QuantizedMatrix m =
+      adopt_matrix(Scheme::int8_channel(), Tensor::wrap(view, nullptr), Tensor::zeros(DType::float32, {1, n}).view());
+  expect_error(ErrorCode::unsupported, "b: expected less than 4 GiB an expert on cuda:0, got 65536 x 65536",
+               [&] { PreparedMatrix(kGpu, std::move(m)); });
+}
+
 TEST_F(Gpu, WeightsOnTheDeviceAreUsedWhereTheyLie) {
   const LayerCase c = case_of(Scheme::int8_hybrid(), 8, 256, 192, 40, 3);
   const MoeWeights host = make_weights(c, c.experts);

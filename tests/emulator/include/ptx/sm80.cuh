@@ -49,6 +49,7 @@ inline void store_if(bool wanted, void* global, const uint32_t (&v)[kN]) {
   if (reinterpret_cast<std::uintptr_t>(global) % (kN * 4) != 0) throw std::runtime_error("store_if: not aligned");
   std::memcpy(global, v, kN * 4);
 }
+inline int32_t here(int32_t value) { return value; }
 inline int32_t uniform(int32_t value) {
   const auto most = __reduce_max_sync(~0u, value);
   if (most != value) throw std::runtime_error("uniform: the lanes differ");
