@@ -52,15 +52,12 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
   const bool fine = block_k != 0 && block_k != 128;
   std::vector<GemmKernel> list;
   for (const GemmConfig& c : gemm_configs(promotion, fine, epilogue, family)) {
-    list.push_back(
-        {.id = gemm_id(c),
-         .block_m = c.block_m,
-         .block_n = c.block_n,
-         .features = c.features(),
-         .resident = c.min_blocks,
-         // Where most tiles are full it is the fastest by up to 8 %, else up to 16 % behind that of 96 tokens.
-         .least_tiles = promotion == Promotion::channel && c.block_n > 96 ? 6 : 0,
-         .parts = c.warps_n});
+    list.push_back({.id = gemm_id(c),
+                    .block_m = c.block_m,
+                    .block_n = c.block_n,
+                    .features = c.features(),
+                    .resident = c.min_blocks,
+                    .parts = c.warps_n});
   }
   return list;
 }
@@ -109,8 +106,7 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
           .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most) : most,
           .halves = halves,
           .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : most,
-          .stages = std::ceil(static_cast<double>(key.k) / 128),
-          .each = mean / kernel.block_n};
+          .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 
 double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
@@ -118,7 +114,6 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     if (!work.one_each) return std::numeric_limits<double>::infinity();
     return constants.feed * (kernel.block_m + work.fed) * work.stages + constants.stand_in_opening;
   }
-  if (work.each < kernel.least_tiles) return std::numeric_limits<double>::infinity();
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double part = kernel.block_m * kernel.resident / 256.0;
   if (!kernel.wgmma) {

@@ -21,7 +21,6 @@ struct GemmKernel {
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
-  int least_tiles = 0;           // mma.sync: of an expert on average, fewer are for other kernels
   int parts = 1;                 // mma.sync: warps side by side along a tile's tokens; those without any rest
   int token_box = 0;             // wgmma: rows of a box of the tokens' map
   bool token_major = false;      // wgmma: tokens are the M operand
@@ -60,7 +59,6 @@ struct GemmWork {
   double halves;  // mma.sync: part of the tiles of which half of the warps rest
   double fed;     // and those that it reads
   double stages;  // of K
-  double each;    // tiles of an expert, were all of them full
 };
 GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows);
 

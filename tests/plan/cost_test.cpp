@@ -56,8 +56,8 @@ TEST(GemmKernels, AreTheCatalogues) {
             ids(mma_kernels(Promotion::block, Epilogue::store, 128, 90)));
 }
 
-// The tile of 256x128 is for experts that fill it, as far as the model knows; other promotions have one large tile.
-TEST(Cost, LargestTileIsForFullTiles) {
+// More rows, more tokens a tile.
+TEST(Cost, MoreRowsTakeLargerTiles) {
   const auto chosen = [](double rows_of_an_expert) {
     const TuneKey k = key();
     const auto list = mma_kernels(Promotion::channel, Epilogue::swiglu, 0, 90);
@@ -67,7 +67,7 @@ TEST(Cost, LargestTileIsForFullTiles) {
     return std::ranges::min_element(list, {}, cost_of)->block_n;
   };
   EXPECT_EQ(chosen(1), 8);
-  EXPECT_EQ(chosen(192), 96);
+  EXPECT_EQ(chosen(40), 96);
   EXPECT_EQ(chosen(4096), 128);
 }
 
