@@ -108,16 +108,19 @@ struct TokenMajorConfig {
   OCTOMOE_HD constexpr int block_m() const { return 128 * parts; }
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
+  // Whether it can read scales by row (GemmArgs::scales_by_row): callers' own, which only grouped_gemm gets.
+  OCTOMOE_HD constexpr bool by_row() const { return !gated() && promotion != Promotion::hybrid_flush; }
+  OCTOMOE_HD constexpr bool has_shifts() const { return by_row() && promotion == Promotion::hybrid; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
   // Boxes of weights a stage: gated, one of each half.
   OCTOMOE_HD constexpr int boxes() const { return gated() ? 2 : parts; }
   OCTOMOE_HD constexpr int box_rows() const { return block_m() / boxes(); }
   OCTOMOE_HD constexpr int threads() const { return 128 * (2 + kConsumers); }
-  // The ring; per stage a scale of each token and two words of each of two scale blocks; for each of stages + 1 tiles
-  // where it lies, a factor and a scale of its tokens, and the scale blocks, and as many chunks' scales (hybrid_flush);
-  // the tile list; barriers and the next tile. Rounded up for what alignment takes.
+  // The ring; per stage a scale of each token (has_shifts: and a shift) and two words of each of two scale blocks; for
+  // each of stages + 1 tiles where it lies, a factor and a scale of its tokens, and the scale blocks, and as many
+  // chunks' scales (hybrid_flush); the tile list; barriers and the next tile. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * ((block_m() + kBlockN) * kBlockK + (kBlockN + 4) * 4) +
+    return stages * ((block_m() + kBlockN) * kBlockK + ((has_shifts() ? 2 : 1) * kBlockN + 4) * 4) +
            (stages + 1) * (16 + (promotion == Promotion::hybrid ? 2 * kBlockN : kBlockN + 4) * 4 + 16) +
            (promotion == Promotion::hybrid_flush ? (stages + 1) * (kBlockN + 2) * 4 : 0) +
            ((kMaxExperts + 1) * 8 + 128) + stages * 16 + 24 + 64;
@@ -125,12 +128,15 @@ struct TokenMajorConfig {
 };
 
 struct GemmArgs {
-  const int8_t* a;                // [rows of a, K]
-  const int8_t* w;                // [E, N, K], or in panels: [E, K/128, N, 128]
-  int64_t a_rows;                 // rows of a: the leading dimension of the transposed scales
-  const float* a_scale;           // channel: [rows of a]; block: [KB, rows of a]; hybrid: [SG, rows of a]
-  const float* w_scale;           // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
-  const int32_t* a_q;             // hybrid: [KB, rows of a]
+  const int8_t* a;       // [rows of a, K]
+  const int8_t* w;       // [E, N, K], or in panels: [E, K/128, N, 128]
+  int64_t a_rows;        // rows of a: the leading dimension of the transposed scales
+  const float* a_scale;  // channel: [rows of a]; block: [KB, rows of a]; hybrid: [SG, rows of a]
+  const float* w_scale;  // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
+  const int32_t* a_q;    // hybrid: [KB, rows of a]
+  // sm90/token_major.cuh, as callers have them. block: a_scale is [rows of a, KB]; hybrid: a_q is uint8 [rows of a,
+  // KB], 4-byte aligned, in whole words.
+  int32_t scales_by_row;
   const uint8_t* w_q;             // hybrid: [E, NB, KB], 4-byte aligned
   const int32_t* a_zero;          // asymmetric: [rows of a]; null: symmetric
   const int32_t* column_sum;      // asymmetric: [E, N]

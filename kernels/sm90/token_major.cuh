@@ -60,6 +60,7 @@ struct TokenMajor {
     uint8_t weights[kStages][C.boxes()][kBoxBytes];
     uint8_t tokens[kStages][kBlockN / kStep][kStepBytes];
     int32_t a[kStages][kBlockN];  // block: s_a, hybrid: Q_a of the stage's K-block
+    int32_t a_shift[C.has_shifts() ? kStages : 1][C.has_shifts() ? kBlockN : 1];  // scales_by_row: where in its word Q_a is
     // block: s_w of the scale blocks; hybrid: the words that hold Q_w, and by how much they are to be shifted.
     alignas(16) int32_t w[kStages][kFloatTotals ? kScales : 2 * kScales];
     Table table[kTables];
@@ -176,11 +177,12 @@ struct TokenMajor {
       for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         if (lane() == 0) queue.ask(shared.next);
         const Tile t = tile_at(shared, args, queue.index);
-        int32_t row[kTokens];
+        int32_t row[kTokens];  // of a; scales_by_row: where its scales begin
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
           row[i] = t.row_begin + min(lane() + 32 * i, t.rows - 1);
           if (args.row_source != nullptr) row[i] = args.row_source[row[i]];
+          if (C.by_row() && args.scales_by_row != 0) row[i] *= args.blocks_k;
         }
         const int32_t w_row = scales ? scale_row(args, t, lane()) : 0;
         wait_empty(slot);
@@ -199,9 +201,16 @@ struct TokenMajor {
           if (C.block_stages == 1 || k_tile % C.block_stages == 0) {
 #pragma unroll
             for (int i = 0; i < kTokens; ++i) {
-              ptx::cp_async_4(ptx::shared_address(&shared.a[slot.index][lane() + 32 * i]), from + row[i], true);
+              const uint32_t to = ptx::shared_address(&shared.a[slot.index][lane() + 32 * i]);
+              if (C.has_shifts() && args.scales_by_row != 0) {  // a byte; its word
+                const int32_t at = row[i] + k_tile / C.block_stages;
+                ptx::cp_async_4(to, reinterpret_cast<const uint8_t*>(a_scale) + (at & ~3), true);
+                shared.a_shift[slot.index][lane() + 32 * i] = 8 * (at & 3);
+              } else {
+                ptx::cp_async_4(to, from + row[i], true);
+              }
             }
-            from += args.a_rows;
+            from += C.by_row() && args.scales_by_row != 0 ? 1 : args.a_rows;
             if (scales) {
               const int32_t at = w_row * args.blocks_k + k_tile / C.block_stages;
               const uint32_t to = ptx::shared_address(&shared.w[slot.index][lane()]);
@@ -378,7 +387,10 @@ struct TokenMajor {
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int32_t a = ptx::load_shared(ptx::shared_address(&shared.a[s.index][row_inside(h)]));
+        int32_t a = ptx::load_shared(ptx::shared_address(&shared.a[s.index][row_inside(h)]));
+        if (C.has_shifts() && args.scales_by_row != 0) {
+          a = a >> ptx::load_shared(ptx::shared_address(&shared.a_shift[s.index][row_inside(h)])) & 0xff;
+        }
         const float by = kFloatTotals ? __fmul_rn(__int_as_float(a), table.factor[row_inside(h)]) : 0.0f;
 #pragma unroll
         for (int i = 0; i < kScales; ++i) {

@@ -342,6 +342,11 @@ const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
   return *best;
 }
 
+bool DeviceMatrix::reads_scales_by_row(std::int64_t rows) const {
+  return choose(rows).token_major && key_.promotion != Promotion::hybrid_flush &&
+         rows * blocks_k_ <= std::numeric_limits<std::int32_t>::max();
+}
+
 void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
   const std::int64_t rows = p.likely_rows > 0 ? p.likely_rows : p.rows;
   const Kernel& kernel = choose(rows);
@@ -353,6 +358,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .a_scale = p.a.scale,
       .w_scale = m_.scale.as<float>(),
       .a_q = p.a.block_q,
+      .scales_by_row = p.scales_by_row,
       .w_q = m_.q.as<std::uint8_t>(),
       .a_zero = s.asymmetric ? p.a.zero : nullptr,
       .column_sum = m_.column_sum.as<std::int32_t>(),

@@ -101,6 +101,8 @@ class DeviceMatrix {
   const QuantizedMatrix& matrix() const { return m_; }
   // Whether there are narrow kernels for where wgmma's tiles are too few.
   bool has_stand_ins() const;
+  // Whether the kernel for `rows` rows can take a caller's scales as they lie (kernels::GemmArgs::scales_by_row).
+  bool reads_scales_by_row(std::int64_t rows) const;
   // Whether the tiles of `rows` rows leave half of the multiprocessors without one.
   bool leaves_idle(std::int64_t rows) const;
   std::int64_t most_idle_rows() const;  // leaves_idle(more) is false
@@ -116,6 +118,7 @@ class DeviceMatrix {
     const std::int32_t* index;      // offsets [E + 1] or counts [E]
     std::int32_t index_limit = 0;   // offsets that nobody has checked count as at most this; 0: they are right
     std::int32_t* taken = nullptr;  // a zero, which is zero again afterwards; null: tiles are shared out beforehand
+    bool scales_by_row = false;     // a's scales and block_q are as a caller has them; if reads_scales_by_row(rows)
     bool index_late = false;        // launches that wrote them may still run; otherwise they were done two launches ago
     kernels::Routes routes{};       // what index was made of, at most kCountedRoutes: then it need not be waited for
     bool read_next = false;         // the launch that follows reads out

@@ -58,8 +58,9 @@ class CudaMatrix final : public MatrixBackend {
     const Launcher launcher(info_, g.stream);
     DeviceMatrix::Problem problem;
     const std::int64_t group_rows = masked ? g.a.values.dim(1) : rows;
+    const bool few = rows <= kOffsetsRows * matrix_.experts();
     const bool is_64 = g.groups.index.dtype() == DType::int64;
-    if (!masked && !is_64 && rows <= kOffsetsRows * matrix_.experts()) {
+    if (!masked && !is_64 && few) {
       problem.index = g.groups.index.as<std::int32_t>();
       problem.index_limit = static_cast<std::int32_t>(rows);
       problem.index_late = true;  // unless a launch lies between
@@ -82,8 +83,14 @@ class CudaMatrix final : public MatrixBackend {
       q.zero = g.a.zero.as<std::int32_t>();
       const ScaleColumns c = matrix_.scale_columns();
       const bool broadcast = matrix_.scheme().activation_scale == ActivationScale::static_;
+      const bool words = reinterpret_cast<std::uintptr_t>(g.a.q.data()) % 4 == 0 && rows * c.block_q % 4 == 0;
       if (c.scale == 1 && c.block_q == 0 && !broadcast) {  // as it is
         q.scale = g.a.scale.as<float>();
+      } else if (few && words && !broadcast && matrix_.reads_scales_by_row(rows)) {
+        // A launch that transposes them takes longer than reading a few rows here and there.
+        problem.scales_by_row = true;
+        q.scale = g.a.scale.as<float>();
+        q.block_q = reinterpret_cast<std::int32_t*>(g.a.q.data());
       } else {
         problem.index_late = false;
         const kernels::TransposeScalesArgs args{

@@ -73,7 +73,7 @@ struct GemmCase {
   int segments = 1, block_n = 128, block_k = 128, super_group = 256, flush_blocks = 256;
   kernels::OutType out = kernels::OutType::bf16;
   bool gather = false, masked = false, zero_points = false, per_tensor = false, bias = false, row_factor = false,
-       up_first = false;
+       up_first = false, scales_by_row = false;
   float limit = std::bit_cast<float>(0x7f800000u);
   bool extreme = false;  // blocks: scales and row factors that make some rows of h zero, tiny, Inf and NaN
   bool panels = false;   // of weights
@@ -89,7 +89,8 @@ struct GemmProblem {
   Memory<std::int8_t> a, w, panels;
   Memory<float> a_scale, w_scale, row_factor, bias, out_scale;
   Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source, taken;
-  Memory<std::uint8_t> w_q, out;
+  Memory<float> a_scale_by_row;
+  Memory<std::uint8_t> w_q, a_q_by_row, out;
   std::int64_t out_rows = 0, width = 0;
 
   explicit GemmProblem(const GemmCase& with) : c(with) {
@@ -166,12 +167,23 @@ struct GemmProblem {
         panels[row / n * n * k + column / 128 * n * 128 + row % n * 128 + column % 128] = w[i];
       }
     }
+    if (c.scales_by_row) {
+      const std::size_t each = count(blocks_k), of = count(a_rows);
+      if (c.promotion == kernels::Promotion::block) a_scale_by_row = Memory<float>(each * of);
+      if (c.promotion == kernels::Promotion::hybrid) a_q_by_row = Memory<std::uint8_t>((each * of + 3) / 4 * 4);
+      for (std::size_t i = 0; i < each * of; ++i) {
+        const std::size_t from = i % each * of + i / each;
+        if (a_scale_by_row.size() > 0) a_scale_by_row[i] = a_scale[from];
+        if (a_q_by_row.size() > 0) a_q_by_row[i] = static_cast<std::uint8_t>(a_q[from]);
+      }
+    }
     args = {.a = a.data(),
             .w = c.panels ? panels.data() : w.data(),
             .a_rows = a_rows,
-            .a_scale = a_scale.data(),
+            .a_scale = a_scale_by_row.size() > 0 ? a_scale_by_row.data() : a_scale.data(),
             .w_scale = w_scale.data(),
-            .a_q = a_q.data(),
+            .a_q = a_q_by_row.size() > 0 ? reinterpret_cast<const std::int32_t*>(a_q_by_row.data()) : a_q.data(),
+            .scales_by_row = c.scales_by_row,
             .w_q = w_q.data(),
             .a_zero = a_zero.data(),
             .column_sum = column_sum.data(),
@@ -231,11 +243,12 @@ struct GemmProblem {
       std::int32_t acc = sum(0, g.k);
       if (g.a_zero != nullptr) acc -= g.a_zero[from] * g.column_sum[std::int64_t{e} * g.n + weight_row];
       const float s = g.w_scale[g.w_scale_per_tensor ? e : std::int64_t{e} * g.n + weight_row];
-      v = static_cast<float>(acc) * (s * (g.a_scale[from] * factor));
+      v = static_cast<float>(acc) * (s * (a_scale[static_cast<std::size_t>(from)] * factor));
     } else if (c.promotion == Promotion::block) {
       for (int b = 0; b < g.blocks_k; ++b) {
         const auto partial = static_cast<float>(sum(b * g.block_k, std::min(g.k, (b + 1) * g.block_k)));
-        const float p = g.w_scale[block * g.blocks_k + b] * (g.a_scale[b * g.a_rows + from] * factor);
+        const float p =
+            g.w_scale[block * g.blocks_k + b] * (a_scale[static_cast<std::size_t>(b * g.a_rows + from)] * factor);
         v = b == 0 ? partial * p : std::fma(partial, p, v);
       }
     } else {
@@ -243,12 +256,13 @@ struct GemmProblem {
       std::int32_t acc = 0;
       bool first = true;
       for (int b = 0, in_chunk = 0; b < g.blocks_k; ++b) {
-        acc += g.a_q[b * g.a_rows + from] * g.w_q[block * g.blocks_k + b] *
+        acc += a_q[static_cast<std::size_t>(b * g.a_rows + from)] * g.w_q[block * g.blocks_k + b] *
                sum(b * g.block_k, std::min(g.k, (b + 1) * g.block_k));
         ++in_chunk;
         if (b + 1 < g.blocks_k && (b + 1) % g.super_group != 0 && in_chunk < g.flush_blocks) continue;
         const int sg = b / g.super_group;
-        const float p = g.w_scale[block * super + sg] * (g.a_scale[sg * g.a_rows + from] * factor);
+        const float p =
+            g.w_scale[block * super + sg] * (a_scale[static_cast<std::size_t>(sg * g.a_rows + from)] * factor);
         v = first ? static_cast<float>(acc) * p : std::fma(static_cast<float>(acc), p, v);
         first = false;
         acc = in_chunk = 0;

@@ -174,6 +174,10 @@ void check_blocks() {
                  .row_factor = true,
                  .seed = 22});
   check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 256, .out = OutType::fp16, .masked = true, .seed = 23});
+  for (const bool gather : {false, true}) {
+    check<kPlain>(
+        {.rows = {3, 0, 70, 140}, .n = 288, .k = 784, .gather = gather, .scales_by_row = true, .seed = 30u + gather});
+  }
   constexpr TokenMajorConfig kGated = blocks(kPromotion, Epilogue::swiglu, kBlockStages);
   for (const bool up_first : {false, true}) {
     check<kGated>({.rows = {5, 0, 61, 70}, .n = 2 * 160, .k = 528, .up_first = up_first, .seed = 24u + up_first});

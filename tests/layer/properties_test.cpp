@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <tuple>
+#include <vector>
 
 #include "octomoe/layer.h"
 #include "support/run.h"
@@ -254,9 +256,8 @@ TEST_P(Properties, GroupedGemmOffsetsAndMasked) {
 }
 
 // Integers at both ends of their range, on both sides, the caller's own activations.
-TEST_P(Properties, GivenActivationsIncludingMinus128) {
-  if (!scheme.is_integer()) GTEST_SKIP() << "integer schemes";
-  const std::int64_t experts = 3, n = 80, k = 304, rows = 11;
+void given_activations(const Scheme& scheme, Device device, std::int64_t n, std::int64_t k, std::int64_t rows) {
+  const std::int64_t experts = 3;
   QuantizedMatrix m = quantize_matrix(scheme, testing::random_tensor(DType::float32, {experts, n, k}, 4));
   auto* w = m.values.as<std::int8_t>();
   for (std::int64_t i = 0; i < m.values.elems(); ++i) w[i] = i % 5 == 0 ? -128 : (i % 7 == 0 ? 127 : w[i]);
@@ -292,6 +293,15 @@ TEST_P(Properties, GivenActivationsIncludingMinus128) {
   testing::gemm(device, act, PreparedMatrix(device, m), got, Groups::offsets(offsets));
   reference::grouped_gemm(m, act, want, Groups::offsets(offsets));
   EXPECT_TRUE(same_bits(got, want));
+}
+TEST_P(Properties, GivenActivationsIncludingMinus128) {
+  if (!scheme.is_integer()) GTEST_SKIP() << "integer schemes";
+  // Widths for one GPU family and for both; scales that end inside a word and with one.
+  for (const auto& [n, k, rows] : std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{
+           {80, 304, 11}, {96, 272, 12}, {288, 784, 68}}) {
+    SCOPED_TRACE(n);
+    given_activations(scheme, device, n, k, rows);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
