@@ -109,8 +109,8 @@ struct TokenMajorConfig {
   OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
   // Whether it can read scales by row (GemmArgs::scales_by_row): callers' own, which only grouped_gemm gets.
-  OCTOMOE_HD constexpr bool by_row() const { return !gated() && promotion != Promotion::hybrid_flush; }
-  OCTOMOE_HD constexpr bool has_shifts() const { return by_row() && promotion == Promotion::hybrid; }
+  OCTOMOE_HD constexpr bool by_row() const { return !gated(); }
+  OCTOMOE_HD constexpr bool has_shifts() const { return by_row() && promotion != Promotion::block; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
   // Boxes of weights a stage: gated, one of each half.
   OCTOMOE_HD constexpr int boxes() const { return gated() ? 2 : parts; }
@@ -134,8 +134,8 @@ struct GemmArgs {
   const float* a_scale;  // channel: [rows of a]; block: [KB, rows of a]; hybrid: [SG, rows of a]
   const float* w_scale;  // channel: [E, N] (per_tensor: [E]); block: [E, NB, KB]; hybrid: [E, NB, SG]
   const int32_t* a_q;    // hybrid: [KB, rows of a]
-  // sm90/token_major.cuh, as callers have them. block: a_scale is [rows of a, KB]; hybrid: a_q is uint8 [rows of a,
-  // KB], 4-byte aligned, in whole words.
+  // sm90/token_major.cuh, as callers have them. block: a_scale is [rows of a, KB]; hybrid: a_scale is [rows of a, SG]
+  // and a_q uint8 [rows of a, KB], 4-byte aligned, in whole words.
   int32_t scales_by_row;
   const uint8_t* w_q;             // hybrid: [E, NB, KB], 4-byte aligned
   const int32_t* a_zero;          // asymmetric: [rows of a]; null: symmetric

@@ -177,12 +177,11 @@ struct TokenMajor {
       for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         if (lane() == 0) queue.ask(shared.next);
         const Tile t = tile_at(shared, args, queue.index);
-        int32_t row[kTokens];  // of a; scales_by_row: where its scales begin
+        int32_t row[kTokens];  // of a
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
           row[i] = t.row_begin + min(lane() + 32 * i, t.rows - 1);
           if (args.row_source != nullptr) row[i] = args.row_source[row[i]];
-          if (C.by_row() && args.scales_by_row != 0) row[i] *= args.blocks_k;
         }
         const int32_t w_row = scales ? scale_row(args, t, lane()) : 0;
         wait_empty(slot);
@@ -190,8 +189,8 @@ struct TokenMajor {
         const int32_t* from = a_scale;
         const float* a_chunk = args.a_scale;
         const float* w_chunk = args.w_scale;
+        const int32_t groups = kFlush ? (args.blocks_k + args.super_group - 1) / args.super_group : 1;
         if constexpr (kFlush) {
-          const int32_t groups = (args.blocks_k + args.super_group - 1) / args.super_group;
           w_chunk += static_cast<int64_t>(w_row) * groups;
         }
         ChunkCount count;
@@ -202,15 +201,17 @@ struct TokenMajor {
 #pragma unroll
             for (int i = 0; i < kTokens; ++i) {
               const uint32_t to = ptx::shared_address(&shared.a[slot.index][lane() + 32 * i]);
-              if (C.has_shifts() && args.scales_by_row != 0) {  // a byte; its word
-                const int32_t at = row[i] + k_tile / C.block_stages;
+              const int32_t at = row[i] * args.blocks_k + k_tile / C.block_stages;
+              if (!C.by_row() || args.scales_by_row == 0) {
+                ptx::cp_async_4(to, from + row[i], true);
+              } else if constexpr (kFloatTotals) {
+                ptx::cp_async_4(to, a_scale + at, true);
+              } else {  // a byte; its word
                 ptx::cp_async_4(to, reinterpret_cast<const uint8_t*>(a_scale) + (at & ~3), true);
                 shared.a_shift[slot.index][lane() + 32 * i] = 8 * (at & 3);
-              } else {
-                ptx::cp_async_4(to, from + row[i], true);
               }
             }
-            from += C.by_row() && args.scales_by_row != 0 ? 1 : args.a_rows;
+            from += args.a_rows;
             if (scales) {
               const int32_t at = w_row * args.blocks_k + k_tile / C.block_stages;
               const uint32_t to = ptx::shared_address(&shared.w[slot.index][lane()]);
@@ -224,11 +225,12 @@ struct TokenMajor {
             if (kFlush && count.ends(args, k_tile + C.block_stages == k_tiles)) {
 #pragma unroll
               for (int i = 0; i < kTokens; ++i) {
-                ptx::cp_async_4(ptx::shared_address(&shared.chunk_a[chunk][lane() + 32 * i]), a_chunk + row[i], true);
+                const int32_t at = C.by_row() && args.scales_by_row != 0 ? row[i] * groups : row[i];
+                ptx::cp_async_4(ptx::shared_address(&shared.chunk_a[chunk][lane() + 32 * i]), a_chunk + at, true);
               }
               if (scales) ptx::cp_async_4(ptx::shared_address(&shared.chunk_w[chunk][lane()]), w_chunk, true);
               if (count.next(args)) {
-                a_chunk += args.a_rows;
+                a_chunk += C.by_row() && args.scales_by_row != 0 ? 1 : args.a_rows;
                 ++w_chunk;
               }
               chunk = next_place(chunk);

@@ -343,8 +343,7 @@ const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
 }
 
 bool DeviceMatrix::reads_scales_by_row(std::int64_t rows) const {
-  return choose(rows).token_major && key_.promotion != Promotion::hybrid_flush &&
-         rows * blocks_k_ <= std::numeric_limits<std::int32_t>::max();
+  return choose(rows).token_major && rows * blocks_k_ <= std::numeric_limits<std::int32_t>::max();
 }
 
 void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {

@@ -168,13 +168,13 @@ struct GemmProblem {
       }
     }
     if (c.scales_by_row) {
-      const std::size_t each = count(blocks_k), of = count(a_rows);
-      if (c.promotion == kernels::Promotion::block) a_scale_by_row = Memory<float>(each * of);
-      if (c.promotion == kernels::Promotion::hybrid) a_q_by_row = Memory<std::uint8_t>((each * of + 3) / 4 * 4);
-      for (std::size_t i = 0; i < each * of; ++i) {
-        const std::size_t from = i % each * of + i / each;
-        if (a_scale_by_row.size() > 0) a_scale_by_row[i] = a_scale[from];
-        if (a_q_by_row.size() > 0) a_q_by_row[i] = static_cast<std::uint8_t>(a_q[from]);
+      const auto of = count(a_rows), each = count(blocks_k);
+      const std::size_t groups = c.promotion == kernels::Promotion::block ? each : count(super);
+      a_scale_by_row = Memory<float>(groups * of);
+      for (std::size_t i = 0; i < groups * of; ++i) a_scale_by_row[i] = a_scale[i % groups * of + i / groups];
+      a_q_by_row = Memory<std::uint8_t>(a_q.size() > 0 ? (each * of + 3) / 4 * 4 : 0);
+      for (std::size_t i = 0; i < a_q.size(); ++i) {
+        a_q_by_row[i] = static_cast<std::uint8_t>(a_q[i % each * of + i / each]);
       }
     }
     args = {.a = a.data(),

@@ -249,6 +249,14 @@ void check_flush() {
                  .row_factor = true,
                  .seed = 41});
   check<kPlain>({.rows = {30, 300}, .n = 96, .k = 656, .super_group = 256, .flush_blocks = 1, .seed = 42});
+  check<kPlain>({.rows = {3, 0, 70, 140},
+                 .n = 288,
+                 .k = 1168,
+                 .super_group = 4,
+                 .flush_blocks = 3,
+                 .gather = true,
+                 .scales_by_row = true,
+                 .seed = 44});
   // Many tiles of a chunk or a few, so that a chunk's place is used again while others are under way.
   check<kPlain>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .row_factor = true, .seed = 48}, 1);
   check<kPlain>({.rows = {1, 63, 64, 65, 128, 129, 192, 0, 193},
