@@ -28,6 +28,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def grid(results: list[dict], column: str, title) -> str:
     """Contenders down, values of `column` across, then floor, ratio and clock."""
     columns = list(dict.fromkeys(r[column] for r in results))
+    if column == "tokens":
+        columns.sort()  # runs that were appended stand last
     by_key = {(r["name"], r[column]): r for r in results}
     by_name = list(dict.fromkeys(r["name"] for r in results))
     rows = []
