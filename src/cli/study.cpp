@@ -162,6 +162,7 @@ class Bench {
       begin_.push_back(v[e + 1]);
     }
     index_ = Tensor::copy_of(index, in_.device);
+    taken_ = Tensor::copy_of(Tensor::zeros(DType::int32, {1}), in_.device);
   }
 
   cuda::DeviceMatrix::Problem problem(std::int64_t begin, std::int64_t rows, std::int64_t index) const {
@@ -174,7 +175,9 @@ class Bench {
     return p;
   }
   GpuCall grouped_call(int copy, std::int64_t rows) const {
-    return [this, m = grouped_[static_cast<std::size_t>(copy)].get(), p = problem(0, rows, 0)](Stream stream) {
+    cuda::DeviceMatrix::Problem p = problem(0, rows, 0);
+    p.taken = taken_.as<std::int32_t>();
+    return [this, m = grouped_[static_cast<std::size_t>(copy)].get(), p](Stream stream) {
       m->gemm(cuda::Launcher(gpu_.info(), stream), p);
     };
   }
@@ -303,7 +306,7 @@ class Bench {
   std::vector<Tensor> values_, scale_;                                     // of each copy
   std::vector<std::unique_ptr<cuda::DeviceMatrix>> grouped_;               // the same
   std::vector<std::vector<std::unique_ptr<cuda::DeviceMatrix>>> singles_;  // the same, one for each expert
-  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, sums_, index_;
+  Tensor a_q_, a_scale_, a_block_q_, a_zero_, out_, sums_, index_, taken_;
   std::int64_t a_rows_ = 0;
   Fork fork_;
   std::vector<std::int64_t> rows_, begin_;  // of the case at hand

@@ -60,10 +60,11 @@ class CudaMatrix final : public MatrixBackend {
     const std::int64_t group_rows = masked ? g.a.values.dim(1) : rows;
     const bool few = rows <= kOffsetsRows * matrix_.experts();
     const bool is_64 = g.groups.index.dtype() == DType::int64;
+    // A caller's kernel, or the one here, may still write the index, unless another launch lies between.
+    problem.index_late = true;
     if (!masked && !is_64 && few) {
       problem.index = g.groups.index.as<std::int32_t>();
       problem.index_limit = static_cast<std::int32_t>(rows);
-      problem.index_late = true;  // unless a launch lies between
     } else {
       auto* index = reinterpret_cast<std::int32_t*>(at(p.index));
       launcher(index_kernel_, 1,

@@ -174,6 +174,7 @@ void check_blocks() {
                  .row_factor = true,
                  .seed = 22});
   check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 256, .out = OutType::fp16, .masked = true, .seed = 23});
+  check<kPlain>({.rows = {19, 0, 2}, .n = 256, .k = 400, .masked = true, .scales_by_row = true, .seed = 32});
   for (const bool gather : {false, true}) {
     check<kPlain>(
         {.rows = {3, 0, 70, 140}, .n = 288, .k = 784, .gather = gather, .scales_by_row = true, .seed = 30u + gather});

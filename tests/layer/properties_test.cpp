@@ -286,13 +286,26 @@ void given_activations(const Scheme& scheme, Device device, std::int64_t n, std:
       zero.as<std::int32_t>()[i] = static_cast<std::int32_t>(i % 2 ? 127 - i : -128 + i);
     act.zero = zero;
   }
-  Tensor offsets = Tensor::empty(DType::int64, {experts + 1});
-  const std::int64_t at[] = {0, 2, 2, rows};
-  std::memcpy(offsets.view().data(), at, sizeof(at));
-  Tensor got = Tensor::zeros(DType::float32, {rows, n}), want = Tensor::zeros(DType::float32, {rows, n});
-  testing::gemm(device, act, PreparedMatrix(device, m), got, Groups::offsets(offsets));
-  reference::grouped_gemm(m, act, want, Groups::offsets(offsets));
-  EXPECT_TRUE(same_bits(got, want));
+  // Other offsets from call to call, whose workspace may be the same.
+  const PreparedMatrix b(device, m);
+  for (const std::int64_t split : {std::int64_t{2}, rows - 3}) {
+    for (const DType type : {DType::int64, DType::int32}) {
+      SCOPED_TRACE(to_string(type));
+      Tensor offsets = Tensor::empty(type, {experts + 1});
+      const std::int64_t at[] = {0, split, split, rows};
+      for (std::int64_t e = 0; e <= experts; ++e) {
+        if (type == DType::int64) {
+          offsets.as<std::int64_t>()[e] = at[e];
+        } else {
+          offsets.as<std::int32_t>()[e] = static_cast<std::int32_t>(at[e]);
+        }
+      }
+      Tensor got = Tensor::zeros(DType::float32, {rows, n}), want = Tensor::zeros(DType::float32, {rows, n});
+      testing::gemm(device, act, b, got, Groups::offsets(offsets));
+      reference::grouped_gemm(m, act, want, Groups::offsets(offsets));
+      EXPECT_TRUE(same_bits(got, want));
+    }
+  }
 }
 TEST_P(Properties, GivenActivationsIncludingMinus128) {
   if (!scheme.is_integer()) GTEST_SKIP() << "integer schemes";
