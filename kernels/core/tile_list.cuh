@@ -14,6 +14,12 @@ struct Tile {
   int32_t m_tile;     // weight tile
 };
 
+// In shared memory: the tile that all readers of a CTA, or of a pair, are told of next (GemmArgs::taken), and its barriers.
+struct NextTile {
+  uint64_t full, empty;
+  int32_t tile;
+};
+
 // In shared memory: exclusive prefix sums of the token tiles of each expert, and where its rows begin.
 struct TileList {
   int32_t first_tile[kMaxExperts + 1];

@@ -34,6 +34,7 @@ namespace octomoe::sm80 {
 using kernels::Epilogue;
 using kernels::GemmArgs;
 using kernels::GemmConfig;
+using kernels::NextTile;
 using kernels::Order;
 using kernels::OutType;
 using kernels::Promotion;
@@ -170,12 +171,6 @@ struct GroupedGemm {
     }
   };
 
-  // The tile that the copying warps are told of next.
-  struct NextTile {
-    uint64_t full, empty;
-    int32_t tile;
-  };
-
   // A CTA's tiles, as its copying warps see them. Either whichever is next when this CTA is about to need one, so that
   // none ends long before another; or, without a counter, one of each gridDim in turn, and of those not always the same
   // one: otherwise a CTA would get the short last tile of every expert, and another none.
@@ -192,7 +187,7 @@ struct GroupedGemm {
     // All copying warps, who have read what they were told last; it is a while before one needs the answer.
     __device__ __forceinline__ void ask(int thread) {
       if (!takes()) return;
-      __syncwarp();  // all lanes have
+      __syncwarp();  // all lanes have read it
       if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&next.empty));
       if (thread == 0) {
         ptx::barrier_wait(ptx::shared_address(&next.empty), phase());
@@ -809,8 +804,8 @@ struct GroupedGemm {
     __device__ __forceinline__ uint32_t here() const { return at.stage(at.index); }
     __device__ __forceinline__ uint32_t next() const { return at.stage(at.wraps() ? 0 : at.index + 1); }
     // When the stage's last fragments are in registers; afterwards the next stage may be read. There always is one, if only
-    // that which says that there is no further tile; but products are kept apart from the next stage's by a branch that
-    // the compiler does not see through. Without it sums per K-block took up to a tenth longer (docs/kernels.md).
+    // that which says that there is no further tile; but `more`, which the compiler does not see through, keeps the
+    // products of two stages apart (docs/kernels.md).
     __device__ __forceinline__ void stage_read(bool more) const {
       __syncwarp();
       if (lane() == 0) ptx::barrier_arrive(at.empty(at.index));

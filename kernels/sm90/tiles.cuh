@@ -9,6 +9,7 @@
 namespace octomoe::sm90 {
 
 using kernels::GemmArgs;
+using kernels::NextTile;
 using kernels::Tile;
 using kernels::TileList;
 
@@ -112,12 +113,6 @@ struct RowCopies {
       if (p < passes) ptx::cp_async_16(to + p * 2048, a + static_cast<uint64_t>(offset[p]) * 16, inside);
     }
   }
-};
-
-// The tile that all readers of a CTA, or of a pair, are told of next.
-struct NextTile {
-  uint64_t full, empty;
-  int32_t tile;
 };
 
 // A CTA's tiles one after another: every gridDim-th, or, with kTakes, as take_tiles brings them: whichever is next when
