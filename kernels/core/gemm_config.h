@@ -51,6 +51,9 @@ struct GemmConfig {
   OCTOMOE_HD constexpr int threads() const { return (warps_m * warps_n + copy_warps()) * 32; }
   OCTOMOE_HD constexpr int warp_m() const { return block_m / warps_m; }
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
+  // A tile is computed as wide as its rows need, in steps of so many tokens; one of few tokens, or with fine groups,
+  // always whole.
+  OCTOMOE_HD constexpr int step_n() const { return fine_groups || warp_n() <= 16 ? block_n : 16 * warps_n; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
   OCTOMOE_HD constexpr int stage_bytes() const {
     const int scales = scales_per_stage() * block_n * 4 + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);
@@ -58,9 +61,14 @@ struct GemmConfig {
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
   OCTOMOE_HD constexpr int table_bytes() const { return (16 + (3 * block_n + block_m) * 4 + 15) / 16 * 16; }
-  // Dynamic shared memory: the ring, tables (copies can be as many tiles ahead as there are stages), barriers.
+  // Scales of a chunk of K-blocks: a float a token and each 8 weight rows. Scale blocks of other widths load them.
+  OCTOMOE_HD constexpr int chunk_bytes() const {
+    return promotion == Promotion::hybrid_flush && !fine_groups ? (block_n + block_m / 8) * 4 : 0;
+  }
+  // Dynamic shared memory: the ring, tables and chunks' scales (copies can be as many of both ahead as there are
+  // stages), barriers.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (stages + 1) * table_bytes() + 2 * stages * 8;
+    return stages * stage_bytes() + (stages + 1) * (table_bytes() + chunk_bytes()) + 2 * stages * 8;
   }
 };
 

@@ -23,6 +23,7 @@
 // stored. Columns past K are zero.
 #pragma once
 
+#include "core/chunks.cuh"
 #include "core/gemm_config.h"
 #include "core/numerics.cuh"
 #include "core/tile_list.cuh"
@@ -31,6 +32,7 @@
 
 namespace octomoe::sm80 {
 
+using kernels::ChunkCount;
 using kernels::Epilogue;
 using kernels::GemmArgs;
 using kernels::GemmConfig;
@@ -69,13 +71,21 @@ struct GroupedGemm {
   static constexpr int kHalves = C.gated() ? 2 : 1;
   static constexpr int kTables = C.stages + 1;
   // SM90: tiles of so many tokens need more registers than each of twelve warps may have. Those that copy give up theirs.
-  static constexpr bool kMovesRegisters = kWarps == 8 && C.block_n > 96;
+  static constexpr bool kMovesRegisters = kWarps == 8 && (C.block_n > 96 || (kFlush && C.block_n > 64));
   static constexpr int kRegisters = 200, kCopyRegisters = 96;  // 256 and 128 threads, of 168 each
   // Order::tiles: token tiles whose mma alternate, so that at least four chains of mma run side by side.
-  static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1, kGroups = kNT / kGroup;
+  static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1;
   // Order::tiles: the scales of a stage's weights travel with the stage, one for each kScaleRows rows.
   static constexpr bool kStageScales = kBlocks && C.order == Order::tiles;
   static constexpr int kScaleRows = 8;  // neighbouring weight rows share a block row in multiples of this many
+  // And so do a chunk's (hybrid_flush), with its last stage.
+  static constexpr bool kChunkScales = kFlush && kStageScales;
+  // Tables and chunks' scales have places that are used in turn: one more than stages, since a stage is released before
+  // what lies beside it is read for the last time.
+  static __device__ __forceinline__ int next_place(int place) { return place + 1 == kTables ? 0 : place + 1; }
+
+  // A tile is computed as wide as its rows need: each warp takes kNT of its token tiles, or fewer by kWidthStep.
+  static constexpr int kWidthStep = C.step_n() / (8 * C.warps_n), kLeastTiles = (kNT - 1) % kWidthStep + 1;
 
   // Whether tiles are taken (Queue). Those of few tokens, and of most sums per K-block, are short, and would gain less
   // than the queue costs them (docs/kernels.md).
@@ -113,13 +123,14 @@ struct GroupedGemm {
   // ---- shared memory behind the ring ----
   // A tile's table: what the epilogue needs. Written with the tile's first stage.
   static constexpr int kTablesAt = C.stages * C.stage_bytes();
-  static constexpr int kBarriersAt = kTablesAt + kTables * C.table_bytes();
+  static constexpr int kChunkScalesAt = kTablesAt + kTables * C.table_bytes();
+  static constexpr int kBarriersAt = kChunkScalesAt + kTables * C.chunk_bytes();
   static_assert(kBarriersAt % 16 == 0 && kBarriersAt + 2 * C.stages * 8 <= C.pipeline_bytes());
   struct alignas(16) Table {
     Tile tile;  // rows -1: there is no further tile
     float a_scale[C.block_n];  // block: unused
     float factor[C.block_n];   // row_factor
-    int32_t zero[C.block_n];   // channel: a_zero; hybrid_flush: rows of a
+    int32_t zero[C.block_n];   // channel: a_zero; hybrid_flush with fine groups: rows of a
     // Of the tile's weight rows, gated: gate rows before up rows. channel: scales. Otherwise of each kScaleRows rows
     // the block row, and before those, hybrid: scales.
     float w_scale[C.block_m];
@@ -128,6 +139,11 @@ struct GroupedGemm {
     }
     __device__ __forceinline__ int32_t block_row(int i) const {
       return reinterpret_cast<const int32_t*>(w_scale)[C.block_m / kScaleRows + i];
+    }
+    // kChunkScales: the place of its first chunk's scales.
+    __device__ __forceinline__ int32_t& first_chunk() { return reinterpret_cast<int32_t*>(w_scale)[C.block_m - 1]; }
+    __device__ __forceinline__ int32_t first_chunk() const {
+      return reinterpret_cast<const int32_t*>(w_scale)[C.block_m - 1];
     }
   };
   static_assert(sizeof(Table) == C.table_bytes());
@@ -160,6 +176,9 @@ struct GroupedGemm {
     }
     __device__ __forceinline__ uint32_t full(int32_t i) const { return begin + kBarriersAt + i * 8; }
     __device__ __forceinline__ uint32_t empty(int32_t i) const { return begin + kBarriersAt + (C.stages + i) * 8; }
+    __device__ __forceinline__ uint32_t chunk_scales(int32_t place) const {
+      return begin + kChunkScalesAt + static_cast<uint32_t>(place) * C.chunk_bytes();
+    }
     __device__ __forceinline__ bool wraps() const { return index + 1 == C.stages; }
     __device__ __forceinline__ void advance() {
       if (wraps()) {
@@ -258,7 +277,7 @@ struct GroupedGemm {
         }
         if constexpr (C.promotion == Promotion::channel) {
           if (args.a_zero != nullptr) ptx::cp_async_4(ptx::shared_address(&to.zero[r]), args.a_zero + source[i], true);
-        } else {
+        } else if constexpr (kFlush && !kChunkScales) {
           to.zero[r] = source[i];
         }
       }
@@ -312,6 +331,18 @@ struct GroupedGemm {
       }
     }
 
+    // Those of a chunk's tokens and weights, of one of the super groups.
+    __device__ __forceinline__ void copy_chunk_scales(uint32_t to, int32_t group, int32_t scale_row,
+                                                      const int32_t (&source)[kSources]) const {
+#pragma unroll
+      for (int i = 0; i < kSources; ++i) {
+        const int r = token(i);
+        ptx::cp_async_4_if(in_tile(r), to + r * 4, args.a_scale + (group * args.a_rows + source[i]));
+      }
+      ptx::cp_async_4_if(thread < C.block_m / kScaleRows, to + (C.block_n + thread) * 4,
+                         args.w_scale + (static_cast<int64_t>(scale_row) * super_groups(args) + group));
+    }
+
     __device__ __forceinline__ void run() {
       Queue queue{args, told, total};
       if (queue.ended()) return;
@@ -325,6 +356,7 @@ struct GroupedGemm {
       int32_t source[kSources], next_source[kSources] = {};
       load_sources(t, source);
       int table = 0;
+      [[maybe_unused]] int chunk_place = 0;
       for (;;) {
         const int32_t feature = t.m_tile * C.features() + feature_of(first()), last_row = rows_of_half(args) - 1;
         const int8_t* w = args.w + static_cast<int64_t>(t.expert) * args.n * args.k + chunk() * 16;
@@ -337,6 +369,8 @@ struct GroupedGemm {
           offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk());
         }
         int32_t scale_row = 0;
+        [[maybe_unused]] ChunkCount count;
+        [[maybe_unused]] int32_t group = 0;
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
           const uint32_t stage = at.stage(at.index);
           ptx::barrier_wait(at.empty(at.index), at.parity);
@@ -359,9 +393,17 @@ struct GroupedGemm {
           }
           if (k_tile == 0) {
             scale_row = fill_table(t, tables[table], source);
-            table = table + 1 == kTables ? 0 : table + 1;
+            if (kChunkScales && thread == 0) tables[table].first_chunk() = chunk_place;
+            table = next_place(table);
           }
           if constexpr (kBlocks) copy_scales(stage, k_tile, scale_row, source);
+          if constexpr (kChunkScales) {
+            if (count.ends(args, k_tile + 1 == k_tiles)) {
+              copy_chunk_scales(at.chunk_scales(chunk_place), group, scale_row, source);
+              group += count.next(args);
+              chunk_place = next_place(chunk_place);
+            }
+          }
           arrive();
           // The next tile and its rows are looked up while this one's copies are under way.
           if (k_tile == look_at) {
@@ -411,18 +453,19 @@ struct GroupedGemm {
   }
 
   // Order::steps: fragments of one k32 step.
+  template <int kN>
   struct Fragments {
     uint32_t w[kMT][4];
-    uint32_t a[kNT][2];
+    uint32_t a[kN][2];
 
-    static __device__ __forceinline__ uint32_t address(int warp_n) {
-      return swizzled(C.block_m + warp_n * C.warp_n() + (lane() >> 4) * 8 + (lane() & 7), lane() >> 3 & 1);
+    static __device__ __forceinline__ uint32_t address(int first_token) {
+      return swizzled(C.block_m + first_token + (lane() >> 4) * 8 + (lane() & 7), lane() >> 3 & 1);
     }
     __device__ __forceinline__ void load(uint32_t weights, uint32_t tokens, int step) {
       load_weights(w, weights, step);
       tokens ^= step * 32;
 #pragma unroll
-      for (int nt = 0; nt + 1 < kNT; nt += 2) {
+      for (int nt = 0; nt + 1 < kN; nt += 2) {
         uint32_t r[4];
         ptx::ldmatrix_x4(r, tokens + nt * 8 * C.block_k);
         a[nt][0] = r[0];
@@ -430,9 +473,9 @@ struct GroupedGemm {
         a[nt + 1][0] = r[2];
         a[nt + 1][1] = r[3];
       }
-      if constexpr (kNT % 2 == 1) {  // lanes 16 to 31 give no address
-        ptx::ldmatrix_x2(a[kNT - 1][0], a[kNT - 1][1],
-                         (lane() >= 16 ? tokens - 8 * C.block_k : tokens) + (kNT - 1) * 8 * C.block_k);
+      if constexpr (kN % 2 == 1) {  // lanes 16 to 31 give no address
+        ptx::ldmatrix_x2(a[kN - 1][0], a[kN - 1][1],
+                         (lane() >= 16 ? tokens - 8 * C.block_k : tokens) + (kN - 1) * 8 * C.block_k);
       }
     }
   };
@@ -440,8 +483,8 @@ struct GroupedGemm {
   // Order::tiles: the four k32 steps of one token tile.
   struct TokenFragment {
     uint32_t r[4][2];
-    static __device__ __forceinline__ uint32_t address(int warp_n) {
-      return swizzled(C.block_m + warp_n * C.warp_n() + (lane() & 7), lane() >> 3);
+    static __device__ __forceinline__ uint32_t address(int first_token) {
+      return swizzled(C.block_m + first_token + (lane() & 7), lane() >> 3);
     }
     __device__ __forceinline__ void load_half(uint32_t at, int nt, int h) {
       uint32_t x[4];
@@ -455,9 +498,21 @@ struct GroupedGemm {
 
   // ---- where a thread's sums belong ----
   // Sum [mt][nt][2h + j] is weight row (mt, h) and token nt*8 + (lane%4)*2 + j of the warp's part.
-  static __device__ __forceinline__ int token_of(int warp_n, int nt) {
-    return warp_n * C.warp_n() + nt * 8 + (lane() & 3) * 2;
-  }
+  struct Part {
+    int32_t tiles;       // n8 tiles that are computed
+    int32_t first, end;  // tokens of the tile; first >= end: none
+    __device__ __forceinline__ Part(const Table& table, int warp_n) {
+      const int32_t rows = ptx::uniform(table.tile.rows);
+      tiles = kNT;
+#pragma unroll
+      for (int n = kNT - kWidthStep; n >= kLeastTiles; n -= kWidthStep) {
+        if (rows <= n * 8 * C.warps_n) tiles = n;
+      }
+      first = warp_n * tiles * 8;
+      end = min(first + tiles * 8, rows);
+    }
+    __device__ __forceinline__ int token(int nt) const { return first + nt * 8 + (lane() & 3) * 2; }
+  };
   // First of the thread's output columns inside the tile.
   static __device__ __forceinline__ int feature_in_tile(int warp_m) {
     return warp_m * (C.features() / C.warps_m) + (lane() >> 2) * kOutColumns;
@@ -476,8 +531,9 @@ struct GroupedGemm {
   static constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);
   static constexpr int32_t kEmptyTotal = kFloatTotals ? kMinusZero : 0;
 
+  // Those of the first kN token tiles.
   template <int kN>
-  static __device__ __forceinline__ void fill(int32_t (&sums)[kMT][kN][4], int32_t value) {
+  static __device__ __forceinline__ void fill(Sums& sums, int32_t value) {
 #pragma unroll
     for (int mt = 0; mt < kMT; ++mt) {
 #pragma unroll
@@ -590,65 +646,46 @@ struct GroupedGemm {
     for (int i = 0; i < 4; ++i) promote_one(total, sums, p, mt, i);
   }
 
-  // hybrid_flush: where the K-blocks are inside chunks and super groups, and the float step at a chunk's end.
-  struct Chunks {
-    int32_t group = 0, in_group = 0, in_chunk = 0;
-
-    // One more K-block is done; true where its chunk ends.
-    __device__ __forceinline__ bool advance(const GemmArgs& args, bool last) {
-      ++in_group;
-      ++in_chunk;
-      return last || in_group == args.super_group || in_chunk == args.flush_blocks;
-    }
-    __device__ __forceinline__ void next(const GemmArgs& args) {
-      in_chunk = 0;
-      if (in_group == args.super_group) {
-        in_group = 0;
-        ++group;
-      }
-    }
-    __device__ __forceinline__ void flush(const GemmArgs& args, const Table& table, const int32_t (&rows)[kHalves],
-                                          int warp_n, Sums& total, Sums& v) {
-      const int32_t groups = super_groups(args);
-      float w[kHalves];
+  // hybrid_flush: the float step at a chunk's end, with the scales of the thread's weight rows, and of two tokens.
+  template <int kN, class TokenScales>
+  static __device__ __forceinline__ void flush(const Table& table, const Part& part, const float (&w)[kHalves],
+                                               const TokenScales& scales_of_tokens, Sums& total, Sums& v) {
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) w[h] = args.w_scale[static_cast<int64_t>(rows[h]) * groups + group];
+    for (int nt = 0; nt < kN; ++nt) {
+      const int token = part.token(nt);
+      const float2 scales = scales_of_tokens(token), factor = *reinterpret_cast<const float2*>(table.factor + token);
 #pragma unroll
-      for (int nt = 0; nt < kNT; ++nt) {
+      for (int j = 0; j < 2; ++j) {
+        const float a = __fmul_rn(j == 0 ? scales.x : scales.y, j == 0 ? factor.x : factor.y);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int token = token_of(warp_n, nt) + j;
-          const float a = __fmul_rn(args.a_scale[group * args.a_rows + table.zero[token]], table.factor[token]);
+        for (int mt = 0; mt < kMT; ++mt) {
+          const float p = __fmul_rn(w[C.gated() && mt >= kMT / 2], a);
 #pragma unroll
-          for (int mt = 0; mt < kMT; ++mt) {
-            const float p = __fmul_rn(w[C.gated() && mt >= kMT / 2], a);
-#pragma unroll
-            for (int i = j; i < 4; i += 2) {
-              v[mt][nt][i] =
-                  __float_as_int(__fmaf_rn(__int2float_rn(total[mt][nt][i]), p, __int_as_float(v[mt][nt][i])));
-              total[mt][nt][i] = 0;
-            }
+          for (int i = j; i < 4; i += 2) {
+            v[mt][nt][i] =
+                __float_as_int(__fmaf_rn(__int2float_rn(total[mt][nt][i]), p, __int_as_float(v[mt][nt][i])));
+            total[mt][nt][i] = 0;
           }
         }
       }
     }
-  };
+  }
 
   // ---- epilogue ----
   // docs/schemes.md section 3: v of the sums, bias included; section 6: swiglu.
   static __device__ __forceinline__ void finish_tile(const GemmArgs& args, const Table& table, const Sums& sums,
-                                                     int warp_m, int warp_n) {
+                                                     int warp_m, const Part& part) {
     if (args.bias == nullptr && args.a_zero == nullptr && num::bits(args.limit) == num::kInfBits &&
         (C.epilogue == Epilogue::swiglu || args.out_type == OutType::bf16)) {
-      finish_tile<true>(args, table, sums, warp_m, warp_n);
+      finish_tile<true>(args, table, sums, warp_m, part);
     } else {
-      finish_tile<false>(args, table, sums, warp_m, warp_n);
+      finish_tile<false>(args, table, sums, warp_m, part);
     }
   }
   // kPlain: no bias, no zero point, no limit, bf16: half the instructions.
   template <bool kPlain>
   static __device__ __forceinline__ void finish_tile(const GemmArgs& args, const Table& table, const Sums& sums,
-                                                     int warp_m, int warp_n) {
+                                                     int warp_m, const Part& part) {
     const Tile t = table.tile;
     const int width = rows_of_half(args), inside = feature_in_tile(warp_m), column = t.m_tile * C.features() + inside;
     if (column >= width) return;
@@ -676,11 +713,11 @@ struct GroupedGemm {
 
     const int64_t element = C.epilogue != Epilogue::swiglu && args.out_type == OutType::f32 ? 4 : 2;
     const int64_t row_bytes = args.out_stride * element;
-    uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + token_of(warp_n, 0)) * row_bytes + column * element;
+    uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + part.token(0)) * row_bytes + column * element;
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
-      const int token = token_of(warp_n, nt);
-      if (warp_n * C.warp_n() + nt * 8 >= t.rows) break;
+      const int token = part.token(nt);
+      if (part.first + nt * 8 >= part.end) break;
       float a_scale[2] = {};
       int32_t zero[2] = {};
       if constexpr (kScaled) {
@@ -718,7 +755,7 @@ struct GroupedGemm {
             out[c] = v(c / 2, c % 2);
           }
         }
-        store<kPlain>(args, token + j < t.rows, to + j * row_bytes, width - column, out);
+        store<kPlain>(args, token + j < part.end, to + j * row_bytes, width - column, out);
       }
       to += 8 * row_bytes;
     }
@@ -784,11 +821,7 @@ struct GroupedGemm {
     if (static_cast<int32_t>(blockIdx.x) >= total) return;
     Ring ring{slot};
     ptx::barrier_wait(slot.full(0), 0);
-    if constexpr (C.order == Order::steps) {
-      run_steps(args, ring, shared, warp, k_tiles);
-    } else {
-      run_tiles(args, ring, shared, warp, k_tiles);
-    }
+    multiply_tiles(args, ring, shared, warp, k_tiles);
   }
 
   static __device__ __forceinline__ uint32_t scales_of(uint32_t stage) {
@@ -815,224 +848,253 @@ struct GroupedGemm {
   };
 
   // A tile without rows for this warp leaves the tensor cores to others.
-  static __device__ __forceinline__ bool skips(Ring& ring, const Table& table, int warp_n, int32_t k_tiles) {
-    if (C.warps_n == 1 || warp_n * C.warp_n() < ptx::uniform(table.tile.rows)) return false;
+  static __device__ __forceinline__ void rest(Ring& ring, int32_t k_tiles) {
 #pragma unroll 1
     for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
       ring.stage_read(true);
       ring.advance();
     }
-    return true;
   }
 
+  // The tiles of a CTA, by one of the warps that multiply.
+  static __device__ __forceinline__ void multiply_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
+                                                        int32_t k_tiles) {
+    const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
+    for (int32_t table_index = 0;; table_index = next_place(table_index)) {
+      const Table& table = tables(shared)[table_index];
+      if (ptx::uniform(table.tile.rows) < 0) return;
+      const Part part(table, warp_n);
+      if (C.warps_n > 1 && part.first >= part.end) {
+        rest(ring, k_tiles);
+        continue;
+      }
+      Sums sums;
+      multiply_tile<kNT>(args, ring, table, warp_m, part, k_tiles, sums);
+      finish_tile(args, table, sums, ptx::here(warp_m), part);
+    }
+  }
+  template <int kN>
+  static __device__ __forceinline__ void multiply_tile(const GemmArgs& args, Ring& ring, const Table& table, int warp_m,
+                                                       const Part& part, int32_t k_tiles, Sums& sums) {
+    if constexpr (kN > kLeastTiles) {
+      if (part.tiles < kN) {
+        return multiply_tile<kN - kWidthStep>(args, ring, table, warp_m, part, k_tiles, sums);
+      }
+    }
+    if constexpr (C.order == Order::steps) {
+      multiply_steps<kN>(args, ring, table, warp_m, part, k_tiles, sums);
+    } else {
+      multiply_stages<kN>(args, ring, table, warp_m, part, k_tiles, sums);
+    }
+  }
+
+  template <int kN>
   static __device__ __forceinline__ void promote_last(Sums& totals, const int32_t (&sums)[kMT][kGroup][4],
                                                       const Products (&products)[kGroup]) {
 #pragma unroll
     for (int c = 0; c < kMT * kGroup; ++c) {
-      promote(totals[c % kMT][kNT - kGroup + c / kMT], sums[c % kMT][c / kMT], products[c / kMT], c % kMT);
+      promote(totals[c % kMT][kN - kGroup + c / kMT], sums[c % kMT][c / kMT], products[c / kMT], c % kMT);
     }
   }
 
-  static __device__ __forceinline__ void run_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
-                                                   int32_t k_tiles) {
-    const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
-    const uint32_t weights_at = weight_address(warp_m), tokens_at = TokenFragment::address(warp_n);
-    const uint32_t token_bytes = static_cast<uint32_t>(token_of(warp_n, 0)) * 4;
+  // Order::tiles.
+  template <int kN>
+  static __device__ __forceinline__ void multiply_stages(const GemmArgs& args, Ring& ring, const Table& table,
+                                                         int warp_m, const Part& part, int32_t k_tiles, Sums& sums) {
+    const uint32_t weights_at = weight_address(warp_m), tokens_at = TokenFragment::address(part.first);
+    const uint32_t token_bytes = static_cast<uint32_t>(part.token(0)) * 4;
     // The promotion of a group of token tiles starts this many mma after its last one and is spread over the others.
     constexpr int kValues = 4 * kMT * kGroup, kMma = kSteps * kMT * kGroup, kLag = kMT * kGroup >= 4 ? 3 : 2;
-    for (int32_t table_index = 0;; table_index = table_index + 1 == kTables ? 0 : table_index + 1) {
-      const Table& table = tables(shared)[table_index];
-      if (ptx::uniform(table.tile.rows) < 0) return;
-      if (skips(ring, table, warp_n, k_tiles)) continue;
-      Sums totals;
-      fill(totals, kEmptyTotal);
-      int32_t partial[2][kMT][kGroup][4];
-      Sums values;
-      Chunks chunks;
-      if constexpr (kFlush) fill(values, kMinusZero);
-      Products pending[kGroup];
-      int32_t rows[kHalves];
-      WeightScales scales;
-      StageScales stage_scales;
-      if constexpr (kBlocks) stage_scales.open(args, table, warp_m);
-      if constexpr (kFlush) {
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          rows[h] = table.block_row((h * C.features() + feature_in_tile(warp_m)) / kScaleRows);
-        }
-      }
+    Sums chunk;  // hybrid_flush
+    Sums& totals = kFlush ? chunk : sums;
+    fill<kN>(totals, kEmptyTotal);
+    int32_t partial[2][kMT][kGroup][4];
+    [[maybe_unused]] ChunkCount count;
+    [[maybe_unused]] int chunk_place = kFlush ? table.first_chunk() : 0;
+    if constexpr (kFlush) fill<kN>(sums, kMinusZero);
+    Products pending[kGroup];
+    WeightScales scales;
+    StageScales stage_scales;
+    if constexpr (kBlocks) stage_scales.open(args, table, warp_m);
 
-      uint32_t w[kSteps][kMT][4];
-      TokenFragment tokens[kGroup];
-      TokenScales token_scales[kGroup];
+    uint32_t w[kSteps][kMT][4];
+    TokenFragment tokens[kGroup];
+    TokenScales token_scales[kGroup];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here() + weights_at, step);
+    for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here() + weights_at, step);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        tokens[i].load_half(ring.here() + tokens_at, i, 0);
-        tokens[i].load_half(ring.here() + tokens_at, i, 1);
-        if constexpr (kBlocks) token_scales[i].load(scales_of(ring.here()), table, token_bytes + i * 32);
-      }
-      if constexpr (kBlocks) stage_scales.load(scales, ring.here(), 0);
+    for (int i = 0; i < kGroup; ++i) {
+      tokens[i].load_half(ring.here() + tokens_at, i, 0);
+      tokens[i].load_half(ring.here() + tokens_at, i, 1);
+      if constexpr (kBlocks) token_scales[i].load(scales_of(ring.here()), table, token_bytes + i * 32);
+    }
+    if constexpr (kBlocks) stage_scales.load(scales, ring.here(), 0);
 
-      for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-        [[maybe_unused]] const bool last = k_tile + 1 == k_tiles;
-        const uint32_t stage = ring.here(), next = ring.next();
+    for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      [[maybe_unused]] const bool last = k_tile + 1 == k_tiles;
+      const uint32_t stage = ring.here(), next = ring.next();
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          // What is loaded beside this group's mma is the next one's; after the tile's last stage nobody looks at it.
-          const bool leaving = group == kGroups - 1;
-          const uint32_t from = leaving ? next : stage;
-          const int first = leaving ? 0 : (group + 1) * kGroup;
-          if (leaving) ring.stage_read(!last || table.tile.rows > 0);
+      for (int group = 0; group < kN / kGroup; ++group) {
+        // What is loaded beside this group's mma is the next one's; after the tile's last stage nobody looks at it.
+        const bool leaving = group == kN / kGroup - 1;
+        const uint32_t from = leaving ? next : stage;
+        const int first = leaving ? 0 : (group + 1) * kGroup;
+        if (leaving) ring.stage_read(!last || table.tile.rows > 0);
 #pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-            for (int chain = 0; chain < kGroup * kMT; ++chain) {
-              const int member = chain / kMT, mt = chain % kMT;
-              const uint32_t b0 = tokens[member].r[step][0], b1 = tokens[member].r[step][1];
-              if constexpr (!kBlocks) {
-                ptx::mma_s8(totals[mt][group * kGroup + member], w[step][mt], b0, b1);
+          for (int chain = 0; chain < kGroup * kMT; ++chain) {
+            const int member = chain / kMT, mt = chain % kMT;
+            const uint32_t b0 = tokens[member].r[step][0], b1 = tokens[member].r[step][1];
+            if constexpr (!kBlocks) {
+              ptx::mma_s8(totals[mt][group * kGroup + member], w[step][mt], b0, b1);
+            } else {
+              int32_t(&sums)[4] = partial[group % 2][mt][member];
+              if (step == 0) {
+                ptx::mma_s8_from(sums, w[step][mt], b0, b1, kInitialSum);
               } else {
-                int32_t(&sums)[4] = partial[group % 2][mt][member];
-                if (step == 0) {
-                  ptx::mma_s8_from(sums, w[step][mt], b0, b1, kInitialSum);
-                } else {
-                  ptx::mma_s8(sums, w[step][mt], b0, b1);
-                }
-                // The partial sums of the group before.
-                const int at = step * kGroup * kMT + chain - kLag;
+                ptx::mma_s8(sums, w[step][mt], b0, b1);
+              }
+              // The partial sums of the group before.
+              const int at = step * kGroup * kMT + chain - kLag;
 #pragma unroll
-                for (int i = 0; i < kValues; ++i) {
-                  const int c = i / 4;
-                  if (group > 0 && at >= 0 && i * (kMma - kLag) / kValues == at) {
-                    promote_one(totals[c % kMT][(group - 1) * kGroup + c / kMT],
-                                partial[(group + 1) % 2][c % kMT][c / kMT], pending[c / kMT], c % kMT, i % 4);
-                  }
+              for (int i = 0; i < kValues; ++i) {
+                const int c = i / 4;
+                if (group > 0 && at >= 0 && i * (kMma - kLag) / kValues == at) {
+                  promote_one(totals[c % kMT][(group - 1) * kGroup + c / kMT],
+                              partial[(group + 1) % 2][c % kMT][c / kMT], pending[c / kMT], c % kMT, i % 4);
                 }
               }
             }
-            if (step % 2 == 1) {
+          }
+          if (step % 2 == 1) {
 #pragma unroll
-              for (int i = 0; i < kGroup; ++i) tokens[i].load_half(from + tokens_at, first + i, step / 2);
-            }
-            if (leaving) load_weights(w[step], next + weights_at, step);
+            for (int i = 0; i < kGroup; ++i) tokens[i].load_half(from + tokens_at, first + i, step / 2);
           }
-          if constexpr (kBlocks) {
+          if (leaving) load_weights(w[step], next + weights_at, step);
+        }
+        if constexpr (kBlocks) {
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
-              pending[i].set(scales, token_scales[i]);
-              token_scales[i].load(scales_of(from), table, token_bytes + (first + i) * 32);
-            }
-            if (leaving) stage_scales.load(scales, next, k_tile + 1);
+          for (int i = 0; i < kGroup; ++i) {
+            pending[i].set(scales, token_scales[i]);
+            token_scales[i].load(scales_of(from), table, token_bytes + (first + i) * 32);
           }
+          if (leaving) stage_scales.load(scales, next, k_tile + 1);
         }
-        // Not beside the next stage's: where one ends and the next begins, fragments of both need registers.
-        if constexpr (kBlocks) promote_last(totals, partial[(kGroups - 1) % 2], pending);
-        if constexpr (kFlush) {
-          if (chunks.advance(args, last)) {
-            chunks.flush(args, table, rows, warp_n, totals, values);
-            chunks.next(args);
-          }
-        }
-        ring.advance();
       }
+      // Not beside the next stage's: where one ends and the next begins, fragments of both need registers.
+      if constexpr (kBlocks) promote_last<kN>(totals, partial[(kN / kGroup - 1) % 2], pending);
       if constexpr (kFlush) {
-        finish_tile(args, table, values, ptx::here(warp_m), warp_n);
-      } else {
-        finish_tile(args, table, totals, ptx::here(warp_m), warp_n);
+        if (count.ends(args, last)) {
+          const uint32_t from = ring.at.chunk_scales(chunk_place);
+          float scales_of_weights[kHalves];
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h) {
+            const int row = (h * C.features() + feature_in_tile(warp_m)) / kScaleRows;
+            scales_of_weights[h] = __int_as_float(ptx::load_shared(from + (C.block_n + row) * 4));
+          }
+          const auto scales_of_tokens = [&](int token) {
+            const int2 s = ptx::load_shared_2(from + token * 4);
+            return make_float2(__int_as_float(s.x), __int_as_float(s.y));
+          };
+          flush<kN>(table, part, scales_of_weights, scales_of_tokens, chunk, sums);
+          count.next(args);
+          chunk_place = next_place(chunk_place);
+        }
       }
+      ring.advance();
     }
   }
 
-  static __device__ __forceinline__ void run_steps(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
-                                                   int32_t k_tiles) {
-    const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
-    const uint32_t weights_at = weight_address(warp_m), tokens_at = Fragments::address(warp_n);
-    for (int32_t table_index = 0;; table_index = table_index + 1 == kTables ? 0 : table_index + 1) {
-      const Table& table = tables(shared)[table_index];
-      if (ptx::uniform(table.tile.rows) < 0) return;
-      if (skips(ring, table, warp_n, k_tiles)) continue;
-      Sums sums, totals, values;
-      fill(sums, kInitialSum);
-      if constexpr (kBlocks) fill(totals, kEmptyTotal);
-      if constexpr (kFlush) fill(values, kMinusZero);
-      Chunks chunks;
-      int32_t rows[kHalves], block = 0, column_in_block = 0;
-      WeightScaleCursor cursor;
-      if constexpr (kBlocks) {
+  // Order::steps.
+  template <int kN>
+  static __device__ __forceinline__ void multiply_steps(const GemmArgs& args, Ring& ring, const Table& table,
+                                                        int warp_m, const Part& part, int32_t k_tiles, Sums& sums) {
+    const uint32_t weights_at = weight_address(warp_m), tokens_at = Fragments<kN>::address(part.first);
+    Sums block_sums, chunk;  // with scale blocks; hybrid_flush
+    Sums& partial = kBlocks ? block_sums : sums;
+    Sums& totals = kFlush ? chunk : sums;
+    fill<kN>(partial, kInitialSum);
+    if constexpr (kBlocks) fill<kN>(totals, kEmptyTotal);
+    if constexpr (kFlush) fill<kN>(sums, kMinusZero);
+    [[maybe_unused]] ChunkCount count;
+    [[maybe_unused]] int32_t group = 0;
+    int32_t rows[kHalves], block = 0, column_in_block = 0;
+    WeightScaleCursor cursor;
+    if constexpr (kBlocks) {
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          rows[h] = table.block_row((h * C.features() + feature_in_tile(warp_m)) / kScaleRows);
-        }
-        cursor.open(args, rows);
+      for (int h = 0; h < kHalves; ++h) {
+        rows[h] = table.block_row((h * C.features() + feature_in_tile(warp_m)) / kScaleRows);
       }
-      Fragments fragments[2];
-      fragments[0].load(ring.here() + weights_at, ring.here() + tokens_at, 0);
+      cursor.open(args, rows);
+    }
+    Fragments<kN> fragments[2];
+    fragments[0].load(ring.here() + weights_at, ring.here() + tokens_at, 0);
 
-      for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-        const bool last = k_tile + 1 == k_tiles;
-        const uint32_t stage = ring.here(), next = ring.next();
+    for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      const bool last = k_tile + 1 == k_tiles;
+      const uint32_t stage = ring.here(), next = ring.next();
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          const Fragments& now = fragments[step % 2];
-          // Scales per K-block: a block may end with any step, and the last one with K.
-          bool ends = false;
-          WeightScales weight_scales;
-          TokenScales token_scales[kNT];
-          if constexpr (kBlocks) {
-            column_in_block += 32;
-            ends = block < args.blocks_k &&
-                   (column_in_block == args.block_k || (k_tile * C.block_k + step * 32 + 32 >= args.k));
-            if (ends) {
-              cursor.load(weight_scales);
+      for (int step = 0; step < kSteps; ++step) {
+        const Fragments<kN>& now = fragments[step % 2];
+        // Scales per K-block: a block may end with any step, and the last one with K.
+        bool ends = false;
+        WeightScales weight_scales;
+        TokenScales token_scales[kN];
+        if constexpr (kBlocks) {
+          column_in_block += 32;
+          ends = block < args.blocks_k &&
+                 (column_in_block == args.block_k || (k_tile * C.block_k + step * 32 + 32 >= args.k));
+          if (ends) {
+            cursor.load(weight_scales);
 #pragma unroll
-              for (int nt = 0; nt < kNT; ++nt) {
-                token_scales[nt].load(scales_of(stage) + step * C.block_n * 4, table, token_of(warp_n, nt) * 4);
-              }
+            for (int nt = 0; nt < kN; ++nt) {
+              token_scales[nt].load(scales_of(stage) + step * C.block_n * 4, table, part.token(nt) * 4);
             }
           }
-          if (step == kSteps - 1) {
-            ring.stage_read(!last || table.tile.rows > 0);
-            if (!last) fragments[0].load(next + weights_at, next + tokens_at, 0);
-          } else {
-            fragments[(step + 1) % 2].load(stage + weights_at, stage + tokens_at, step + 1);
-          }
+        }
+        if (step == kSteps - 1) {
+          ring.stage_read(!last || table.tile.rows > 0);
+          if (!last) fragments[0].load(next + weights_at, next + tokens_at, 0);
+        } else {
+          fragments[(step + 1) % 2].load(stage + weights_at, stage + tokens_at, step + 1);
+        }
 #pragma unroll
-          for (int nt = 0; nt < kNT; ++nt) {
+        for (int nt = 0; nt < kN; ++nt) {
 #pragma unroll
-            for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8(sums[mt][nt], now.w[mt], now.a[nt][0], now.a[nt][1]);
-          }
-          if constexpr (kBlocks) {
-            if (ends) {
+          for (int mt = 0; mt < kMT; ++mt) ptx::mma_s8(partial[mt][nt], now.w[mt], now.a[nt][0], now.a[nt][1]);
+        }
+        if constexpr (kBlocks) {
+          if (ends) {
 #pragma unroll
-              for (int nt = 0; nt < kNT; ++nt) {
-                Products p;
-                p.set(weight_scales, token_scales[nt]);
+            for (int nt = 0; nt < kN; ++nt) {
+              Products p;
+              p.set(weight_scales, token_scales[nt]);
 #pragma unroll
-                for (int mt = 0; mt < kMT; ++mt) promote(totals[mt][nt], sums[mt][nt], p, mt);
-              }
-              fill(sums, kInitialSum);
-              column_in_block = 0;
-              ++block;
-              if constexpr (kFlush) {
-                if (chunks.advance(args, block == args.blocks_k)) {
-                  chunks.flush(args, table, rows, warp_n, totals, values);
-                  chunks.next(args);
+              for (int mt = 0; mt < kMT; ++mt) promote(totals[mt][nt], partial[mt][nt], p, mt);
+            }
+            fill<kN>(partial, kInitialSum);
+            column_in_block = 0;
+            ++block;
+            if constexpr (kFlush) {
+              if (count.ends(args, block == args.blocks_k)) {
+                float scales_of_weights[kHalves];
+#pragma unroll
+                for (int h = 0; h < kHalves; ++h) {
+                  scales_of_weights[h] = args.w_scale[static_cast<int64_t>(rows[h]) * super_groups(args) + group];
                 }
+                const float* const a_scale = args.a_scale + group * args.a_rows;
+                const auto scales_of_tokens = [&](int token) {
+                  return make_float2(a_scale[table.zero[token]], a_scale[table.zero[token + 1]]);
+                };
+                flush<kN>(table, part, scales_of_weights, scales_of_tokens, chunk, sums);
+                group += count.next(args);
               }
             }
           }
         }
-        ring.advance();
       }
-      if constexpr (kFlush) {
-        finish_tile(args, table, values, ptx::here(warp_m), warp_n);
-      } else if constexpr (kBlocks) {
-        finish_tile(args, table, totals, ptx::here(warp_m), warp_n);
-      } else {
-        finish_tile(args, table, sums, ptx::here(warp_m), warp_n);
-      }
+      ring.advance();
     }
   }
 };

@@ -20,12 +20,14 @@
 // (j, q, e) = 8j + 2q + e holds row 8q + 2j + e, so that a thread's sums are eight neighbouring output columns.
 #pragma once
 
+#include "core/chunks.cuh"
 #include "core/numerics.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/tiles.cuh"
 
 namespace octomoe::sm90 {
 
+using kernels::ChunkCount;
 using kernels::OutType;
 using kernels::Promotion;
 using kernels::TokenMajorConfig;
@@ -100,22 +102,6 @@ struct TokenMajor {
                                 C.gated() ? i ^ args.up_first : 0);
   }
 
-  // Counts the K-blocks of a tile's chunks: they end with a super group, after flush_blocks, and with K.
-  struct ChunkCount {
-    int32_t in_group = 0, in_chunk = 0;
-    __device__ __forceinline__ bool ends(const GemmArgs& args, bool last) {
-      ++in_group;
-      ++in_chunk;
-      return last || in_group == args.super_group || in_chunk == args.flush_blocks;
-    }
-    // Behind the end of one. Whether a super group ends with it.
-    __device__ __forceinline__ bool next(const GemmArgs& args) {
-      in_chunk = 0;
-      const bool group_ends = in_group == args.super_group;
-      if (group_ends) in_group = 0;
-      return group_ends;
-    }
-  };
   static __device__ __forceinline__ int next_place(int place) { return place + 1 == kTables ? 0 : place + 1; }
 
   struct Producer {

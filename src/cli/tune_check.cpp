@@ -138,6 +138,8 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
   const std::vector<double> ratios = {0.5, 0.75, 1, 1.25, 1.5, 1.75, 2};
   std::vector<double> factors;
   for (int percent = 20; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
+  std::vector<double> parts;
+  for (int percent = 0; percent <= 60; percent += 2) parts.push_back(percent / 100.0);
   struct Search {
     double CostConstants::*constant;
     const std::vector<double>& values;
@@ -149,9 +151,9 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
                                         {&CostConstants::stand_in_opening, openings}};
   const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings},
                                       {&CostConstants::mma_resident, factors},
-                                      {&CostConstants::mma_half, factors},
+                                      {&CostConstants::mma_least, parts},
                                       {&CostConstants::mma_feed, feeds}};
-  CostConstants c{0, 0, 0, 1, 0, 0, 1, 1, 0};
+  CostConstants c{0, 0, 0, 1, 0, 0, 1, 0, 0};
   for (int sweep = 0; sweep < 4; ++sweep) {
     for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
       double least = std::numeric_limits<double>::infinity();
@@ -194,7 +196,7 @@ TuneCheck check_costs(const plan::TunedTable& table) {
     } else {
       check.fitted.mma_opening = fitted.mma_opening;
       check.fitted.mma_resident = fitted.mma_resident;
-      check.fitted.mma_half = fitted.mma_half;
+      check.fitted.mma_least = fitted.mma_least;
       check.fitted.mma_feed = fitted.mma_feed;
     }
     check.leaves_out = models.size() > 1;
@@ -255,9 +257,9 @@ std::string render(const TuneCheck& check, bool colour) {
   for (const auto& [name, c] : {std::pair{"built in", &check.built}, {"fitted to all", &check.fitted}}) {
     text += fmt::format(
         "constants {}: opening {}, epilogue {}, feed {}, token_major {}, stand_in_opening {}, mma_opening {}, "
-        "mma_resident {}, mma_half {}, mma_feed {}\n",
+        "mma_resident {}, mma_least {}, mma_feed {}\n",
         name, c->opening, c->epilogue, c->feed, c->token_major, c->stand_in_opening, c->mma_opening, c->mma_resident,
-        c->mma_half, c->mma_feed);
+        c->mma_least, c->mma_feed);
   }
   return text;
 }
@@ -271,7 +273,7 @@ nlohmann::ordered_json to_json(const TuneCheck& check) {
                                   {"stand_in_opening", c.stand_in_opening},
                                   {"mma_opening", c.mma_opening},
                                   {"mma_resident", c.mma_resident},
-                                  {"mma_half", c.mma_half},
+                                  {"mma_least", c.mma_least},
                                   {"mma_feed", c.mma_feed}};
   };
   const auto rounded = [](double x) { return std::round(1e4 * x) / 1e4; };

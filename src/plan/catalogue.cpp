@@ -48,7 +48,7 @@ constexpr Tile kChannel89[] = {
 };
 constexpr Tile kBlock90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 112, 128, 6, 4, 2, 1, kTiles},
+    {128, 128, 128, 6, 4, 2, 1, kTiles},
 };
 constexpr Tile kHybrid90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
@@ -69,7 +69,7 @@ constexpr Tile kBlock89[] = {
 // Scale blocks other than 128 columns: right everywhere, tuned for nothing.
 constexpr Tile kGeneral[] = {{128, 32, 128, 4, 4, 1, 1, kSteps}};
 // Sums with float steps: three sets of them.
-constexpr Tile kFlush90[] = {{128, 64, 128, 6, 4, 2, 1, kTiles}};
+constexpr Tile kFlush90[] = {{128, 64, 128, 6, 4, 2, 1, kTiles}, {128, 96, 128, 6, 4, 2, 1, kTiles}};
 constexpr Tile kFlush80[] = {{128, 64, 128, 5, 4, 2, 1, kTiles}};
 constexpr Tile kFlush89[] = {{128, 64, 128, 3, 4, 2, 1, kTiles}};
 

@@ -55,9 +55,9 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
     list.push_back({.id = gemm_id(c),
                     .block_m = c.block_m,
                     .block_n = c.block_n,
+                    .step_n = c.step_n(),
                     .features = c.features(),
-                    .resident = c.min_blocks,
-                    .parts = c.warps_n});
+                    .resident = c.min_blocks});
   }
   return list;
 }
@@ -94,18 +94,18 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   const Moments tiles{experts * of_expert.mean * weight_tiles,
                       experts * of_expert.variance * weight_tiles * weight_tiles};
   const double ctas = static_cast<double>(key.multiprocessors) * kernel.resident;
-  // A wgmma tile reads its share of the rows in steps of 16, and is as wide in steps of its own.
-  const double share = mean / std::max(of_expert.mean * kernel.cluster, 1e-9), most = kernel.block_n;
-  // An expert's last tile is one half, or two.
-  const double halves = kernel.parts == 2 ? 2 - ceil_of({mean, mean}, kernel.block_n / 2.0, -std::expm1(-mean)).mean /
-                                                    std::max(of_expert.mean, 1e-9)
-                                          : 0;
+  // A wgmma tile reads its share of the rows in steps of 16, and is as wide in steps of its own. Of mma.sync tiles all
+  // are full but an expert's last.
+  const double of_tile = std::max(of_expert.mean * kernel.cluster, 1e-9), most = kernel.block_n;
+  const double share = mean / of_tile;
+  const double steps = kernel.wgmma ? 0 : ceil_of({mean, mean}, kernel.step_n, -std::expm1(-mean)).mean / of_tile;
+  const double width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most)
+                                    : std::min(steps * kernel.step_n, most);
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .tiles = tiles.mean,
           .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
-          .width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most) : most,
-          .halves = halves,
-          .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : most,
+          .width = width,
+          .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : width,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
 }
 
@@ -115,10 +115,11 @@ double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants&
     return constants.feed * (kernel.block_m + work.fed) * work.stages + constants.stand_in_opening;
   }
   // A multiprocessor's tiles of a round have 256 rows, most of them.
-  const double part = kernel.block_m * kernel.resident / 256.0;
+  const int resident = work.one_each ? 1 : kernel.resident;
+  const double part = kernel.block_m * resident / 256.0;
   if (!kernel.wgmma) {
-    const double width =
-        work.width * (kernel.resident > 1 ? constants.mma_resident : 1) * (1 - work.halves * (1 - constants.mma_half));
+    const double width = (constants.mma_least * kernel.block_n + (1 - constants.mma_least) * work.width) *
+                         (resident > 1 ? constants.mma_resident : 1);
     const double stage = std::max(width, constants.mma_feed * (kernel.block_m + work.fed));
     return work.rounds * (part * stage * work.stages + constants.mma_opening);
   }

@@ -16,12 +16,11 @@ struct GemmKernel {
   std::string id;
   bool wgmma = false;
   int block_m = 0, block_n = 0;  // a tile: weight rows, most tokens
-  int min_n = 16;                // wgmma: tokens that a tile is computed for at least,
-  int step_n = 16;               // and in steps of so many
+  int min_n = 16;                // wgmma: tokens that a tile is computed for at least
+  int step_n = 16;               // a tile is as wide as its rows need, in steps of so many tokens
   int features = 0;              // output columns of a tile
   int cluster = 1;               // CTAs that share the weights of neighbouring token tiles
   int resident = 1;              // CTAs of a multiprocessor
-  int parts = 1;                 // mma.sync: warps side by side along a tile's tokens; those without any rest
   int token_box = 0;             // wgmma: rows of a box of the tokens' map
   bool token_major = false;      // wgmma: tokens are the M operand
   int weight_box = 0;            // token_major: rows of a box of the weights' map
@@ -44,10 +43,10 @@ struct CostConstants {
   double token_major = 1.25;      // the opening's factor where tokens are the M operand
   double stand_in_opening = 700;  // of a kernel that stands in for wgmma's
   // mma.sync
-  double mma_opening = 800;
-  double mma_resident = 1.3;  // a stage of two CTAs, whose tiles are smaller
-  double mma_half = 0.3;      // a stage of a tile of which half of the warps rest
-  double mma_feed = 0.1;      // a row's part of a stage on its way from L2
+  double mma_opening = 1200;
+  double mma_resident = 1.12;  // a stage of two CTAs, whose tiles are smaller
+  double mma_least = 0.06;     // a stage of a tile without rows would take so much of a full one's time
+  double mma_feed = 0.15;      // a row's part of a stage on its way from L2
 };
 
 // What a kernel has to do, however long that takes.
@@ -56,7 +55,6 @@ struct GemmWork {
   double tiles;   // in all
   bool one_each;  // no multiprocessor has more than one tile
   double width;   // tokens that a tile is computed for, on average
-  double halves;  // mma.sync: part of the tiles of which half of the warps rest
   double fed;     // and those that it reads
   double stages;  // of K
 };

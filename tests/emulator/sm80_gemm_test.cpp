@@ -104,6 +104,34 @@ TEST(Sm80Gemm, ShortLastTiles) {
   }
 }
 
+// A tile is computed as wide as its rows need.
+template <Promotion kPromotion, Tile kTile>
+void check_widths() {
+  for (const int ctas : {1, 3}) {
+    for (const int k : {128, 400}) {
+      const GemmCase c{.rows = {130, 33, 1, 65, 97, 17, 128},
+                       .n = 144,
+                       .k = k,
+                       .super_group = kPromotion == Promotion::hybrid_flush ? 2 : 256,
+                       .gather = true,
+                       .row_factor = true,
+                       .seed = static_cast<std::uint32_t>(14 + k)};
+      check<kPromotion, kStore, kTile>(c, ctas);
+      check<kPromotion, kSwiglu, kTile>(c, ctas);
+    }
+  }
+}
+TEST(Sm80Gemm, Widths) {
+  check_widths<Promotion::channel, Tile{256, 128, 128, 4, 4, 2, Order::steps}>();
+  check_widths<Promotion::channel, Tile{256, 96, 128, 3, 4, 2, Order::steps}>();
+  check_widths<Promotion::channel, Tile{128, 64, 128, 4, 2, 2, Order::steps}>();
+  check_widths<Promotion::block, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>();
+  check_widths<Promotion::block, Tile{128, 80, 128, 3, 4, 2, Order::tiles}>();
+  check_widths<Promotion::hybrid, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>();
+  check_widths<Promotion::hybrid_flush, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>();
+  check_widths<Promotion::hybrid_flush, Tile{128, 64, 128, 5, 4, 2, Order::tiles}>();
+}
+
 template <Promotion kPromotion, Tile kTile>
 void check_blocks(int block_k, int super_group = 256, int flush_blocks = 256) {
   const auto with = [&](GemmCase c) {
@@ -146,7 +174,7 @@ TEST(Sm80Gemm, BlockOfAnyWidth) {
 }
 TEST(Sm80Gemm, Hybrid16Tokens) { check_blocks<Promotion::hybrid, Tile{128, 16, 128, 5, 4, 1, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid32Tokens) { check_blocks<Promotion::hybrid, Tile{128, 32, 128, 4, 4, 1, Order::tiles}>(128); }
-TEST(Sm80Gemm, Block112Tokens) { check_blocks<Promotion::block, Tile{128, 112, 128, 6, 4, 2, Order::tiles}>(128); }
+TEST(Sm80Gemm, Block128Tokens) { check_blocks<Promotion::block, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid128Tokens) { check_blocks<Promotion::hybrid, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid96Tokens) { check_blocks<Promotion::hybrid, Tile{128, 96, 128, 5, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, HybridOfAnyWidth) {
@@ -156,6 +184,7 @@ TEST(Sm80Gemm, HybridFloatSteps) {
   constexpr Tile kTiles{128, 64, 128, 3, 4, 2, Order::tiles};
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 4, 2);
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 3, 3);
+  check_blocks<Promotion::hybrid_flush, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>(128, 1, 1);
   check_blocks<Promotion::hybrid_flush, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64, 5, 2);
 }
 
