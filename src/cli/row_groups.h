@@ -66,7 +66,7 @@ struct TileUse {
 
   struct Size {
     std::int64_t tokens, columns;  // at most; weight rows are columns
-    std::int64_t step = 0;         // > 0: rows are shared out evenly, in such steps
+    std::int64_t step = 0;         // > 0: tiles are as wide as their rows, in such steps
     std::int64_t cluster = 1;      // tiles of an expert that go together and share weights
   };
   void add(std::int64_t rows_of_expert, const Size& size, std::int64_t n, std::int64_t k) {

@@ -68,7 +68,8 @@ std::vector<Point> points_of(const plan::TunedTable& table, bool wgmma, std::vec
           p.candidates.back().kernel.stands_in = wgmma && !k.wgmma;
         }
       }
-      if (p.candidates.empty()) continue;
+      // A family of which nothing was measured has no choice; a kernel that stands in is none of its own.
+      if (std::ranges::none_of(p.candidates, [&](const Candidate& c) { return c.kernel.wgmma == wgmma; })) continue;
       const std::string model = model_of(key);
       p.model = static_cast<std::size_t>(std::ranges::find(models, model) - models.begin());
       if (p.model == models.size()) models.push_back(model);
@@ -128,54 +129,63 @@ Losses losses(const std::vector<Point>& points, const CostConstants& constants, 
   return l;
 }
 
-// From constants that say nothing, one after another is set to the value with the least doubtful loss (mean square),
-// four times through; of neighbouring values that are equally good, the middle one.
+// From an opening and constants that say nothing, one after another is set to the value with the least doubtful loss
+// (mean square), four times through; of neighbouring values that are equally good, the middle one. What a tile's stages
+// and its opening cost depend on each other, so several openings are tried first.
 template <class Wanted>
 CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wanted) {
   const std::vector<double> openings = {0, 25, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1200};
   const std::vector<double> epilogues = {0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8};
   const std::vector<double> feeds = {0, 0.1, 0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.325, 0.35, 0.4};
   const std::vector<double> ratios = {0.5, 0.75, 1, 1.25, 1.5, 1.75, 2};
-  std::vector<double> factors;
-  for (int percent = 20; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
-  std::vector<double> parts;
+  std::vector<double> factors, parts;
+  for (int percent = 100; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
   for (int percent = 0; percent <= 60; percent += 2) parts.push_back(percent / 100.0);
   struct Search {
     double CostConstants::*constant;
     const std::vector<double>& values;
   };
-  const std::vector<Search> of_wgmma = {{&CostConstants::opening, openings},
-                                        {&CostConstants::epilogue, epilogues},
+  const std::vector<Search> of_wgmma = {{&CostConstants::epilogue, epilogues},
                                         {&CostConstants::feed, feeds},
                                         {&CostConstants::token_major, ratios},
-                                        {&CostConstants::stand_in_opening, openings}};
-  const std::vector<Search> of_mma = {{&CostConstants::mma_opening, openings},
+                                        {&CostConstants::stand_in_opening, openings},
+                                        {&CostConstants::opening, openings}};
+  const std::vector<Search> of_mma = {{&CostConstants::mma_feed, feeds},
                                       {&CostConstants::mma_resident, factors},
                                       {&CostConstants::mma_least, parts},
-                                      {&CostConstants::mma_feed, feeds}};
-  CostConstants c{0, 0, 0, 1, 0, 0, 1, 0, 0};
-  for (int sweep = 0; sweep < 4; ++sweep) {
-    for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
-      double least = std::numeric_limits<double>::infinity();
-      std::vector<double> best;
-      for (const double v : values) {
-        c.*constant = v;
-        double sum = 0;
-        for (const Point& p : points) {
-          if (!wanted(p)) continue;
-          const double x = doubtful_loss(p, c);
-          sum += x * x;
+                                      {&CostConstants::mma_opening, openings}};
+  CostConstants best;
+  double least_of_all = std::numeric_limits<double>::infinity();
+  for (const double opening : {0, 200, 400, 800}) {
+    CostConstants c{opening, 0, 0, 1, 0, opening, 1, 0, 0};
+    double least = 0;
+    for (int sweep = 0; sweep < 4; ++sweep) {
+      for (const auto& [constant, values] : wgmma ? of_wgmma : of_mma) {
+        least = std::numeric_limits<double>::infinity();
+        std::vector<double> equals;
+        for (const double v : values) {
+          c.*constant = v;
+          double sum = 0;
+          for (const Point& p : points) {
+            if (!wanted(p)) continue;
+            const double x = doubtful_loss(p, c);
+            sum += x * x;
+          }
+          if (sum < least - 1e-9) {
+            least = sum;
+            equals.clear();
+          }
+          if (sum <= least + 1e-9) equals.push_back(v);
         }
-        if (sum < least - 1e-9) {
-          least = sum;
-          best.clear();
-        }
-        if (sum <= least + 1e-9) best.push_back(v);
+        c.*constant = equals[equals.size() / 2];
       }
-      c.*constant = best[best.size() / 2];
+    }
+    if (least < least_of_all) {
+      least_of_all = least;
+      best = c;
     }
   }
-  return c;
+  return best;
 }
 
 }  // namespace

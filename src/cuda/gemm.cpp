@@ -199,10 +199,10 @@ DeviceMatrix::DeviceMatrix(QuantizedMatrix matrix, const Tensor& bias, Epilogue 
       kernels_.push_back({std::move(k), by_model});
     }
   }
-  const std::vector<std::string> tuned = automatic ? plan::tuned_table().kernels(key_) : std::vector<std::string>{};
+  const std::vector<std::string> tuned = plan::tuned_table().kernels(key_);
+  tuned_ = !tuned.empty();
   for (Kernel& kernel : kernels_) {
     const bool in_table = std::find(tuned.begin(), tuned.end(), kernel.id) != tuned.end();
-    tuned_ |= in_table;
     if (kernel.by_model || in_table) kernel.loaded = &load(plan::entry(kernel.id), device.index);
   }
 }
@@ -320,9 +320,18 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (forced_ != nullptr) return *(chosen_ = forced_);
   if (tuned_) {
     if (const plan::TuneChoice* choice = plan::tuned_table().find(key_, rows)) {
+      // Its kernel, or where that is of another family, the fastest that was measured.
+      const Kernel* fastest = nullptr;
+      double least = std::numeric_limits<double>::infinity();
       for (const Kernel& k : kernels_) {
-        if (k.id == choice->kernel && k.loaded != nullptr) return *(chosen_ = &k);
+        if (k.loaded == nullptr) continue;
+        if (k.id == choice->kernel) return *(chosen_ = &k);
+        const auto measured = choice->us.find(k.id);
+        if (measured == choice->us.end() || measured->second >= least) continue;
+        least = measured->second;
+        fastest = &k;
       }
+      if (fastest != nullptr) return *(chosen_ = fastest);
     }
   }
   return *(chosen_ = &by_cost(rows));

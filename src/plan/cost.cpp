@@ -103,7 +103,7 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
                                     : std::min(steps * kernel.step_n, most);
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .tiles = tiles.mean,
-          .one_each = tiles.mean <= static_cast<double>(key.multiprocessors),
+          .each = tiles.mean / static_cast<double>(key.multiprocessors),
           .width = width,
           .fed = kernel.wgmma ? std::clamp<double>(share + 8, 16, most) : width,
           .stages = std::ceil(static_cast<double>(key.k) / 128)};
@@ -111,17 +111,17 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
 
 double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
   if (kernel.stands_in) {
-    if (!work.one_each) return std::numeric_limits<double>::infinity();
+    if (work.each > 1) return std::numeric_limits<double>::infinity();
     return constants.feed * (kernel.block_m + work.fed) * work.stages + constants.stand_in_opening;
   }
   // A multiprocessor's tiles of a round have 256 rows, most of them.
-  const int resident = work.one_each ? 1 : kernel.resident;
+  const double resident = std::clamp(work.each, 1.0, static_cast<double>(kernel.resident));
   const double part = kernel.block_m * resident / 256.0;
   if (!kernel.wgmma) {
-    const double width = (constants.mma_least * kernel.block_n + (1 - constants.mma_least) * work.width) *
-                         (resident > 1 ? constants.mma_resident : 1);
+    const double width = constants.mma_least * kernel.block_n + (1 - constants.mma_least) * work.width;
     const double stage = std::max(width, constants.mma_feed * (kernel.block_m + work.fed));
-    return work.rounds * (part * stage * work.stages + constants.mma_opening);
+    const double shared = 1 + (constants.mma_resident - 1) * (resident - 1);
+    return work.rounds * shared * (part * stage * work.stages + constants.mma_opening);
   }
   const double stage = std::max(work.width, constants.feed * (kernel.block_m + work.fed));
   const double opening = constants.opening * (kernel.token_major ? constants.token_major : 1);

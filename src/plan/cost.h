@@ -43,17 +43,17 @@ struct CostConstants {
   double token_major = 1.25;      // the opening's factor where tokens are the M operand
   double stand_in_opening = 700;  // of a kernel that stands in for wgmma's
   // mma.sync
-  double mma_opening = 1200;
-  double mma_resident = 1.12;  // a stage of two CTAs, whose tiles are smaller
-  double mma_least = 0.06;     // a stage of a tile without rows would take so much of a full one's time
-  double mma_feed = 0.15;      // a row's part of a stage on its way from L2
+  double mma_opening = 600;
+  double mma_resident = 1.2;  // a tile of two that share a multiprocessor
+  double mma_least = 0.08;    // a stage of a tile without rows would take so much of a full one's time
+  double mma_feed = 0.3;      // a row's part of a stage on its way from L2
 };
 
 // What a kernel has to do, however long that takes.
 struct GemmWork {
   double rounds;  // tiles of the CTA that has most of them
   double tiles;   // in all
-  bool one_each;  // no multiprocessor has more than one tile
+  double each;    // and of a multiprocessor
   double width;   // tokens that a tile is computed for, on average
   double fed;     // and those that it reads
   double stages;  // of K

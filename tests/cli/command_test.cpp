@@ -168,6 +168,29 @@ TEST_F(Command, TuneChecksTheCostModel) {
   }
 }
 
+// What `octomoe tune --family sm80` measures has none of the other family's kernels, but the one that stands in for
+// them.
+TEST_F(Command, TuneChecksOneFamily) {
+  TempFolder folder;
+  Json table = Json::parse(read_file(OCTOMOE_SOURCE_DIR "/share/tuned.json"));
+  Json part = table;
+  part["entries"] = Json::array();
+  for (Json e : table["entries"]) {
+    Json us = Json::object();
+    for (const auto& [kernel, time] : e["us"].items()) {
+      if (kernel.starts_with("sm80")) us[kernel] = time;
+    }
+    if (us.empty()) continue;
+    e["us"] = us;
+    e["kernel"] = us.begin().key();
+    part["entries"].push_back(e);
+  }
+  write_file(folder / "part.json", part.dump());
+  const Result r = run_cli({"tune", "--check", folder / "part.json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_THAT(r.out, AllOf(HasSubstr("sm80"), Not(HasSubstr("sm90"))));
+}
+
 // Whose choice is not the fastest kernel, and by how much.
 TEST_F(Command, TuneCheckSeesALoss) {
   TempFolder folder;

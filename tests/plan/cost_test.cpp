@@ -67,7 +67,7 @@ TEST(Cost, MoreRowsTakeLargerTiles) {
     return std::ranges::min_element(list, {}, cost_of)->block_n;
   };
   EXPECT_EQ(chosen(1), 8);
-  EXPECT_EQ(chosen(40), 96);
+  EXPECT_EQ(chosen(40), 64);
   EXPECT_EQ(chosen(4096), 128);
 }
 
@@ -77,23 +77,29 @@ TEST(Work, IsWhatRandomRoutingNeeds) {
   for (const auto& [experts, rows, block] : std::vector<std::tuple<int, int, int>>{
            {128, 8, 128}, {128, 1024, 128}, {128, 16384, 128}, {64, 5000, 64}, {8, 4096, 160}, {256, 65536, 128}}) {
     const TuneKey k = key(experts);
-    double rounds = 0, width = 0;
+    double rounds = 0, width = 0, mma_width = 0;
+    GemmKernel mma = kernel(block);
+    mma.wgmma = false;
+    mma.step_n = 32;
     constexpr int kTrials = 200;
     for (int trial = 0; trial < kTrials; ++trial) {
       std::vector<int> of(static_cast<std::size_t>(experts));
       for (int r = 0; r < rows; ++r) ++of[random() % of.size()];
-      double tiles = 0, tokens = 0;
+      double tiles = 0, tokens = 0, mma_tokens = 0;
       for (const int r : of) {
         const double parts = std::ceil(static_cast<double>(r) / block);
         tiles += parts;
         if (r > 0) tokens += parts * 16 * std::ceil(std::ceil(r / parts) / 16);
+        mma_tokens += r / block * block + std::ceil(r % block / 32.0) * 32;
       }
       rounds += std::ceil(tiles * 6 / 132) / kTrials;
       width += tokens / tiles / kTrials;
+      mma_width += mma_tokens / tiles / kTrials;
     }
     const GemmWork w = work_of(kernel(block), k, rows);
     EXPECT_NEAR(w.rounds, rounds, 0.04 * rounds + 0.05) << rows << " rows of " << experts;
     EXPECT_NEAR(w.width, width, 0.1 * width) << rows << " rows of " << experts;
+    EXPECT_NEAR(work_of(mma, k, rows).width, mma_width, 0.02 * mma_width) << rows << " rows of " << experts;
     EXPECT_EQ(w.stages, 16);
   }
 }
