@@ -51,9 +51,12 @@ struct GemmConfig {
   OCTOMOE_HD constexpr int threads() const { return (warps_m * warps_n + copy_warps()) * 32; }
   OCTOMOE_HD constexpr int warp_m() const { return block_m / warps_m; }
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
-  // A tile is computed as wide as its rows need, in steps of so many tokens; one of few tokens, or with fine groups,
-  // always whole.
-  OCTOMOE_HD constexpr int step_n() const { return fine_groups || warp_n() <= 16 ? block_n : 16 * warps_n; }
+  // A tile is computed as wide as its rows need, in steps of so many tokens, two or one n8 tile a warp; one whose warps
+  // have no more than that, or with fine groups, always whole.
+  OCTOMOE_HD constexpr int step_n() const {
+    if (fine_groups || warp_n() <= 16) return block_n;
+    return (warp_n() % 16 == 0 ? 16 : 8) * warps_n;
+  }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
   OCTOMOE_HD constexpr int stage_bytes() const {
     const int scales = scales_per_stage() * block_n * 4 + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);

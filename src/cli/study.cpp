@@ -232,7 +232,7 @@ class Bench {
   }
 
   void describe(StudyWay& way, const cuda::DeviceMatrix::Kernel& kernel, const std::vector<std::int64_t>& rows) const {
-    // Not gated: an output column is a weight row. A wgmma tile is as wide as its rows need.
+    // Not gated: an output column is a weight row.
     const TileUse::Size size{kernel.block_n, kernel.features, kernel.step_n, kernel.cluster};
     TileUse use;
     for (const std::int64_t r : rows) use.add(r, size, n_, k_);

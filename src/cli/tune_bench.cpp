@@ -19,7 +19,7 @@ constexpr std::int64_t kFewTokens = 512;  // above them every expert's share is 
 constexpr int kRoutings = 4;
 constexpr std::int64_t kRandomRows = 512;  // of activations; more rows repeat them
 constexpr double kEqual = 1.02;            // times the fastest: what another run may turn round
-constexpr double kHopeless = 1.5;          // times the fastest in the first round: measured no further
+constexpr double kHopeless = 1.5;          // times the fastest of its family in the first round: measured no further
 
 // One expert's tensors for all of them: what the values are changes nothing as long as they are random.
 Tensor for_experts(const Tensor& one, std::int64_t experts, Device device) {
@@ -109,12 +109,15 @@ class Stack {
     std::vector<Contender> all;
     for (const auto& k : candidates) all.push_back(contender(k.id));
     const std::vector<Timing> first = interleave(all, {.warmup = 0, .iters = 1});
-    double least = std::numeric_limits<double>::infinity();
-    for (const Timing& t : first) least = std::min(least, t.median_us);
+    double least[2] = {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity()};
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      double& of_family = least[candidates[i].wgmma ? 1 : 0];
+      of_family = std::min(of_family, first[i].median_us);
+    }
     std::vector<Contender> finalists;
     for (std::size_t i = 0; i < all.size(); ++i) {
       point.choice.us[all[i].name] = rounded(first[i].median_us);
-      if (first[i].median_us <= kHopeless * least) finalists.push_back(all[i]);
+      if (first[i].median_us <= kHopeless * least[candidates[i].wgmma ? 1 : 0]) finalists.push_back(all[i]);
     }
     const std::vector<Timing> timings = interleave(finalists, {.warmup = 0, .iters = in_.rounds});
     std::size_t best = 0;

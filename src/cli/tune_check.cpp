@@ -140,7 +140,7 @@ CostConstants fit(const std::vector<Point>& points, bool wgmma, const Wanted& wa
   const std::vector<double> ratios = {0.5, 0.75, 1, 1.25, 1.5, 1.75, 2};
   std::vector<double> factors, parts;
   for (int percent = 100; percent <= 150; percent += 2) factors.push_back(percent / 100.0);
-  for (int percent = 0; percent <= 60; percent += 2) parts.push_back(percent / 100.0);
+  for (int percent = 0; percent <= 20; percent += 2) parts.push_back(percent / 100.0);
   struct Search {
     double CostConstants::*constant;
     const std::vector<double>& values;

@@ -100,7 +100,7 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
   const double share = mean / of_tile;
   const double steps = kernel.wgmma ? 0 : ceil_of({mean, mean}, kernel.step_n, -std::expm1(-mean)).mean / of_tile;
   const double width = kernel.wgmma ? std::clamp<double>(share + kernel.step_n / 2.0, kernel.min_n, most)
-                                    : std::min(steps * kernel.step_n, most);
+                                    : std::clamp<double>(steps * kernel.step_n, kernel.step_n, most);
   return {.rounds = ceil_of(tiles, ctas, 1).mean,
           .tiles = tiles.mean,
           .each = tiles.mean / static_cast<double>(key.multiprocessors),

@@ -34,7 +34,8 @@ std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epi
 std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k, int family);
 
 // The unit of all that follows: the products of one token and one stage (128 columns of K) of a 256-row tile.
-// `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen.
+// `octomoe tune --check` fits them to a table and says what they are worth on shapes that the fit has not seen; those
+// here are round values near such a fit.
 struct CostConstants {
   // wgmma
   double opening = 400;           // a tile's, whatever its width

@@ -61,6 +61,10 @@ TEST(TileUse, TilesAsWideAsTheirRowsAndPairs) {
   even.add(130, {.tokens = 128, .columns = 256, .step = 16}, 256, 2048);  // 80 and 50 rows: 80 and 64 slots
   EXPECT_EQ(even.tiles, 2);
   EXPECT_DOUBLE_EQ(even.waste(), 1.0 - 130.0 / 144.0);
+  TileUse full;
+  full.add(130, {.tokens = 128, .columns = 256, .step = 32}, 256, 2048);  // 128 and 2 rows
+  EXPECT_EQ(full.tiles, 2);
+  EXPECT_DOUBLE_EQ(full.waste(), 1.0 - 130.0 / 160.0);
   TileUse pair;
   pair.add(5, {.tokens = 128, .columns = 256, .step = 16, .cluster = 2}, 256, 2048);  // the second tile is empty
   EXPECT_EQ(pair.tiles, 2);

@@ -60,6 +60,7 @@ void check_channel() {
 TEST(Sm80Gemm, Channel8Tokens) { check_channel<Tile{128, 8, 128, 5, 4, 1, Order::steps}>(); }
 TEST(Sm80Gemm, Channel16Tokens) { check_channel<Tile{128, 16, 128, 4, 4, 1, Order::steps}>(); }
 TEST(Sm80Gemm, Channel64Tokens) { check_channel<Tile{128, 64, 128, 4, 2, 2, Order::steps}>(); }
+TEST(Sm80Gemm, Channel64TokensThreeStages) { check_channel<Tile{256, 64, 128, 3, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel96Tokens) { check_channel<Tile{256, 96, 128, 4, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel128Tokens) { check_channel<Tile{256, 128, 128, 4, 4, 2, Order::steps}>(); }
 TEST(Sm80Gemm, Channel96TokensThreeStages) { check_channel<Tile{128, 96, 128, 3, 4, 2, Order::steps}>(); }
@@ -109,7 +110,7 @@ template <Promotion kPromotion, Tile kTile>
 void check_widths() {
   for (const int ctas : {1, 3}) {
     for (const int k : {128, 400}) {
-      const GemmCase c{.rows = {130, 33, 1, 65, 97, 17, 128},
+      const GemmCase c{.rows = {130, 33, 1, 64, 97, 17, 128},
                        .n = 144,
                        .k = k,
                        .super_group = kPromotion == Promotion::hybrid_flush ? 2 : 256,
@@ -179,6 +180,7 @@ TEST(Sm80Gemm, Hybrid128Tokens) { check_blocks<Promotion::hybrid, Tile{128, 128,
 TEST(Sm80Gemm, Hybrid96Tokens) { check_blocks<Promotion::hybrid, Tile{128, 96, 128, 5, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, HybridOfAnyWidth) {
   check_blocks<Promotion::hybrid, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64);
+  check_blocks<Promotion::hybrid, Tile{128, 32, 128, 4, 4, 1, Order::steps, true}>(96);
 }
 TEST(Sm80Gemm, HybridFloatSteps) {
   constexpr Tile kTiles{128, 64, 128, 3, 4, 2, Order::tiles};
@@ -186,6 +188,7 @@ TEST(Sm80Gemm, HybridFloatSteps) {
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 3, 3);
   check_blocks<Promotion::hybrid_flush, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>(128, 1, 1);
   check_blocks<Promotion::hybrid_flush, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64, 5, 2);
+  check_blocks<Promotion::hybrid_flush, Tile{128, 32, 128, 4, 4, 1, Order::steps, true}>(64, 5, 2);
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ TEST(Work, IsWhatRandomRoutingNeeds) {
     double rounds = 0, width = 0, mma_width = 0;
     GemmKernel mma = kernel(block);
     mma.wgmma = false;
-    mma.step_n = 32;
+    mma.step_n = 16;
     constexpr int kTrials = 200;
     for (int trial = 0; trial < kTrials; ++trial) {
       std::vector<int> of(static_cast<std::size_t>(experts));
@@ -90,7 +90,7 @@ TEST(Work, IsWhatRandomRoutingNeeds) {
         const double parts = std::ceil(static_cast<double>(r) / block);
         tiles += parts;
         if (r > 0) tokens += parts * 16 * std::ceil(std::ceil(r / parts) / 16);
-        mma_tokens += r / block * block + std::ceil(r % block / 32.0) * 32;
+        mma_tokens += r / block * block + std::ceil(r % block / 16.0) * 16;
       }
       rounds += std::ceil(tiles * 6 / 132) / kTrials;
       width += tokens / tiles / kTrials;
