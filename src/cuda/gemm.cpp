@@ -320,18 +320,8 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (forced_ != nullptr) return *(chosen_ = forced_);
   if (tuned_) {
     if (const plan::TuneChoice* choice = plan::tuned_table().find(key_, rows)) {
-      // Its kernel, or where that is of another family, the fastest that was measured.
-      const Kernel* fastest = nullptr;
-      double least = std::numeric_limits<double>::infinity();
-      for (const Kernel& k : kernels_) {
-        if (k.loaded == nullptr) continue;
-        if (k.id == choice->kernel) return *(chosen_ = &k);
-        const auto measured = choice->us.find(k.id);
-        if (measured == choice->us.end() || measured->second >= least) continue;
-        least = measured->second;
-        fastest = &k;
-      }
-      if (fastest != nullptr) return *(chosen_ = fastest);
+      const Kernel* best = choice->best_of(kernels_, [](const Kernel& k) { return k.loaded != nullptr; });
+      if (best != nullptr) return *(chosen_ = best);
     }
   }
   return *(chosen_ = &by_cost(rows));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <string>
 #include <tuple>
@@ -28,6 +29,23 @@ struct TuneKey {
 struct TuneChoice {
   std::string kernel;                // the catalogue's id: the fastest, or another that is as good as that
   std::map<std::string, double> us;  // of every kernel that was measured
+
+  // The one of `kernels` with that id, or if none has it (a family was asked for that it does not belong to), the
+  // fastest that was measured; null if none was. Those of which `usable` is false do not count.
+  template <class Kernel, class Usable>
+  const Kernel* best_of(const std::vector<Kernel>& kernels, const Usable& usable) const {
+    const Kernel* fastest = nullptr;
+    double least = std::numeric_limits<double>::infinity();
+    for (const Kernel& k : kernels) {
+      if (!usable(k)) continue;
+      if (k.id == kernel) return &k;
+      const auto measured = us.find(k.id);
+      if (measured == us.end() || measured->second >= least) continue;
+      least = measured->second;
+      fastest = &k;
+    }
+    return fastest;
+  }
 };
 
 class TunedTable {

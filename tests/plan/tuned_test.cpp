@@ -36,6 +36,23 @@ TEST(TunedTable, SurvivesItsFile) {
   EXPECT_EQ(back.find(key(), 8192)->us.at(some_kernel(1)), 13);
 }
 
+TEST(TuneChoice, OfKernelsThatMayBeUsed) {
+  const std::vector<GemmKernel> list = mma_kernels(Promotion::channel, Epilogue::swiglu, 0, 90);
+  ASSERT_GE(list.size(), 3u);
+  const auto all = [](const GemmKernel&) { return true; };
+  // Its own, though another was as fast.
+  TuneChoice choice{list[1].id, {{list[0].id, 12.9}, {list[1].id, 13}, {list[2].id, 11}}};
+  EXPECT_EQ(choice.best_of(list, all), &list[1]);
+  // Another family's: the fastest of these that was measured, and may be used.
+  choice.kernel = some_kernel(0);
+  choice.us[some_kernel(0)] = 5;
+  EXPECT_EQ(choice.best_of(list, all), &list[2]);
+  EXPECT_EQ(choice.best_of(list, [&](const GemmKernel& k) { return k.id != list[2].id; }), &list[0]);
+  // None was.
+  choice.us = {{some_kernel(0), 5}};
+  EXPECT_EQ(choice.best_of(list, all), nullptr);
+}
+
 TEST(TunedTable, TheNearestRowsAnswerWithinAFactorOfTwo) {
   TunedTable table;
   table.set(key(), 100, {some_kernel(0), {}});
