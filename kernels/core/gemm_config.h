@@ -51,16 +51,22 @@ struct GemmConfig {
   OCTOMOE_HD constexpr int threads() const { return (warps_m * warps_n + copy_warps()) * 32; }
   OCTOMOE_HD constexpr int warp_m() const { return block_m / warps_m; }
   OCTOMOE_HD constexpr int warp_n() const { return block_n / warps_n; }
+  // Order::tiles: token tiles whose mma alternate, so that at least four chains of mma run side by side.
+  OCTOMOE_HD constexpr int group() const { return warp_m() < 64 && warp_n() % 16 == 0 && warp_n() >= 32 ? 2 : 1; }
   // A tile is computed as wide as its rows need, in steps of so many tokens, two or one n8 tile a warp; one whose warps
   // have no more than that, or with fine groups, always whole.
   OCTOMOE_HD constexpr int step_n() const {
     if (fine_groups || warp_n() <= 16) return block_n;
-    return (warp_n() % 16 == 0 ? 16 : 8) * warps_n;
+    const bool pairs = warp_n() % 16 == 0 && (order == Order::steps || group() == 2);
+    return (pairs ? 16 : 8) * warps_n;
   }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m / 2 : block_m; }  // output columns of a tile
+  // 16 of them take 20 words (sm80/grouped_gemm.cuh, scale_place).
+  OCTOMOE_HD constexpr int token_scale_bytes() const { return (block_n + 15) / 16 * 80; }
   OCTOMOE_HD constexpr int stage_bytes() const {
-    const int scales = scales_per_stage() * block_n * 4 + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);
-    return (block_m + block_n) * block_k + (scales + 127) / 128 * 128;
+    const int scales =
+        scales_per_stage() * token_scale_bytes() + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);
+    return (block_m + block_n) * block_k + (scales + 15) / 16 * 16 + 16;  // 16: barriers
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
   OCTOMOE_HD constexpr int table_bytes() const { return (16 + (3 * block_n + block_m) * 4 + 15) / 16 * 16; }
@@ -69,9 +75,9 @@ struct GemmConfig {
     return promotion == Promotion::hybrid_flush && !fine_groups ? (block_n + block_m / 8) * 4 : 0;
   }
   // Dynamic shared memory: the ring, tables and chunks' scales (copies can be as many of both ahead as there are
-  // stages), barriers.
+  // stages).
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (stages + 1) * (table_bytes() + chunk_bytes()) + 2 * stages * 8;
+    return stages * stage_bytes() + (stages + 1) * (table_bytes() + chunk_bytes());
   }
 };
 

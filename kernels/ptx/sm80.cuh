@@ -41,6 +41,11 @@ __device__ __forceinline__ int32_t load_shared(uint32_t shared) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(d) : "r"(shared) : "memory");
   return d;
 }
+__device__ __forceinline__ int32_t load_shared_byte(uint32_t shared) {
+  int32_t d;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(d) : "r"(shared) : "memory");
+  return d;
+}
 __device__ __forceinline__ int2 load_shared_2(uint32_t shared) {
   int2 d;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(shared) : "memory");

@@ -72,9 +72,12 @@ struct GroupedGemm {
   static constexpr int kTables = C.stages + 1;
   // SM90: tiles of so many tokens need more registers than each of twelve warps may have. Those that copy give up theirs.
   static constexpr bool kMovesRegisters = kWarps == 8 && (C.block_n > 96 || (kFlush && C.block_n > 64));
-  static constexpr int kRegisters = 200, kCopyRegisters = 96;  // 256 and 128 threads, of 168 each
-  // Order::tiles: token tiles whose mma alternate, so that at least four chains of mma run side by side.
-  static constexpr int kGroup = kMT < 4 && kNT % 2 == 0 && kNT >= 4 ? 2 : 1;
+  static constexpr int kRegisters = 208, kCopyRegisters = 88;  // 256 and 128 threads, of 168 each
+  static constexpr bool kKeepsPlaces =
+      kMovesRegisters || C.promotion == Promotion::hybrid || (C.block_n <= 64 && !kFlush);
+  static constexpr int kGroup = C.group();
+  // The later groups of a tile this wide are kept apart: of all together, too many partial sums would be in registers.
+  static constexpr bool kSplits = kBlocks && C.order == Order::tiles && !C.gated() && C.block_n > 128;
   // Order::tiles: the scales of a stage's weights travel with the stage, one for each kScaleRows rows.
   static constexpr bool kStageScales = kBlocks && C.order == Order::tiles;
   static constexpr int kScaleRows = 8;  // neighbouring weight rows share a block row in multiples of this many
@@ -120,12 +123,13 @@ struct GroupedGemm {
   static_assert(kRowsPerPass % 8 == 0 && (kRowsPerPass & (kRowsPerPass - 1)) == 0);
   static_assert(!C.gated() || kRowsPerPass <= C.warp_m() / 2);
 
-  // ---- shared memory behind the ring ----
-  // A tile's table: what the epilogue needs. Written with the tile's first stage.
-  static constexpr int kTablesAt = C.stages * C.stage_bytes();
-  static constexpr int kChunkScalesAt = kTablesAt + kTables * C.table_bytes();
-  static constexpr int kBarriersAt = kChunkScalesAt + kTables * C.chunk_bytes();
-  static_assert(kBarriersAt % 16 == 0 && kBarriersAt + 2 * C.stages * 8 <= C.pipeline_bytes());
+  // ---- shared memory ----
+  // A stage: weight rows, tokens, scales of tokens and of weights, its two barriers. Behind the ring, tables and chunks'
+  // scales. A tile's table is what the epilogue needs, written with the tile's first stage.
+  static constexpr int kBarriersAt = C.stage_bytes() - 16;
+  static constexpr int kRingBytes = C.stages * C.stage_bytes();
+  static constexpr int kChunkScalesAt = kRingBytes + kTables * C.table_bytes();
+  static_assert(kChunkScalesAt + kTables * C.chunk_bytes() <= C.pipeline_bytes());
   struct alignas(16) Table {
     Tile tile;  // rows -1: there is no further tile
     float a_scale[C.block_n];  // block: unused
@@ -148,7 +152,7 @@ struct GroupedGemm {
   };
   static_assert(sizeof(Table) == C.table_bytes());
   static __device__ __forceinline__ Table* tables(uint8_t* shared) {
-    return reinterpret_cast<Table*>(shared + kTablesAt);
+    return reinterpret_cast<Table*>(shared + kRingBytes);
   }
 
   static __device__ __forceinline__ int rows_of_half(const GemmArgs& args) { return C.gated() ? args.n / 2 : args.n; }
@@ -165,28 +169,24 @@ struct GroupedGemm {
     return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
-  // Where the ring is, and its barriers: "full", that a stage's copies have landed, "empty", that all have read it.
+  // A place in the ring, which begins at `begin`, and its barriers: "full", that a stage's copies have landed, "empty",
+  // that all have read it.
   struct Slot {
-    uint32_t begin;
-    int32_t index = 0;
-    uint32_t parity;
+    uint32_t begin, at, parity;
+    __device__ __forceinline__ Slot(uint32_t begin, uint32_t parity) : begin(begin), at(begin), parity(parity) {}
 
-    __device__ __forceinline__ uint32_t stage(int32_t i) const {
-      return begin + static_cast<uint32_t>(i) * C.stage_bytes();
-    }
-    __device__ __forceinline__ uint32_t full(int32_t i) const { return begin + kBarriersAt + i * 8; }
-    __device__ __forceinline__ uint32_t empty(int32_t i) const { return begin + kBarriersAt + (C.stages + i) * 8; }
+    static __device__ __forceinline__ uint32_t full(uint32_t stage) { return stage + kBarriersAt; }
+    static __device__ __forceinline__ uint32_t empty(uint32_t stage) { return stage + kBarriersAt + 8; }
     __device__ __forceinline__ uint32_t chunk_scales(int32_t place) const {
       return begin + kChunkScalesAt + static_cast<uint32_t>(place) * C.chunk_bytes();
     }
-    __device__ __forceinline__ bool wraps() const { return index + 1 == C.stages; }
-    __device__ __forceinline__ void advance() {
-      if (wraps()) {
-        index = 0;
-        parity ^= 1;
-      } else {
-        ++index;
-      }
+    // The one behind it.
+    __device__ __forceinline__ Slot next() const {
+      Slot to = *this;
+      const bool wraps = at == begin + (kRingBytes - C.stage_bytes());
+      to.at = wraps ? begin : at + C.stage_bytes();
+      to.parity ^= wraps ? 1u : 0u;
+      return to;
     }
   };
 
@@ -199,6 +199,8 @@ struct GroupedGemm {
     const int32_t total;
     int32_t index = static_cast<int32_t>(blockIdx.x), turn = 0;
     int32_t before = 0;  // of the thread that takes tiles: how many had been asked for
+    // Of those that copy, known to be that of a whole warp.
+    const bool first_warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == kWarps;
 
     __device__ __forceinline__ bool takes() const { return kTakes && args.taken != nullptr; }
     __device__ __forceinline__ bool ended() const { return index >= total; }
@@ -208,9 +210,9 @@ struct GroupedGemm {
       if (!takes()) return;
       __syncwarp();  // all lanes have read it
       if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&next.empty));
-      if (thread == 0) {
+      if (first_warp) {
         ptx::barrier_wait(ptx::shared_address(&next.empty), phase());
-        before = atomicAdd(args.taken, 1);
+        if (thread == 0) before = atomicAdd(args.taken, 1);
       }
     }
     __device__ __forceinline__ void advance(int thread) {
@@ -226,7 +228,7 @@ struct GroupedGemm {
           ptx::barrier_arrive(full);
         }
         ptx::barrier_wait(full, phase());
-        index = next.tile;
+        index = ptx::uniform(next.tile);
       }
       ++turn;
     }
@@ -282,14 +284,15 @@ struct GroupedGemm {
         }
       }
       if constexpr (C.promotion == Promotion::channel) {
-#pragma unroll 1
-        for (int i = thread; i < C.block_m; i += kCopyThreads) {
-          const int half = i / C.features(), column = t.m_tile * C.features() + i % C.features();
-          if (column >= rows_of_half(args)) continue;
+#pragma unroll
+        for (int i = 0; i < C.block_m; i += kCopyThreads) {
+          const int half = (i + thread) / C.features(), inside = (i + thread) % C.features();
+          const int column = t.m_tile * C.features() + inside;
           const int64_t from = args.w_scale_per_tensor
                                    ? t.expert
                                    : static_cast<int64_t>(t.expert) * args.n + weight_row(args, column, half);
-          ptx::cp_async_4(ptx::shared_address(&to.w_scale[i]), args.w_scale + from, true);
+          ptx::cp_async_4_if(i + thread < C.block_m && column < rows_of_half(args),
+                             ptx::shared_address(&to.w_scale[i + thread]), args.w_scale + from);
         }
         return 0;
       } else {
@@ -305,29 +308,41 @@ struct GroupedGemm {
       }
     }
 
+    // Where a tile's scales of tokens and weights are, K-block after K-block.
+    struct ScaleCursor {
+      const int32_t* tokens[kSources];
+      int64_t weights;  // index of that of weight rows thread * kScaleRows and behind
+      __device__ __forceinline__ void open(const GemmArgs& args, int32_t scale_row, const int32_t (&source)[kSources]) {
+        const void* const values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
+#pragma unroll
+        for (int i = 0; i < kSources; ++i) tokens[i] = static_cast<const int32_t*>(values) + source[i];
+        weights = static_cast<int64_t>(scale_row) * args.blocks_k;
+      }
+    };
     // The scales of a stage's tokens and weights.
-    __device__ __forceinline__ void copy_scales(uint32_t stage, int32_t k_tile, int32_t scale_row,
-                                                const int32_t (&source)[kSources]) const {
+    __device__ __forceinline__ void copy_scales(uint32_t stage, int32_t k_tile, ScaleCursor& cursor) const {
 #pragma unroll
       for (int g = 0; g < C.scales_per_stage(); ++g) {
-        const int32_t block =
-            C.fine_groups ? min((k_tile * C.block_k + g * 32) / args.block_k, args.blocks_k - 1) : k_tile;
-        const void* values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
+        int64_t from = 0;
+        if constexpr (C.fine_groups) {
+          from = min((k_tile * C.block_k + g * 32) / args.block_k, args.blocks_k - 1) * args.a_rows;
+        }
 #pragma unroll
         for (int i = 0; i < kSources; ++i) {
           const int r = token(i);
-          ptx::cp_async_4_if(in_tile(r), scales_of(stage) + (g * C.block_n + r) * 4,
-                             static_cast<const int32_t*>(values) + (block * args.a_rows + source[i]));
+          ptx::cp_async_4_if(in_tile(r), scales_of(stage, g) + scale_place(r), cursor.tokens[i] + from);
+          if constexpr (!C.fine_groups) cursor.tokens[i] += args.a_rows;
         }
       }
       if constexpr (kStageScales) {
-        const int64_t from = static_cast<int64_t>(scale_row) * args.blocks_k + k_tile;
+        const uint32_t to = weight_scales_of(stage) + static_cast<uint32_t>(thread) * 4;
         const bool has = thread < C.block_m / kScaleRows;
         if constexpr (C.promotion == Promotion::block) {
-          ptx::cp_async_4_if(has, weight_scales_of(stage) + thread * 4, args.w_scale + from);
+          ptx::cp_async_4_if(has, to, args.w_scale + cursor.weights);
         } else {  // a byte; its word
-          ptx::cp_async_4_if(has, weight_scales_of(stage) + thread * 4, args.w_q + (from & ~int64_t{3}));
+          ptx::cp_async_4_if(has, to, args.w_q + (cursor.weights & ~int64_t{3}));
         }
+        ++cursor.weights;
       }
     }
 
@@ -343,77 +358,114 @@ struct GroupedGemm {
                          args.w_scale + (static_cast<int64_t>(scale_row) * super_groups(args) + group));
     }
 
+    // What a thread copies of a tile: its 16 bytes of each of its weight rows and tokens, from stage to stage. Rows stay
+    // where they are, columns move on in uniform registers: two additions a copy.
+    struct Cursor {
+      const int8_t* w;      // of the expert, at the stage's columns
+      uint32_t row[kPassesW];  // from there
+      const int8_t* token[kPassesA];
+      int64_t column = 0;
+      int32_t passes;  // of tokens
+      ScaleCursor scales;
+      ChunkCount count;
+      int32_t group = 0, scale_row = 0;
+    };
+    __device__ __forceinline__ void open(Cursor& cursor, const Tile& t, const int32_t (&source)[kSources]) const {
+      const int32_t feature = t.m_tile * C.features() + feature_of(first()), last_row = rows_of_half(args) - 1;
+      const int32_t to_gate = weight_row(args, 0, 0), to_up = weight_row(args, 0, 1);
+      cursor.w = args.w + static_cast<int64_t>(t.expert) * args.n * args.k;
+#pragma unroll
+      for (int p = 0; p < kPassesW; ++p) {
+        const int32_t row =
+            min(feature + feature_of(p * kRowsPerPass), last_row) + (is_up(p * kRowsPerPass) ? to_up : to_gate);
+        cursor.row[p] = static_cast<uint32_t>(row) * static_cast<uint32_t>(args.w_row) + static_cast<uint32_t>(chunk() * 16);
+      }
+#pragma unroll
+      for (int p = 0; p < kPassesA; ++p) {
+        const int32_t from = __shfl_sync(0xffffffffu, source[p / kChunks], lane() / kChunks * kChunks + p % kChunks);
+        cursor.token[p] = args.a + static_cast<int64_t>(from) * args.k + chunk() * 16;
+      }
+      cursor.passes = ptx::uniform((t.rows + kRowsPerPass - 1) / kRowsPerPass);
+    }
+    __device__ __forceinline__ void copy_columns(Cursor& cursor) const {
+      const uint32_t to = at.at + swizzled(first(), chunk());
+      const bool inside = cursor.column + chunk() * 16 < args.k;
+#pragma unroll
+      for (int p = 0; p < kPassesW; ++p) {
+        ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, cursor.w + cursor.row[p], inside);
+      }
+      const auto copy_token = [&](int p, bool exists) {
+        ptx::cp_async_16_if(exists, to + (C.block_m + p * kRowsPerPass) * C.block_k, cursor.token[p] + cursor.column,
+                            inside);
+      };
+      // All of them as most tiles have them: without a predicate each.
+      if (C.block_n % kRowsPerPass == 0 && cursor.passes == kPassesA) {
+#pragma unroll
+        for (int p = 0; p < kPassesA; ++p) copy_token(p, true);
+      } else {
+#pragma unroll
+        for (int p = 0; p < kPassesA; ++p) {
+          copy_token(p, p < cursor.passes && (C.block_n % kRowsPerPass == 0 || p * kRowsPerPass + first() < C.block_n));
+        }
+      }
+      cursor.column += C.block_k;
+      cursor.w += C.block_k == 128 || cursor.column % 128 == 0 ? args.w_panel - (128 - C.block_k) : C.block_k;
+    }
+    // kFirst: of the tile.
+    template <bool kFirst>
+    __device__ __forceinline__ void copy_stage(Cursor& cursor, const Tile& t, const int32_t (&source)[kSources],
+                                               int32_t k_tile, int& table, int& chunk_place) {
+      ptx::barrier_wait(Slot::empty(at.at), at.parity);
+      copy_columns(cursor);
+      if constexpr (kFirst) {
+        cursor.scale_row = fill_table(t, tables[table], source);
+        if constexpr (kBlocks) cursor.scales.open(args, cursor.scale_row, source);
+        if (kChunkScales && thread == 0) tables[table].first_chunk() = chunk_place;
+        table = next_place(table);
+        __syncwarp();
+      }
+      if constexpr (kBlocks) copy_scales(at.at, k_tile, cursor.scales);
+      if constexpr (kChunkScales) {
+        if (cursor.count.ends(args, k_tile + 1 == k_tiles)) {
+          copy_chunk_scales(at.chunk_scales(chunk_place), cursor.group, cursor.scale_row, source);
+          cursor.group += cursor.count.next(args);
+          chunk_place = next_place(chunk_place);
+        }
+      }
+      arrive();
+    }
+
     __device__ __forceinline__ void run() {
       Queue queue{args, told, total};
       if (queue.ended()) return;
-      const uint32_t place = swizzled(first(), chunk());
       // Stages before a tile's end at which the next one is asked for, and looked up. A tile that is too short for an
       // answer to come in time is asked for when the one before it is looked up.
       constexpr int32_t kAsk = 4, kLook = 2, kShort = 8;
       const int32_t look_at = max(k_tiles - kLook, 0), ask_at = k_tiles > kShort ? k_tiles - kAsk : look_at;
-      if (ask_at == look_at) queue.ask(thread);
+      const bool is_short = ask_at == look_at;
+      if (is_short) queue.ask(thread);
       Tile t = kernels::find_tile<C.block_n>(list, args, queue.index, m_tiles), next = t;
       int32_t source[kSources], next_source[kSources] = {};
       load_sources(t, source);
-      int table = 0;
-      [[maybe_unused]] int chunk_place = 0;
+      int table = 0, chunk_place = 0;
       for (;;) {
-        const int32_t feature = t.m_tile * C.features() + feature_of(first()), last_row = rows_of_half(args) - 1;
-        const int8_t* w = args.w + static_cast<int64_t>(t.expert) * args.n * args.k + chunk() * 16;
-        const int32_t to_gate = weight_row(args, 0, 0), to_up = weight_row(args, 0, 1);
-        const int32_t passes = (t.rows + kRowsPerPass - 1) / kRowsPerPass;
-        uint32_t offset[kPassesA];  // of this lane's chunk of its tokens in a, in units of 16 bytes
-#pragma unroll
-        for (int p = 0; p < kPassesA; ++p) {
-          const int32_t from = __shfl_sync(0xffffffffu, source[p / kChunks], lane() / kChunks * kChunks + p % kChunks);
-          offset[p] = static_cast<uint32_t>(from) * (static_cast<uint32_t>(args.k) / 16) + static_cast<uint32_t>(chunk());
-        }
-        int32_t scale_row = 0;
-        [[maybe_unused]] ChunkCount count;
-        [[maybe_unused]] int32_t group = 0;
-        for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
-          const uint32_t stage = at.stage(at.index);
-          ptx::barrier_wait(at.empty(at.index), at.parity);
-          const uint32_t to = stage + place;
-          const int32_t column = k_tile * C.block_k;
-          const bool inside = column + chunk() * 16 < args.k;
-          const int8_t* const w_stage = w + static_cast<int64_t>(column / 128) * args.w_panel + column % 128;
-#pragma unroll
-          for (int p = 0; p < kPassesW; ++p) {
-            const auto row = static_cast<uint32_t>(min(feature + feature_of(p * kRowsPerPass), last_row) +
-                                                   (is_up(p * kRowsPerPass) ? to_up : to_gate));
-            ptx::cp_async_16(to + p * kRowsPerPass * C.block_k, w_stage + row * static_cast<uint32_t>(args.w_row), inside);
-          }
-          const int8_t* const a_stage = args.a + column;
-#pragma unroll
-          for (int p = 0; p < kPassesA; ++p) {
-            const bool exists = p < passes && (C.block_n % kRowsPerPass == 0 || p * kRowsPerPass + first() < C.block_n);
-            ptx::cp_async_16_if(exists, to + (C.block_m + p * kRowsPerPass) * C.block_k,
-                                a_stage + static_cast<uint64_t>(offset[p]) * 16, inside);
-          }
-          if (k_tile == 0) {
-            scale_row = fill_table(t, tables[table], source);
-            if (kChunkScales && thread == 0) tables[table].first_chunk() = chunk_place;
-            table = next_place(table);
-          }
-          if constexpr (kBlocks) copy_scales(stage, k_tile, scale_row, source);
-          if constexpr (kChunkScales) {
-            if (count.ends(args, k_tile + 1 == k_tiles)) {
-              copy_chunk_scales(at.chunk_scales(chunk_place), group, scale_row, source);
-              group += count.next(args);
-              chunk_place = next_place(chunk_place);
-            }
-          }
-          arrive();
+        Cursor cursor;
+        open(cursor, t, source);
+        copy_stage<true>(cursor, t, source, 0, table, chunk_place);
+        int32_t k_tile = 1;
+        for (int event = 0; event < 3; ++event) {
+          const int32_t last = event == 0 ? ask_at : event == 1 ? look_at : k_tiles - 1;
+#pragma unroll 1
+          for (; k_tile <= last; ++k_tile) copy_stage<false>(cursor, t, source, k_tile, table, chunk_place);
           // The next tile and its rows are looked up while this one's copies are under way.
-          if (k_tile == look_at) {
+          if (event == 1) {
             queue.advance(thread);
             if (!queue.ended()) {
               next = kernels::find_tile<C.block_n>(list, args, queue.index, m_tiles);
               load_sources(next, next_source);
             }
           }
-          if (k_tile == ask_at && !queue.ended()) queue.ask(thread);
+          if (event == (is_short ? 1 : 0) && !queue.ended()) queue.ask(thread);
         }
         if (queue.ended()) break;
         t = next;
@@ -421,17 +473,19 @@ struct GroupedGemm {
         for (int i = 0; i < kSources; ++i) source[i] = next_source[i];
       }
       // A stage that says that there is no further tile.
-      ptx::barrier_wait(at.empty(at.index), at.parity);
+      ptx::barrier_wait(Slot::empty(at.at), at.parity);
       if (thread == 0) tables[table].tile.rows = -1;
+      __syncwarp();
       arrive();
       ptx::cp_async_wait<0>();
     }
-    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored.
+    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored, behind a __syncwarp. By a
+    // shuffle the compiler knows that all lanes name the same barrier: otherwise it makes a loop over those that differ.
     __device__ __forceinline__ void arrive() {
-      ptx::cp_async_arrive(at.full(at.index));
-      __syncwarp();
-      if (lane() == 0) ptx::barrier_arrive(at.full(at.index));
-      at.advance();
+      const auto full = static_cast<uint32_t>(__shfl_sync(0xffffffffu, static_cast<int>(Slot::full(at.at)), 0));
+      ptx::cp_async_arrive(full);
+      if (lane() == 0) ptx::barrier_arrive(full);
+      at = at.next();
     }
   };
 
@@ -443,13 +497,24 @@ struct GroupedGemm {
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
 
   // ---- fragments ----
-  // The swizzle leaves 16-byte chunk c of a lane's row at (address of chunk 0's place) ^ c*16, whatever the row.
-  static __device__ __forceinline__ uint32_t weight_address(int warp_m) {
-    return swizzled(warp_m * C.warp_m() + (lane() & 15), lane() >> 4);
+  // The swizzle leaves 16-byte chunk c of a lane's row at (place of chunk 0) ^ c*16, whatever the row. The places of all
+  // steps are made before the main loop, where registers allow it.
+  static __device__ __forceinline__ uint32_t place_of_chunk(uint32_t first, int chunk) {
+    const uint32_t place = first ^ static_cast<uint32_t>(chunk * 16);
+    return kKeepsPlaces ? static_cast<uint32_t>(ptx::here(static_cast<int32_t>(place))) : place;
   }
-  static __device__ __forceinline__ void load_weights(uint32_t (&w)[kMT][4], uint32_t at, int step) {
+  struct WeightPlaces {
+    uint32_t of_step[kSteps];
+    __device__ __forceinline__ explicit WeightPlaces(int warp_m) {
+      const uint32_t first = swizzled(warp_m * C.warp_m() + (lane() & 15), lane() >> 4);
 #pragma unroll
-    for (int mt = 0; mt < kMT; ++mt) ptx::ldmatrix_x4(w[mt], (at ^ (step * 32)) + mt * 16 * C.block_k);
+      for (int step = 0; step < kSteps; ++step) of_step[step] = place_of_chunk(first, step * 2);
+    }
+  };
+  static __device__ __forceinline__ void load_weights(uint32_t (&w)[kMT][4], uint32_t stage, const WeightPlaces& places,
+                                                      int step) {
+#pragma unroll
+    for (int mt = 0; mt < kMT; ++mt) ptx::ldmatrix_x4(w[mt], stage + places.of_step[step] + mt * 16 * C.block_k);
   }
 
   // Order::steps: fragments of one k32 step.
@@ -458,12 +523,18 @@ struct GroupedGemm {
     uint32_t w[kMT][4];
     uint32_t a[kN][2];
 
-    static __device__ __forceinline__ uint32_t address(int first_token) {
-      return swizzled(C.block_m + first_token + (lane() >> 4) * 8 + (lane() & 7), lane() >> 3 & 1);
-    }
-    __device__ __forceinline__ void load(uint32_t weights, uint32_t tokens, int step) {
-      load_weights(w, weights, step);
-      tokens ^= step * 32;
+    struct TokenPlaces {
+      uint32_t of_step[kSteps];
+      __device__ __forceinline__ explicit TokenPlaces(int first_token) {
+        const uint32_t first = swizzled(C.block_m + first_token + (lane() >> 4) * 8 + (lane() & 7), lane() >> 3 & 1);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) of_step[step] = place_of_chunk(first, step * 2);
+      }
+    };
+    __device__ __forceinline__ void load(uint32_t stage, const WeightPlaces& weights, const TokenPlaces& places,
+                                         int step) {
+      load_weights(w, stage, weights, step);
+      const uint32_t tokens = stage + places.of_step[step];
 #pragma unroll
       for (int nt = 0; nt + 1 < kN; nt += 2) {
         uint32_t r[4];
@@ -483,12 +554,17 @@ struct GroupedGemm {
   // Order::tiles: the four k32 steps of one token tile.
   struct TokenFragment {
     uint32_t r[4][2];
-    static __device__ __forceinline__ uint32_t address(int first_token) {
-      return swizzled(C.block_m + first_token + (lane() & 7), lane() >> 3);
-    }
-    __device__ __forceinline__ void load_half(uint32_t at, int nt, int h) {
+    struct Places {
+      uint32_t of_half[2];
+      __device__ __forceinline__ explicit Places(int first_token) {
+        const uint32_t first = swizzled(C.block_m + first_token + (lane() & 7), lane() >> 3);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) of_half[h] = place_of_chunk(first, h * 4);
+      }
+    };
+    __device__ __forceinline__ void load_half(uint32_t stage, const Places& places, int nt, int h) {
       uint32_t x[4];
-      ptx::ldmatrix_x4(x, (at ^ (h * 64)) + nt * 8 * C.block_k);
+      ptx::ldmatrix_x4(x, stage + places.of_half[h] + nt * 8 * C.block_k);
       r[2 * h][0] = x[0];
       r[2 * h][1] = x[1];
       r[2 * h + 1][0] = x[2];
@@ -551,27 +627,26 @@ struct GroupedGemm {
   };
   // Order::tiles: those of a stage. Q_w is a byte of the word there; which one depends on the row, and on K.
   struct StageScales {
-    int32_t first;  // of the thread's rows
-    uint32_t byte[kHalves] = {};
+    uint32_t word[kHalves], byte[kHalves] = {};
     __device__ __forceinline__ void open(const GemmArgs& args, const Table& table, int warp_m) {
-      first = feature_in_tile(warp_m) / kScaleRows;
-      if constexpr (!kFloatTotals) {
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          const int32_t row = table.block_row(h * (C.features() / kScaleRows) + first);
-          byte[h] = static_cast<uint32_t>(row) * static_cast<uint32_t>(args.blocks_k);
+      for (int h = 0; h < kHalves; ++h) {
+        const int rows = (h * C.features() + feature_in_tile(warp_m)) / kScaleRows;
+        word[h] = static_cast<uint32_t>(ptx::here(rows * 4));
+        if constexpr (!kFloatTotals) {
+          byte[h] = static_cast<uint32_t>(table.block_row(rows)) * static_cast<uint32_t>(args.blocks_k);
         }
       }
     }
-    __device__ __forceinline__ void load(WeightScales& to, uint32_t stage, int32_t k_tile) const {
+    // One stage after another.
+    __device__ __forceinline__ void load(WeightScales& to, uint32_t stage) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        const int32_t word =
-            ptx::load_shared(weight_scales_of(stage) + (h * (C.features() / kScaleRows) + first) * 4);
-        to.value[h] = kFloatTotals
-                          ? word
-                          : static_cast<int32_t>(
-                                static_cast<uint32_t>(word) >> ((byte[h] + static_cast<uint32_t>(k_tile)) % 4 * 8) & 0xffu);
+        if constexpr (kFloatTotals) {
+          to.value[h] = ptx::load_shared(weight_scales_of(stage) + word[h]);
+        } else {
+          to.value[h] = ptx::load_shared_byte(weight_scales_of(stage) + (word[h] | (byte[h]++ & 3u)));
+        }
       }
     }
   };
@@ -601,20 +676,39 @@ struct GroupedGemm {
     }
   };
 
-  // s_a of two tokens (block: with row_factor) or Q_a.
+  // s_a of two tokens or Q_a.
   struct TokenScales {
     int32_t value[2];
-    __device__ __forceinline__ void load(uint32_t stage_scales, const Table& table, uint32_t token_bytes) {
-      const int2 s = ptx::load_shared_2(stage_scales + token_bytes);
-      value[0] = s.x;
-      value[1] = s.y;
-      if constexpr (kFloatTotals) {
-        const int2 f = ptx::load_shared_2(ptx::shared_address(table.factor) + token_bytes);
-        value[0] = __float_as_int(__fmul_rn(__int_as_float(s.x), __int_as_float(f.x)));
-        value[1] = __float_as_int(__fmul_rn(__int_as_float(s.y), __int_as_float(f.y)));
-      }
+  };
+  // Where those of a warp's token tiles are in a stage's scales.
+  struct ScalePlaces {
+    uint32_t even, odd;
+    __device__ __forceinline__ explicit ScalePlaces(const Part& part)
+        : even(scale_place(part.token(0))), odd(scale_place(part.token(1))) {}
+    __device__ __forceinline__ uint32_t of(int nt) const {
+      return (nt % 2 == 0 ? even : odd) + static_cast<uint32_t>(nt / 2) * 80;
     }
   };
+  // Of kCount neighbouring token tiles; two: the first one even, and so is the first of its warp. kFactors: of block,
+  // with row_factor.
+  template <bool kFactors, int kCount>
+  static __device__ __forceinline__ void load_token_scales(TokenScales (&to)[kCount], uint32_t scales,
+                                                           const ScalePlaces& places, int nt, const Table& table,
+                                                           const Part& part) {
+    static_assert(kCount == 1 || kCount == 2);
+    int32_t values[2 * kCount];
+    ptx::load_shared_n(values, scales + places.of(nt));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[i].value[0] = values[2 * i];
+      to[i].value[1] = values[2 * i + 1];
+      if constexpr (kFactors) {
+        const int2 f = ptx::load_shared_2(ptx::shared_address(table.factor + part.token(nt + i)));
+        to[i].value[0] = __float_as_int(__fmul_rn(__int_as_float(to[i].value[0]), __int_as_float(f.x)));
+        to[i].value[1] = __float_as_int(__fmul_rn(__int_as_float(to[i].value[1]), __int_as_float(f.y)));
+      }
+    }
+  }
 
   // What a partial sum is multiplied by.
   struct Products {
@@ -797,11 +891,10 @@ struct GroupedGemm {
     const int32_t total = ptx::uniform(list.first_tile[args.experts] * m_tiles);
     const int32_t k_tiles = ptx::uniform((args.k + C.block_k - 1) / C.block_k);
     const uint32_t begin = ptx::shared_address(shared);
-    Slot slot{begin, 0, 0};
     if (threadIdx.x == 0) {
-      for (int i = 0; i < C.stages; ++i) {
-        ptx::barrier_init(slot.full(i), kCopyThreads + C.copy_warps());
-        ptx::barrier_init(slot.empty(i), kWarps);
+      for (uint32_t stage = begin; stage != begin + kRingBytes; stage += C.stage_bytes()) {
+        ptx::barrier_init(Slot::full(stage), kCopyThreads + C.copy_warps());
+        ptx::barrier_init(Slot::empty(stage), kWarps);
       }
       ptx::barrier_init(ptx::shared_address(&told.full), 1);
       ptx::barrier_init(ptx::shared_address(&told.empty), C.copy_warps());
@@ -813,38 +906,49 @@ struct GroupedGemm {
       warp >= kWarps ? ptx::lower_registers<kCopyRegisters>() : ptx::raise_registers<kRegisters>();
     }
     if (warp >= kWarps) {
-      slot.parity = 1;  // the ring is empty
       const int thread = static_cast<int>(threadIdx.x) - 32 * kWarps;
-      Producer{args, list, tables(shared), told, m_tiles, total, k_tiles, thread, slot}.run();
+      Producer{args, list, tables(shared), told, m_tiles, total, k_tiles, thread, Slot(begin, 1)}.run();  // it is empty
       return;
     }
     if (static_cast<int32_t>(blockIdx.x) >= total) return;
-    Ring ring{slot};
-    ptx::barrier_wait(slot.full(0), 0);
+    Ring ring{Slot(begin, 0)};
+    ptx::barrier_wait(Slot::full(begin), 0);
     multiply_tiles(args, ring, shared, warp, k_tiles);
   }
 
-  static __device__ __forceinline__ uint32_t scales_of(uint32_t stage) {
-    return stage + (C.block_m + C.block_n) * C.block_k;
+  // Scales of a stage's tokens (with fine groups: of each k32 step): 16 of them in 20 words, so that the copying warps,
+  // whose lanes bring those of tokens 16 apart, store without bank conflicts. Among 16, the pairs of tokens j and j + 8
+  // that a thread needs for two token tiles are neighbours.
+  static __device__ __forceinline__ uint32_t scales_of(uint32_t stage, int group = 0) {
+    return stage + (C.block_m + C.block_n) * C.block_k + static_cast<uint32_t>(group) * C.token_scale_bytes();
+  }
+  static __device__ __forceinline__ uint32_t scale_place(int token) {
+    return static_cast<uint32_t>(token / 16 * 80 + token % 8 / 2 * 16 + token / 8 % 2 * 8 + token % 2 * 4);
   }
   static __device__ __forceinline__ uint32_t weight_scales_of(uint32_t stage) {
-    return scales_of(stage) + C.block_n * 4;
+    return scales_of(stage, C.scales_per_stage());
   }
 
   // Where a warp that multiplies is in the ring.
   struct Ring {
-    Slot at;
-    __device__ __forceinline__ uint32_t here() const { return at.stage(at.index); }
-    __device__ __forceinline__ uint32_t next() const { return at.stage(at.wraps() ? 0 : at.index + 1); }
+    Slot here, next;
+    __device__ __forceinline__ explicit Ring(const Slot& first) : here(first), next(first.next()) {}
     // When the stage's last fragments are in registers; afterwards the next stage may be read. There always is one, if only
-    // that which says that there is no further tile; but `more`, which the compiler does not see through, keeps the
-    // products of two stages apart (docs/kernels.md).
+    // that which says that there is no further tile; but `more`, of which the compiler does not know that it is true,
+    // keeps the products of two stages apart (docs/kernels.md).
     __device__ __forceinline__ void stage_read(bool more) const {
       __syncwarp();
-      if (lane() == 0) ptx::barrier_arrive(at.empty(at.index));
-      if (more) ptx::barrier_wait(at.full(at.wraps() ? 0 : at.index + 1), at.parity ^ (at.wraps() ? 1u : 0u));
+      if (lane() == 0) ptx::barrier_arrive(Slot::empty(here.at));
+      if (more) ptx::barrier_wait(Slot::full(next.at), next.parity);
     }
-    __device__ __forceinline__ void advance() { at.advance(); }
+    // Does nothing. But the compiler does not know that `never` is false, and keeps what stands before and behind apart.
+    __device__ __forceinline__ void split(bool never) const {
+      if (never) ptx::barrier_wait(Slot::full(here.at), here.parity);
+    }
+    __device__ __forceinline__ void advance() {
+      here = next;
+      next = here.next();
+    }
   };
 
   // A tile without rows for this warp leaves the tensor cores to others.
@@ -860,8 +964,8 @@ struct GroupedGemm {
   static __device__ __forceinline__ void multiply_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
                                                         int32_t k_tiles) {
     const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
-    for (int32_t table_index = 0;; table_index = next_place(table_index)) {
-      const Table& table = tables(shared)[table_index];
+    for (int at = 0;; at = at + C.table_bytes() == kTables * C.table_bytes() ? 0 : at + C.table_bytes()) {
+      const Table& table = *reinterpret_cast<const Table*>(shared + kRingBytes + at);
       if (ptx::uniform(table.tile.rows) < 0) return;
       const Part part(table, warp_n);
       if (C.warps_n > 1 && part.first >= part.end) {
@@ -869,22 +973,29 @@ struct GroupedGemm {
         continue;
       }
       Sums sums;
-      multiply_tile<kNT>(args, ring, table, warp_m, part, k_tiles, sums);
-      finish_tile(args, table, sums, ptx::here(warp_m), part);
+      if (kFloatTotals && args.row_factor != nullptr) {
+        multiply_tile<kNT, kFloatTotals>(args, ring, table, warp_m, part, k_tiles, sums);
+      } else {
+        multiply_tile<kNT, false>(args, ring, table, warp_m, part, k_tiles, sums);
+      }
+      // Found anew: it would occupy a register beside the products.
+      const int finishing = ptx::here(static_cast<int>(threadIdx.x)) / 32 % C.warps_m;
+      finish_tile(args, table, sums, finishing, part);
     }
   }
-  template <int kN>
+  // kFactors: int8_block's scales of tokens are multiplied by row_factor.
+  template <int kN, bool kFactors>
   static __device__ __forceinline__ void multiply_tile(const GemmArgs& args, Ring& ring, const Table& table, int warp_m,
                                                        const Part& part, int32_t k_tiles, Sums& sums) {
     if constexpr (kN > kLeastTiles) {
       if (part.tiles < kN) {
-        return multiply_tile<kN - kWidthStep>(args, ring, table, warp_m, part, k_tiles, sums);
+        return multiply_tile<kN - kWidthStep, kFactors>(args, ring, table, warp_m, part, k_tiles, sums);
       }
     }
     if constexpr (C.order == Order::steps) {
-      multiply_steps<kN>(args, ring, table, warp_m, part, k_tiles, sums);
+      multiply_steps<kN, kFactors>(args, ring, table, warp_m, part, k_tiles, sums);
     } else {
-      multiply_stages<kN>(args, ring, table, warp_m, part, k_tiles, sums);
+      multiply_stages<kN, kFactors>(args, ring, table, warp_m, part, k_tiles, sums);
     }
   }
 
@@ -898,11 +1009,12 @@ struct GroupedGemm {
   }
 
   // Order::tiles.
-  template <int kN>
+  template <int kN, bool kFactors>
   static __device__ __forceinline__ void multiply_stages(const GemmArgs& args, Ring& ring, const Table& table,
                                                          int warp_m, const Part& part, int32_t k_tiles, Sums& sums) {
-    const uint32_t weights_at = weight_address(warp_m), tokens_at = TokenFragment::address(part.first);
-    const uint32_t token_bytes = static_cast<uint32_t>(part.token(0)) * 4;
+    const WeightPlaces weight_places(warp_m);
+    const typename TokenFragment::Places token_places(part.first);
+    [[maybe_unused]] const ScalePlaces scale_places(part);
     // The promotion of a group of token tiles starts this many mma after its last one and is spread over the others.
     constexpr int kValues = 4 * kMT * kGroup, kMma = kSteps * kMT * kGroup, kLag = kMT * kGroup >= 4 ? 3 : 2;
     Sums chunk;  // hybrid_flush
@@ -921,25 +1033,31 @@ struct GroupedGemm {
     TokenFragment tokens[kGroup];
     TokenScales token_scales[kGroup];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here() + weights_at, step);
+    for (int step = 0; step < kSteps; ++step) load_weights(w[step], ring.here.at, weight_places, step);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      tokens[i].load_half(ring.here() + tokens_at, i, 0);
-      tokens[i].load_half(ring.here() + tokens_at, i, 1);
-      if constexpr (kBlocks) token_scales[i].load(scales_of(ring.here()), table, token_bytes + i * 32);
+      tokens[i].load_half(ring.here.at, token_places, i, 0);
+      tokens[i].load_half(ring.here.at, token_places, i, 1);
     }
-    if constexpr (kBlocks) stage_scales.load(scales, ring.here(), 0);
+    if constexpr (kBlocks) {
+      load_token_scales<kFactors>(token_scales, scales_of(ring.here.at), scale_places, 0, table, part);
+      stage_scales.load(scales, ring.here.at);
+    }
 
     for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
       [[maybe_unused]] const bool last = k_tile + 1 == k_tiles;
-      const uint32_t stage = ring.here(), next = ring.next();
+      const uint32_t stage = ring.here.at, next = ring.next.at;
 #pragma unroll
       for (int group = 0; group < kN / kGroup; ++group) {
         // What is loaded beside this group's mma is the next one's; after the tile's last stage nobody looks at it.
         const bool leaving = group == kN / kGroup - 1;
         const uint32_t from = leaving ? next : stage;
         const int first = leaving ? 0 : (group + 1) * kGroup;
-        if (leaving) ring.stage_read(!last || table.tile.rows > 0);
+        if (leaving) {
+          ring.stage_read(args.k > 0);
+        } else if (kSplits && 2 * group + 1 >= kN / kGroup) {
+          ring.split(args.n < 0);
+        }
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -969,24 +1087,22 @@ struct GroupedGemm {
           }
           if (step % 2 == 1) {
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) tokens[i].load_half(from + tokens_at, first + i, step / 2);
+            for (int i = 0; i < kGroup; ++i) tokens[i].load_half(from, token_places, first + i, step / 2);
           }
-          if (leaving) load_weights(w[step], next + weights_at, step);
+          if (leaving) load_weights(w[step], next, weight_places, step);
         }
         if constexpr (kBlocks) {
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) {
-            pending[i].set(scales, token_scales[i]);
-            token_scales[i].load(scales_of(from), table, token_bytes + (first + i) * 32);
-          }
-          if (leaving) stage_scales.load(scales, next, k_tile + 1);
+          for (int i = 0; i < kGroup; ++i) pending[i].set(scales, token_scales[i]);
+          load_token_scales<kFactors>(token_scales, scales_of(from), scale_places, first, table, part);
+          if (leaving) stage_scales.load(scales, next);
         }
       }
       // Not beside the next stage's: where one ends and the next begins, fragments of both need registers.
       if constexpr (kBlocks) promote_last<kN>(totals, partial[(kN / kGroup - 1) % 2], pending);
       if constexpr (kFlush) {
         if (count.ends(args, last)) {
-          const uint32_t from = ring.at.chunk_scales(chunk_place);
+          const uint32_t from = ring.here.chunk_scales(chunk_place);
           float scales_of_weights[kHalves];
 #pragma unroll
           for (int h = 0; h < kHalves; ++h) {
@@ -1007,10 +1123,12 @@ struct GroupedGemm {
   }
 
   // Order::steps.
-  template <int kN>
+  template <int kN, bool kFactors>
   static __device__ __forceinline__ void multiply_steps(const GemmArgs& args, Ring& ring, const Table& table,
                                                         int warp_m, const Part& part, int32_t k_tiles, Sums& sums) {
-    const uint32_t weights_at = weight_address(warp_m), tokens_at = Fragments<kN>::address(part.first);
+    const WeightPlaces weight_places(warp_m);
+    const typename Fragments<kN>::TokenPlaces token_places(part.first);
+    [[maybe_unused]] const ScalePlaces scale_places(part);
     Sums block_sums, chunk;  // with scale blocks; hybrid_flush
     Sums& partial = kBlocks ? block_sums : sums;
     Sums& totals = kFlush ? chunk : sums;
@@ -1029,18 +1147,18 @@ struct GroupedGemm {
       cursor.open(args, rows);
     }
     Fragments<kN> fragments[2];
-    fragments[0].load(ring.here() + weights_at, ring.here() + tokens_at, 0);
+    fragments[0].load(ring.here.at, weight_places, token_places, 0);
 
     for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
       const bool last = k_tile + 1 == k_tiles;
-      const uint32_t stage = ring.here(), next = ring.next();
+      const uint32_t stage = ring.here.at, next = ring.next.at;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const Fragments<kN>& now = fragments[step % 2];
         // Scales per K-block: a block may end with any step, and the last one with K.
         bool ends = false;
         WeightScales weight_scales;
-        TokenScales token_scales[kN];
+        TokenScales token_scales[kN][1];
         if constexpr (kBlocks) {
           column_in_block += 32;
           ends = block < args.blocks_k &&
@@ -1049,15 +1167,15 @@ struct GroupedGemm {
             cursor.load(weight_scales);
 #pragma unroll
             for (int nt = 0; nt < kN; ++nt) {
-              token_scales[nt].load(scales_of(stage) + step * C.block_n * 4, table, part.token(nt) * 4);
+              load_token_scales<kFactors>(token_scales[nt], scales_of(stage, step), scale_places, nt, table, part);
             }
           }
         }
         if (step == kSteps - 1) {
-          ring.stage_read(!last || table.tile.rows > 0);
-          if (!last) fragments[0].load(next + weights_at, next + tokens_at, 0);
+          ring.stage_read(args.k > 0);
+          if (!last) fragments[0].load(next, weight_places, token_places, 0);
         } else {
-          fragments[(step + 1) % 2].load(stage + weights_at, stage + tokens_at, step + 1);
+          fragments[(step + 1) % 2].load(stage, weight_places, token_places, step + 1);
         }
 #pragma unroll
         for (int nt = 0; nt < kN; ++nt) {
@@ -1069,7 +1187,7 @@ struct GroupedGemm {
 #pragma unroll
             for (int nt = 0; nt < kN; ++nt) {
               Products p;
-              p.set(weight_scales, token_scales[nt]);
+              p.set(weight_scales, token_scales[nt][0]);
 #pragma unroll
               for (int mt = 0; mt < kMT; ++mt) promote(totals[mt][nt], partial[mt][nt], p, mt);
             }

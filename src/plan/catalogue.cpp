@@ -52,7 +52,8 @@ constexpr Tile kBlock90[] = {
 };
 constexpr Tile kHybrid90[] = {
     {128, 8, 128, 5, 4, 1, 2, kTiles},
-    {128, 128, 128, 6, 4, 2, 1, kTiles},
+    {128, 128, 128, 6, 2, 4, 1, kTiles},
+    {128, 160, 128, 5, 2, 4, 1, kTiles},
 };
 constexpr Tile kBlock80[] = {
     {128, 8, 128, 4, 4, 1, 2, kTiles},

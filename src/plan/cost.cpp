@@ -57,7 +57,8 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
                     .block_n = c.block_n,
                     .step_n = c.step_n(),
                     .features = c.features(),
-                    .resident = c.min_blocks});
+                    .resident = c.min_blocks,
+                    .narrowest = list.empty()});  // the catalogue begins with it
   }
   return list;
 }

@@ -26,8 +26,10 @@ struct GemmKernel {
   int weight_box = 0;            // token_major: rows of a box of the weights' map
   bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
 
+  bool narrowest = false;  // mma.sync: of its list
+
   // Its tiles are small in both directions.
-  bool can_stand_in() const { return !wgmma && block_m == 128 && block_n == 8; }
+  bool can_stand_in() const { return !wgmma && narrowest; }
 };
 // Of the wgmma kernels, and of the mma.sync ones with the tiles of a family (catalogue.h: tile_family).
 std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k);
@@ -39,14 +41,14 @@ std::vector<GemmKernel> mma_kernels(kernels::Promotion promotion, kernels::Epilo
 struct CostConstants {
   // wgmma
   double opening = 400;           // a tile's, whatever its width
-  double epilogue = 3;            // of a token
-  double feed = 0.25;             // a row's part of a stage, of weights or tokens, on its way from L2
-  double token_major = 1.25;      // the opening's factor where tokens are the M operand
-  double stand_in_opening = 700;  // of a kernel that stands in for wgmma's
+  double epilogue = 1;            // of a token
+  double feed = 0.1;              // a row's part of a stage, of weights or tokens, on its way from L2
+  double token_major = 1;         // the opening's factor where tokens are the M operand
+  double stand_in_opening = 600;  // of a kernel that stands in for wgmma's
   // mma.sync
-  double mma_opening = 600;
-  double mma_resident = 1.2;  // a tile of two that share a multiprocessor
-  double mma_least = 0.08;    // a stage of a tile without rows would take so much of a full one's time
+  double mma_opening = 1000;
+  double mma_resident = 1.3;  // a tile of two that share a multiprocessor
+  double mma_least = 0.2;     // a stage of a tile without rows would take so much of a full one's time
   double mma_feed = 0.3;      // a row's part of a stage on its way from L2
 };
 

@@ -128,7 +128,8 @@ TEST(Sm80Gemm, Widths) {
   check_widths<Promotion::channel, Tile{128, 64, 128, 4, 2, 2, Order::steps}>();
   check_widths<Promotion::block, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>();
   check_widths<Promotion::block, Tile{128, 80, 128, 3, 4, 2, Order::tiles}>();
-  check_widths<Promotion::hybrid, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>();
+  check_widths<Promotion::hybrid, Tile{128, 128, 128, 6, 2, 4, Order::tiles}>();
+  check_widths<Promotion::hybrid, Tile{128, 160, 128, 5, 2, 4, Order::tiles}>();
   check_widths<Promotion::hybrid_flush, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>();
   check_widths<Promotion::hybrid_flush, Tile{128, 64, 128, 5, 4, 2, Order::tiles}>();
 }
@@ -176,7 +177,8 @@ TEST(Sm80Gemm, BlockOfAnyWidth) {
 TEST(Sm80Gemm, Hybrid16Tokens) { check_blocks<Promotion::hybrid, Tile{128, 16, 128, 5, 4, 1, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid32Tokens) { check_blocks<Promotion::hybrid, Tile{128, 32, 128, 4, 4, 1, Order::tiles}>(128); }
 TEST(Sm80Gemm, Block128Tokens) { check_blocks<Promotion::block, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>(128); }
-TEST(Sm80Gemm, Hybrid128Tokens) { check_blocks<Promotion::hybrid, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>(128); }
+TEST(Sm80Gemm, Hybrid128Tokens) { check_blocks<Promotion::hybrid, Tile{128, 128, 128, 6, 2, 4, Order::tiles}>(128); }
+TEST(Sm80Gemm, Hybrid160Tokens) { check_blocks<Promotion::hybrid, Tile{128, 160, 128, 5, 2, 4, Order::tiles}>(128); }
 TEST(Sm80Gemm, Hybrid96Tokens) { check_blocks<Promotion::hybrid, Tile{128, 96, 128, 5, 4, 2, Order::tiles}>(128); }
 TEST(Sm80Gemm, HybridOfAnyWidth) {
   check_blocks<Promotion::hybrid, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64);
@@ -187,6 +189,7 @@ TEST(Sm80Gemm, HybridFloatSteps) {
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 4, 2);
   check_blocks<Promotion::hybrid_flush, kTiles>(128, 3, 3);
   check_blocks<Promotion::hybrid_flush, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>(128, 1, 1);
+  check_blocks<Promotion::hybrid_flush, Tile{128, 8, 128, 5, 4, 1, Order::tiles}>(128, 2, 1);
   check_blocks<Promotion::hybrid_flush, Tile{128, 8, 128, 4, 4, 1, Order::steps, true}>(64, 5, 2);
   check_blocks<Promotion::hybrid_flush, Tile{128, 32, 128, 4, 4, 1, Order::steps, true}>(64, 5, 2);
 }

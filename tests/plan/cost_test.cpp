@@ -67,7 +67,7 @@ TEST(Cost, MoreRowsTakeLargerTiles) {
     return std::ranges::min_element(list, {}, cost_of)->block_n;
   };
   EXPECT_EQ(chosen(1), 8);
-  EXPECT_EQ(chosen(40), 64);
+  EXPECT_EQ(chosen(24), 64);
   EXPECT_EQ(chosen(4096), 128);
 }
 

@@ -32,6 +32,7 @@ inline int32_t load_shared(uint32_t shared) {
   std::memcpy(&d, emulator::shared_bytes(shared, 4), 4);
   return d;
 }
+inline int32_t load_shared_byte(uint32_t shared) { return *emulator::shared_bytes(shared, 1); }
 inline int2 load_shared_2(uint32_t shared) {
   int2 d;
   std::memcpy(&d, emulator::shared_bytes(shared, 8), 8);
