@@ -66,7 +66,7 @@ struct GemmConfig {
   OCTOMOE_HD constexpr int stage_bytes() const {
     const int scales =
         scales_per_stage() * token_scale_bytes() + (has_blocks() && order == Order::tiles ? block_m / 8 * 4 : 0);
-    return (block_m + block_n) * block_k + (scales + 15) / 16 * 16 + 16;  // 16: barriers
+    return (block_m + block_n) * block_k + (scales + 127) / 128 * 128;
   }
   // What the epilogue needs of a tile: where it lies, three words a token, a float a weight row.
   OCTOMOE_HD constexpr int table_bytes() const { return (16 + (3 * block_n + block_m) * 4 + 15) / 16 * 16; }
@@ -75,9 +75,9 @@ struct GemmConfig {
     return promotion == Promotion::hybrid_flush && !fine_groups ? (block_n + block_m / 8) * 4 : 0;
   }
   // Dynamic shared memory: the ring, tables and chunks' scales (copies can be as many of both ahead as there are
-  // stages).
+  // stages), barriers.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() + (stages + 1) * (table_bytes() + chunk_bytes());
+    return stages * (stage_bytes() + 16) + (stages + 1) * (table_bytes() + chunk_bytes());
   }
 };
 

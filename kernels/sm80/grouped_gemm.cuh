@@ -124,12 +124,14 @@ struct GroupedGemm {
   static_assert(!C.gated() || kRowsPerPass <= C.warp_m() / 2);
 
   // ---- shared memory ----
-  // A stage: weight rows, tokens, scales of tokens and of weights, its two barriers. Behind the ring, tables and chunks'
-  // scales. A tile's table is what the epilogue needs, written with the tile's first stage.
-  static constexpr int kBarriersAt = C.stage_bytes() - 16;
+  // A stage: weight rows, tokens, scales of tokens and of weights. It begins at a multiple of 128 bytes: a row's eight
+  // copies are one line then (docs/kernels.md). Behind the ring, tables, chunks' scales, two barriers a stage. A tile's
+  // table is what the epilogue needs, written with the tile's first stage.
   static constexpr int kRingBytes = C.stages * C.stage_bytes();
   static constexpr int kChunkScalesAt = kRingBytes + kTables * C.table_bytes();
-  static_assert(kChunkScalesAt + kTables * C.chunk_bytes() <= C.pipeline_bytes());
+  static constexpr int kBarriersAt = kChunkScalesAt + kTables * C.chunk_bytes();
+  static_assert(C.stage_bytes() % 128 == 0 && kBarriersAt % 16 == 0);
+  static_assert(kBarriersAt + 16 * C.stages <= C.pipeline_bytes());
   struct alignas(16) Table {
     Tile tile;  // rows -1: there is no further tile
     float a_scale[C.block_n];  // block: unused
@@ -169,14 +171,14 @@ struct GroupedGemm {
     return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
-  // A place in the ring, which begins at `begin`, and its barriers: "full", that a stage's copies have landed, "empty",
+  // A stage of the ring, which begins at `begin`, and its barriers: "full", that a stage's copies have landed, "empty",
   // that all have read it.
   struct Slot {
-    uint32_t begin, at, parity;
-    __device__ __forceinline__ Slot(uint32_t begin, uint32_t parity) : begin(begin), at(begin), parity(parity) {}
+    uint32_t begin, at, full, parity;
+    __device__ __forceinline__ Slot(uint32_t begin, uint32_t parity)
+        : begin(begin), at(begin), full(begin + kBarriersAt), parity(parity) {}
 
-    static __device__ __forceinline__ uint32_t full(uint32_t stage) { return stage + kBarriersAt; }
-    static __device__ __forceinline__ uint32_t empty(uint32_t stage) { return stage + kBarriersAt + 8; }
+    __device__ __forceinline__ uint32_t empty() const { return full + 8; }
     __device__ __forceinline__ uint32_t chunk_scales(int32_t place) const {
       return begin + kChunkScalesAt + static_cast<uint32_t>(place) * C.chunk_bytes();
     }
@@ -185,6 +187,7 @@ struct GroupedGemm {
       Slot to = *this;
       const bool wraps = at == begin + (kRingBytes - C.stage_bytes());
       to.at = wraps ? begin : at + C.stage_bytes();
+      to.full = wraps ? begin + kBarriersAt : full + 16;
       to.parity ^= wraps ? 1u : 0u;
       return to;
     }
@@ -415,7 +418,7 @@ struct GroupedGemm {
     template <bool kFirst>
     __device__ __forceinline__ void copy_stage(Cursor& cursor, const Tile& t, const int32_t (&source)[kSources],
                                                int32_t k_tile, int& table, int& chunk_place) {
-      ptx::barrier_wait(Slot::empty(at.at), at.parity);
+      ptx::barrier_wait(at.empty(), at.parity);
       copy_columns(cursor);
       if constexpr (kFirst) {
         cursor.scale_row = fill_table(t, tables[table], source);
@@ -473,7 +476,7 @@ struct GroupedGemm {
         for (int i = 0; i < kSources; ++i) source[i] = next_source[i];
       }
       // A stage that says that there is no further tile.
-      ptx::barrier_wait(Slot::empty(at.at), at.parity);
+      ptx::barrier_wait(at.empty(), at.parity);
       if (thread == 0) tables[table].tile.rows = -1;
       __syncwarp();
       arrive();
@@ -482,7 +485,7 @@ struct GroupedGemm {
     // Of a stage: each thread arrives when its copies land; a warp once more for what it stored, behind a __syncwarp. By a
     // shuffle the compiler knows that all lanes name the same barrier: otherwise it makes a loop over those that differ.
     __device__ __forceinline__ void arrive() {
-      const auto full = static_cast<uint32_t>(__shfl_sync(0xffffffffu, static_cast<int>(Slot::full(at.at)), 0));
+      const auto full = static_cast<uint32_t>(__shfl_sync(0xffffffffu, static_cast<int>(at.full), 0));
       ptx::cp_async_arrive(full);
       if (lane() == 0) ptx::barrier_arrive(full);
       at = at.next();
@@ -892,9 +895,10 @@ struct GroupedGemm {
     const int32_t k_tiles = ptx::uniform((args.k + C.block_k - 1) / C.block_k);
     const uint32_t begin = ptx::shared_address(shared);
     if (threadIdx.x == 0) {
-      for (uint32_t stage = begin; stage != begin + kRingBytes; stage += C.stage_bytes()) {
-        ptx::barrier_init(Slot::full(stage), kCopyThreads + C.copy_warps());
-        ptx::barrier_init(Slot::empty(stage), kWarps);
+      Slot slot(begin, 0);
+      for (int i = 0; i < C.stages; ++i, slot = slot.next()) {
+        ptx::barrier_init(slot.full, kCopyThreads + C.copy_warps());
+        ptx::barrier_init(slot.empty(), kWarps);
       }
       ptx::barrier_init(ptx::shared_address(&told.full), 1);
       ptx::barrier_init(ptx::shared_address(&told.empty), C.copy_warps());
@@ -911,8 +915,8 @@ struct GroupedGemm {
       return;
     }
     if (static_cast<int32_t>(blockIdx.x) >= total) return;
-    Ring ring{Slot(begin, 0)};
-    ptx::barrier_wait(Slot::full(begin), 0);
+    Ring ring(Slot(begin, 0));
+    ptx::barrier_wait(ring.here.full, 0);
     multiply_tiles(args, ring, shared, warp, k_tiles);
   }
 
@@ -938,12 +942,12 @@ struct GroupedGemm {
     // keeps the products of two stages apart (docs/kernels.md).
     __device__ __forceinline__ void stage_read(bool more) const {
       __syncwarp();
-      if (lane() == 0) ptx::barrier_arrive(Slot::empty(here.at));
-      if (more) ptx::barrier_wait(Slot::full(next.at), next.parity);
+      if (lane() == 0) ptx::barrier_arrive(here.empty());
+      if (more) ptx::barrier_wait(next.full, next.parity);
     }
     // Does nothing. But the compiler does not know that `never` is false, and keeps what stands before and behind apart.
     __device__ __forceinline__ void split(bool never) const {
-      if (never) ptx::barrier_wait(Slot::full(here.at), here.parity);
+      if (never) ptx::barrier_wait(here.full, here.parity);
     }
     __device__ __forceinline__ void advance() {
       here = next;
