@@ -58,7 +58,7 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
                     .step_n = c.step_n(),
                     .features = c.features(),
                     .resident = c.min_blocks,
-                    .narrowest = list.empty()});  // the catalogue begins with it
+                    .narrowest = !fine && list.empty()});  // the catalogue begins with it
   }
   return list;
 }

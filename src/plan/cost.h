@@ -26,9 +26,8 @@ struct GemmKernel {
   int weight_box = 0;            // token_major: rows of a box of the weights' map
   bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
 
-  bool narrowest = false;  // mma.sync: of its list
+  bool narrowest = false;  // mma.sync: the first of its list, where those are tuned
 
-  // Its tiles are small in both directions.
   bool can_stand_in() const { return !wgmma && narrowest; }
 };
 // Of the wgmma kernels, and of the mma.sync ones with the tiles of a family (catalogue.h: tile_family).

@@ -191,6 +191,12 @@ TEST(Cost, SmallTilesStandIn) {
   EXPECT_EQ(least(others, k, 64), std::numeric_limits<double>::infinity());
   k.k = 512;  // too short to win back what it opens with
   EXPECT_GT(least(others, k, 2), least(wide, k, 2));
+  const auto standing_in = [](Promotion promotion, int block_k) {
+    return std::ranges::count_if(mma_kernels(promotion, Epilogue::store, block_k, 90), &GemmKernel::can_stand_in);
+  };
+  EXPECT_EQ(standing_in(Promotion::hybrid, 128), 1);
+  EXPECT_EQ(standing_in(Promotion::hybrid_flush, 128), 1);
+  EXPECT_EQ(standing_in(Promotion::hybrid, 256), 0);  // not tuned for anything
 }
 
 }  // namespace
