@@ -73,6 +73,7 @@ struct GroupedGemm {
   // SM90: tiles of so many tokens need more registers than each of twelve warps may have. Those that copy give up theirs.
   static constexpr bool kMovesRegisters = kWarps == 8 && (C.block_n > 96 || (kFlush && C.block_n > 64));
   static constexpr int kRegisters = 208, kCopyRegisters = 88;  // 256 and 128 threads, of 168 each
+  // Places of fragments stay in registers where there are enough of them: an exclusive or is an instruction beside mma.
   static constexpr bool kKeepsPlaces =
       kMovesRegisters || C.promotion == Promotion::hybrid || (C.block_n <= 64 && !kFlush);
   static constexpr int kGroup = C.group();
@@ -171,8 +172,8 @@ struct GroupedGemm {
     return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
-  // A stage of the ring, which begins at `begin`, and its barriers: "full", that a stage's copies have landed, "empty",
-  // that all have read it.
+  // The stage at `at` of the ring that begins at `begin`, and its barriers: "full", that the stage's copies have landed,
+  // and behind it "empty", that all have read it. Addresses and no index: what follows from one is an instruction.
   struct Slot {
     uint32_t begin, at, full, parity;
     __device__ __forceinline__ Slot(uint32_t begin, uint32_t parity)
@@ -361,12 +362,12 @@ struct GroupedGemm {
                          args.w_scale + (static_cast<int64_t>(scale_row) * super_groups(args) + group));
     }
 
-    // What a thread copies of a tile: its 16 bytes of each of its weight rows and tokens, from stage to stage. Rows stay
-    // where they are, columns move on in uniform registers: two additions a copy.
+    // What a thread copies of a tile: its 16 bytes of each of its weight rows and tokens, from stage to stage. What
+    // differs from row to row stays, what all have in common moves on: two additions a copy, and none between stages.
     struct Cursor {
-      const int8_t* w;      // of the expert, at the stage's columns
-      uint32_t row[kPassesW];  // from there
-      const int8_t* token[kPassesA];
+      const int8_t* w;                // of the expert, at the stage's columns
+      uint32_t row[kPassesW];         // from there
+      const int8_t* token[kPassesA];  // at column 0
       int64_t column = 0;
       int32_t passes;  // of tokens
       ScaleCursor scales;
@@ -381,7 +382,8 @@ struct GroupedGemm {
       for (int p = 0; p < kPassesW; ++p) {
         const int32_t row =
             min(feature + feature_of(p * kRowsPerPass), last_row) + (is_up(p * kRowsPerPass) ? to_up : to_gate);
-        cursor.row[p] = static_cast<uint32_t>(row) * static_cast<uint32_t>(args.w_row) + static_cast<uint32_t>(chunk() * 16);
+        cursor.row[p] =
+            static_cast<uint32_t>(row) * static_cast<uint32_t>(args.w_row) + static_cast<uint32_t>(chunk() * 16);
       }
 #pragma unroll
       for (int p = 0; p < kPassesA; ++p) {
@@ -401,7 +403,7 @@ struct GroupedGemm {
         ptx::cp_async_16_if(exists, to + (C.block_m + p * kRowsPerPass) * C.block_k, cursor.token[p] + cursor.column,
                             inside);
       };
-      // All of them as most tiles have them: without a predicate each.
+      // Most tiles are full: then no copy costs a predicate.
       if (C.block_n % kRowsPerPass == 0 && cursor.passes == kPassesA) {
 #pragma unroll
         for (int p = 0; p < kPassesA; ++p) copy_token(p, true);
@@ -482,8 +484,9 @@ struct GroupedGemm {
       arrive();
       ptx::cp_async_wait<0>();
     }
-    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored, behind a __syncwarp. By a
-    // shuffle the compiler knows that all lanes name the same barrier: otherwise it makes a loop over those that differ.
+    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored, behind a __syncwarp. By
+    // a shuffle the compiler knows that all lanes name the same barrier: otherwise it makes a loop over those that
+    // differ.
     __device__ __forceinline__ void arrive() {
       const auto full = static_cast<uint32_t>(__shfl_sync(0xffffffffu, static_cast<int>(at.full), 0));
       ptx::cp_async_arrive(full);
@@ -968,6 +971,7 @@ struct GroupedGemm {
   static __device__ __forceinline__ void multiply_tiles(const GemmArgs& args, Ring& ring, uint8_t* shared, int warp,
                                                         int32_t k_tiles) {
     const int warp_m = warp % C.warps_m, warp_n = warp / C.warps_m;
+    // Not by next_place: a table's number would occupy a register beside its address.
     for (int at = 0;; at = at + C.table_bytes() == kTables * C.table_bytes() ? 0 : at + C.table_bytes()) {
       const Table& table = *reinterpret_cast<const Table*>(shared + kRingBytes + at);
       if (ptx::uniform(table.tile.rows) < 0) return;

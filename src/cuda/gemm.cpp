@@ -391,7 +391,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
   const std::int64_t columns = gated() ? m_.n / 2 : m_.n;
   const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);
   const std::int64_t blocks = token_tiles * ceil_div(columns, kernel.features) * kernel.cluster;
-  // Kernels count a row's place in units of 16 bytes, in 32 bits.
+  // SM90's kernels count a row's place in units of 16 bytes, in 32 bits. One limit for all.
   if (p.a.rows * m_.k / 16 > std::numeric_limits<std::uint32_t>::max()) {
     fail(ErrorCode::unsupported, "a: expected less than 64 GiB of rows, got {} x {}", p.a.rows, m_.k);
   }

@@ -25,8 +25,7 @@ struct GemmKernel {
   bool token_major = false;      // wgmma: tokens are the M operand
   int weight_box = 0;            // token_major: rows of a box of the weights' map
   bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
-
-  bool narrowest = false;  // mma.sync: the first of its list, where those are tuned
+  bool narrowest = false;        // mma.sync: the first of its list, where those are tuned
 
   bool can_stand_in() const { return !wgmma && narrowest; }
 };
