@@ -91,25 +91,22 @@ struct GroupedGemm {
   // A tile is computed as wide as its rows need: each warp takes kNT of its token tiles, or fewer by kWidthStep.
   static constexpr int kWidthStep = C.step_n() / (8 * C.warps_n), kLeastTiles = (kNT - 1) % kWidthStep + 1;
 
-  // Whether tiles are taken (Queue). Those of few tokens, and of most sums per K-block, are short, and would gain less
-  // than the queue costs them (docs/kernels.md).
-  static constexpr bool kTakes =
-      C.block_n >= 64 && (C.order == Order::steps || (C.promotion == Promotion::hybrid && C.gated()));
+  // Whether tiles are taken (Queue): those of few tokens would gain less than the queue costs them, and so would those
+  // of few stages with sums per K-block (docs/kernels.md).
+  static constexpr int kShort = 8;  // stages; a longer tile's successor is asked for while it is under way
+  static __device__ __forceinline__ bool takes(const GemmArgs& args, int32_t k_tiles) {
+    return C.block_n >= 64 && args.taken != nullptr && (!kBlocks || k_tiles > kShort);
+  }
 
-  static_assert(C.block_k == 64 || C.block_k == 128, "the swizzle is made for rows of 64 or 128 bytes");
+  static_assert(C.block_k == 128, "the swizzle is made for rows of 128 bytes");
   static_assert(C.warp_m() % (C.gated() ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
   static_assert(C.block_m % kRowsPerPass == 0 && C.stages >= 2);
   static_assert((C.warp_m() & (C.warp_m() - 1)) == 0, "feature_of must be a sum over the bits of s");
   static_assert(C.block_m <= 32 * kScaleRows);
   static_assert(C.order == Order::steps ? !kBlocks || C.fine_groups : C.block_k == 128 && !C.fine_groups);
 
-  // For rows of 64 bytes two rows share a 128-byte line: the line's index takes the part of the row's.
   static __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
-    if constexpr (kChunks == 8) {
-      return static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
-    } else {
-      return static_cast<uint32_t>(row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4));
-    }
+    return static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
   }
 
   // Shared row s of a tile holds output column feature_of(s) of the tile; gated tiles: of gate or, is_up(s), of up.
@@ -201,17 +198,17 @@ struct GroupedGemm {
     const GemmArgs& args;
     NextTile& next;
     const int32_t total;
+    const bool takes;
     int32_t index = static_cast<int32_t>(blockIdx.x), turn = 0;
     int32_t before = 0;  // of the thread that takes tiles: how many had been asked for
     // Of those that copy, known to be that of a whole warp.
     const bool first_warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == kWarps;
 
-    __device__ __forceinline__ bool takes() const { return kTakes && args.taken != nullptr; }
     __device__ __forceinline__ bool ended() const { return index >= total; }
     __device__ __forceinline__ uint32_t phase() const { return static_cast<uint32_t>(turn) & 1; }
     // All copying warps, who have read what they were told last; it is a while before one needs the answer.
     __device__ __forceinline__ void ask(int thread) {
-      if (!takes()) return;
+      if (!takes) return;
       __syncwarp();  // all lanes have read it
       if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&next.empty));
       if (first_warp) {
@@ -221,7 +218,7 @@ struct GroupedGemm {
     }
     __device__ __forceinline__ void advance(int thread) {
       const auto ctas = static_cast<int32_t>(gridDim.x);
-      if (!takes()) {
+      if (!takes) {
         const int32_t inside = index - turn * ctas;
         index += inside + 1 == ctas ? 1 : ctas + 1;
       } else {
@@ -314,15 +311,21 @@ struct GroupedGemm {
 
     // Where a tile's scales of tokens and weights are, K-block after K-block.
     struct ScaleCursor {
-      const int32_t* tokens[kSources];
-      int64_t weights;  // index of that of weight rows thread * kScaleRows and behind
-      __device__ __forceinline__ void open(const GemmArgs& args, int32_t scale_row, const int32_t (&source)[kSources]) {
-        const void* const values = C.promotion == Promotion::block ? static_cast<const void*>(args.a_scale) : args.a_q;
-#pragma unroll
-        for (int i = 0; i < kSources; ++i) tokens[i] = static_cast<const int32_t*>(values) + source[i];
-        weights = static_cast<int64_t>(scale_row) * args.blocks_k;
-      }
+      const int32_t* tokens;  // of the K-block
+      uint32_t row[kSources];
+      uint32_t place[kSources];  // in a stage's scales
+      int64_t weights;           // index of that of weight rows thread * kScaleRows and behind
     };
+    __device__ __forceinline__ void open(ScaleCursor& cursor, int32_t scale_row,
+                                         const int32_t (&source)[kSources]) const {
+      cursor.tokens = C.promotion == Promotion::block ? reinterpret_cast<const int32_t*>(args.a_scale) : args.a_q;
+#pragma unroll
+      for (int i = 0; i < kSources; ++i) {
+        cursor.row[i] = static_cast<uint32_t>(source[i]);
+        cursor.place[i] = static_cast<uint32_t>(ptx::here(static_cast<int32_t>(scale_place(token(i)))));
+      }
+      cursor.weights = static_cast<int64_t>(scale_row) * args.blocks_k;
+    }
     // The scales of a stage's tokens and weights.
     __device__ __forceinline__ void copy_scales(uint32_t stage, int32_t k_tile, ScaleCursor& cursor) const {
 #pragma unroll
@@ -333,11 +336,11 @@ struct GroupedGemm {
         }
 #pragma unroll
         for (int i = 0; i < kSources; ++i) {
-          const int r = token(i);
-          ptx::cp_async_4_if(in_tile(r), scales_of(stage, g) + scale_place(r), cursor.tokens[i] + from);
-          if constexpr (!C.fine_groups) cursor.tokens[i] += args.a_rows;
+          ptx::cp_async_4_if(in_tile(token(i)), scales_of(stage, g) + cursor.place[i],
+                             cursor.tokens + from + cursor.row[i]);
         }
       }
+      if constexpr (!C.fine_groups) cursor.tokens += args.a_rows;
       if constexpr (kStageScales) {
         const uint32_t to = weight_scales_of(stage) + static_cast<uint32_t>(thread) * 4;
         const bool has = thread < C.block_m / kScaleRows;
@@ -414,7 +417,7 @@ struct GroupedGemm {
         }
       }
       cursor.column += C.block_k;
-      cursor.w += C.block_k == 128 || cursor.column % 128 == 0 ? args.w_panel - (128 - C.block_k) : C.block_k;
+      cursor.w += args.w_panel;
     }
     // kFirst: of the tile.
     template <bool kFirst>
@@ -424,7 +427,7 @@ struct GroupedGemm {
       copy_columns(cursor);
       if constexpr (kFirst) {
         cursor.scale_row = fill_table(t, tables[table], source);
-        if constexpr (kBlocks) cursor.scales.open(args, cursor.scale_row, source);
+        if constexpr (kBlocks) open(cursor.scales, cursor.scale_row, source);
         if (kChunkScales && thread == 0) tables[table].first_chunk() = chunk_place;
         table = next_place(table);
         __syncwarp();
@@ -441,11 +444,11 @@ struct GroupedGemm {
     }
 
     __device__ __forceinline__ void run() {
-      Queue queue{args, told, total};
+      Queue queue{args, told, total, takes(args, k_tiles)};
       if (queue.ended()) return;
       // Stages before a tile's end at which the next one is asked for, and looked up. A tile that is too short for an
       // answer to come in time is asked for when the one before it is looked up.
-      constexpr int32_t kAsk = 4, kLook = 2, kShort = 8;
+      constexpr int32_t kAsk = 4, kLook = 2;
       const int32_t look_at = max(k_tiles - kLook, 0), ask_at = k_tiles > kShort ? k_tiles - kAsk : look_at;
       const bool is_short = ask_at == look_at;
       if (is_short) queue.ask(thread);

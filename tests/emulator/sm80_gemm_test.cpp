@@ -69,7 +69,6 @@ TEST(Sm80Gemm, WrongOffsetsStayInside) {
   check<Promotion::channel, kStore, Tile{128, 16, 128, 4, 4, 1, Order::steps}>(
       {.rows = {9, 20, 3, 4}, .n = 128, .k = 128, .wrong_offsets = {7, -5, 1 << 30, 30, 1 << 30}, .seed = 2});
 }
-TEST(Sm80Gemm, ChannelStagesOf64Bytes) { check_channel<Tile{128, 128, 64, 4, 2, 4, Order::steps}>(); }
 TEST(Sm80Gemm, ChannelOutputsAndLayouts) {
   constexpr Tile kTile{128, 32, 128, 4, 4, 1, Order::steps};
   check<Promotion::channel, kStore, kTile>({.rows = {20, 0, 3, 40},
@@ -90,7 +89,6 @@ TEST(Sm80Gemm, Panels) {
     const GemmCase plain{.rows = {20, 0, 3, 40}, .n = 136, .k = k, .gather = true, .panels = true, .seed = seed};
     const GemmCase gated{.rows = {40, 1}, .n = 2 * 136, .k = k, .up_first = true, .panels = true, .seed = seed};
     check<Promotion::channel, kStore, Tile{128, 32, 128, 4, 4, 1, Order::steps}>(plain);
-    check<Promotion::channel, kStore, Tile{128, 128, 64, 4, 2, 4, Order::steps}>(plain);
     check<Promotion::channel, kSwiglu, Tile{128, 32, 128, 4, 4, 1, Order::steps}>(gated);
     check<Promotion::hybrid, kSwiglu, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>(gated);
   }
