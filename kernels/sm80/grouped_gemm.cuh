@@ -91,12 +91,9 @@ struct GroupedGemm {
   // A tile is computed as wide as its rows need: each warp takes kNT of its token tiles, or fewer by kWidthStep.
   static constexpr int kWidthStep = C.step_n() / (8 * C.warps_n), kLeastTiles = (kNT - 1) % kWidthStep + 1;
 
-  // Whether tiles are taken (Queue): those of few tokens would gain less than the queue costs them, and so would those
-  // of few stages with sums per K-block (docs/kernels.md).
+  // Whether tiles are taken (Queue): those of few tokens would gain less than the queue costs them.
+  static constexpr bool kTakes = C.block_n >= 64;
   static constexpr int kShort = 8;  // stages; a longer tile's successor is asked for while it is under way
-  static __device__ __forceinline__ bool takes(const GemmArgs& args, int32_t k_tiles) {
-    return C.block_n >= 64 && args.taken != nullptr && (!kBlocks || k_tiles > kShort);
-  }
 
   static_assert(C.block_k == 128, "the swizzle is made for rows of 128 bytes");
   static_assert(C.warp_m() % (C.gated() ? 32 : 16) == 0 && C.warp_n() % 8 == 0);
@@ -191,24 +188,34 @@ struct GroupedGemm {
     }
   };
 
-  // A CTA's tiles, as its copying warps see them. Either whichever is next when this CTA is about to need one, so that
-  // none ends long before another; or, without a counter, one of each gridDim in turn, and of those not always the same
-  // one: otherwise a CTA would get the short last tile of every expert, and another none.
+  // A CTA's tiles, as its copying warps see them. At first one of each gridDim in turn, and of those not always the same
+  // one: otherwise a CTA would get the short last tile of every expert, and another none. After so many turns, where
+  // there is a counter, whichever is next when this CTA is about to need one, so that none ends long before another.
   struct Queue {
     const GemmArgs& args;
     NextTile& next;
-    const int32_t total;
-    const bool takes;
+    const int32_t total, turns;
     int32_t index = static_cast<int32_t>(blockIdx.x), turn = 0;
     int32_t before = 0;  // of the thread that takes tiles: how many had been asked for
     // Of those that copy, known to be that of a whole warp.
     const bool first_warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == kWarps;
 
+    // Asking delays short tiles: where sums per K-block make others of them take turns longer, those few that even out
+    // how long CTAs take are asked for; of the shortest, none.
+    static __device__ __forceinline__ int32_t dealt_turns(int32_t total, int32_t k_tiles) {
+      if (!kBlocks || C.gated() || k_tiles > kShort) return 1;
+      return k_tiles > kShort / 2 ? max(total / static_cast<int32_t>(gridDim.x) * 3 / 4, 1) : total;
+    }
+    __device__ __forceinline__ Queue(const GemmArgs& args, NextTile& next, int32_t total, int32_t k_tiles)
+        : args(args), next(next), total(total), turns(dealt_turns(total, k_tiles)) {}
+
     __device__ __forceinline__ bool ended() const { return index >= total; }
-    __device__ __forceinline__ uint32_t phase() const { return static_cast<uint32_t>(turn) & 1; }
+    // Whether this tile's successor is asked for.
+    __device__ __forceinline__ bool asks() const { return kTakes && args.taken != nullptr && turn + 1 >= turns; }
+    __device__ __forceinline__ uint32_t phase() const { return static_cast<uint32_t>(turn + 1 - turns) & 1; }
     // All copying warps, who have read what they were told last; it is a while before one needs the answer.
     __device__ __forceinline__ void ask(int thread) {
-      if (!takes) return;
+      if (!asks()) return;
       __syncwarp();  // all lanes have read it
       if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&next.empty));
       if (first_warp) {
@@ -218,14 +225,16 @@ struct GroupedGemm {
     }
     __device__ __forceinline__ void advance(int thread) {
       const auto ctas = static_cast<int32_t>(gridDim.x);
-      if (!takes) {
+      if (!asks()) {
         const int32_t inside = index - turn * ctas;
         index += inside + 1 == ctas ? 1 : ctas + 1;
       } else {
         const uint32_t full = ptx::shared_address(&next.full);
         if (thread == 0) {
-          if (before == total - 1) *args.taken = 0;  // each tile's CTA asks once, so that was the last time
-          next.tile = before + ctas;
+          const int32_t first = turns * ctas;
+          // For each tile there it was asked, and once more by each CTA: so that was the last time.
+          if (before == total - first + ctas - 1) *args.taken = 0;
+          next.tile = first + before;
           ptx::barrier_arrive(full);
         }
         ptx::barrier_wait(full, phase());
@@ -444,7 +453,7 @@ struct GroupedGemm {
     }
 
     __device__ __forceinline__ void run() {
-      Queue queue{args, told, total, takes(args, k_tiles)};
+      Queue queue(args, told, total, k_tiles);
       if (queue.ended()) return;
       // Stages before a tile's end at which the next one is asked for, and looked up. A tile that is too short for an
       // answer to come in time is asked for when the one before it is looked up.
