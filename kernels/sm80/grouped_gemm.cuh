@@ -281,7 +281,7 @@ struct GroupedGemm {
         if (args.row_factor != nullptr) {
           const int32_t row = t.row_begin + min(r, t.rows - 1);
           ptx::cp_async_4(ptx::shared_address(&to.factor[r]), args.row_factor + row, true);
-        } else {
+        } else if constexpr (!kFloatTotals) {  // block reads none then
           to.factor[r] = 1.0f;
         }
         if constexpr (C.promotion == Promotion::channel || C.promotion == Promotion::hybrid) {
