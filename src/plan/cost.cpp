@@ -52,13 +52,16 @@ std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int 
   const bool fine = block_k != 0 && block_k != 128;
   std::vector<GemmKernel> list;
   for (const GemmConfig& c : gemm_configs(promotion, fine, epilogue, family)) {
+    // With gate and up, each with whole-number scales, a wgmma tile takes as long as a few of these.
+    const bool whole_scales = promotion == Promotion::hybrid || promotion == Promotion::hybrid_flush;
     list.push_back({.id = gemm_id(c),
                     .block_m = c.block_m,
                     .block_n = c.block_n,
                     .step_n = c.step_n(),
                     .features = c.features(),
                     .resident = c.min_blocks,
-                    .narrowest = !fine && list.empty()});  // the catalogue begins with it
+                    .narrowest = !fine && list.empty(),  // the catalogue begins with it
+                    .stands_for = whole_scales && c.gated() ? 3.0 : 1.0});
   }
   return list;
 }
@@ -112,8 +115,9 @@ GemmWork work_of(const GemmKernel& kernel, const TuneKey& key, double rows) {
 
 double cost(const GemmKernel& kernel, const GemmWork& work, const CostConstants& constants) {
   if (kernel.stands_in) {
-    if (work.each > 1) return std::numeric_limits<double>::infinity();
-    return constants.feed * (kernel.block_m + work.fed) * work.stages + constants.stand_in_opening;
+    if (work.each > kernel.stands_for) return std::numeric_limits<double>::infinity();
+    return std::max(work.each, 1.0) * constants.feed * (kernel.block_m + work.fed) * work.stages +
+           constants.stand_in_opening;
   }
   // A multiprocessor's tiles of a round have 256 rows, most of them.
   const double resident = std::clamp(work.each, 1.0, static_cast<double>(kernel.resident));

@@ -26,6 +26,7 @@ struct GemmKernel {
   int weight_box = 0;            // token_major: rows of a box of the weights' map
   bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
   bool narrowest = false;        // mma.sync: the first of its list, where those are tuned
+  double stands_for = 1;         // and so many tiles of a multiprocessor it may stand in for
 
   bool can_stand_in() const { return !wgmma && narrowest; }
 };

@@ -170,33 +170,41 @@ TEST(Cost, NarrowMmaTilesForFewRows) {
 }
 
 // Where wgmma tiles leave half of the multiprocessors idle, the kernel with the smallest tiles may be faster.
+double least(const std::vector<GemmKernel>& list, const TuneKey& k, double rows) {
+  double cost_of_least = std::numeric_limits<double>::infinity();
+  for (const GemmKernel& kernel : list) cost_of_least = std::min(cost_of_least, cost(kernel, work_of(kernel, k, rows)));
+  return cost_of_least;
+}
+std::vector<GemmKernel> standing_in(Promotion promotion, Epilogue epilogue, int block_k) {
+  std::vector<GemmKernel> list = mma_kernels(promotion, epilogue, block_k, 90);
+  std::erase_if(list, [](const GemmKernel& k) { return !k.can_stand_in(); });
+  for (GemmKernel& k : list) k.stands_in = true;
+  return list;
+}
+// Where wgmma's tiles would leave half of the multiprocessors idle.
 TEST(Cost, SmallTilesStandIn) {
-  const auto least = [](std::vector<GemmKernel> list, const TuneKey& k, double rows) {
-    double cost_of_least = std::numeric_limits<double>::infinity();
-    for (const GemmKernel& kernel : list)
-      cost_of_least = std::min(cost_of_least, cost(kernel, work_of(kernel, k, rows)));
-    return cost_of_least;
-  };
-  std::vector<GemmKernel> others;
-  for (GemmKernel k : mma_kernels(Promotion::channel, Epilogue::swiglu, 0, 90)) {
-    k.stands_in = k.can_stand_in();
-    if (k.stands_in) others.push_back(k);
-  }
+  const std::vector<GemmKernel> others = standing_in(Promotion::channel, Epilogue::swiglu, 0);
   ASSERT_EQ(others.size(), 1u);
   const std::vector<GemmKernel> wide = wgmma_kernels(Promotion::channel, Epilogue::swiglu, 0);
-  TuneKey k = key(32);
-  k.n = 4096;
-  k.k = 7168;
+  TuneKey k = key(32, 4096, 7168);
   EXPECT_LT(least(others, k, 2), least(wide, k, 2));
   EXPECT_EQ(least(others, k, 64), std::numeric_limits<double>::infinity());
   k.k = 512;  // too short to win back what it opens with
   EXPECT_GT(least(others, k, 2), least(wide, k, 2));
-  const auto standing_in = [](Promotion promotion, int block_k) {
-    return std::ranges::count_if(mma_kernels(promotion, Epilogue::store, block_k, 90), &GemmKernel::can_stand_in);
+  EXPECT_EQ(standing_in(Promotion::hybrid, Epilogue::store, 128).size(), 1u);
+  EXPECT_EQ(standing_in(Promotion::hybrid_flush, Epilogue::store, 128).size(), 1u);
+  EXPECT_TRUE(standing_in(Promotion::hybrid, Epilogue::store, 256).empty());  // not tuned for anything
+}
+// With gate and up and whole-number scales, for up to three tiles a multiprocessor: here for two and a half, and five.
+TEST(Cost, SmallTilesOfGatedHybridStandInForMore) {
+  const auto stand_in = [](Promotion promotion, Epilogue epilogue, double rows) {
+    const std::vector<GemmKernel> wide = wgmma_kernels(promotion, epilogue, promotion == Promotion::channel ? 0 : 128);
+    return least(standing_in(promotion, epilogue, 128), key(), rows) < least(wide, key(), rows);
   };
-  EXPECT_EQ(standing_in(Promotion::hybrid, 128), 1);
-  EXPECT_EQ(standing_in(Promotion::hybrid_flush, 128), 1);
-  EXPECT_EQ(standing_in(Promotion::hybrid, 256), 0);  // not tuned for anything
+  EXPECT_TRUE(stand_in(Promotion::hybrid, Epilogue::swiglu, 32));
+  EXPECT_FALSE(stand_in(Promotion::hybrid, Epilogue::swiglu, 64));
+  EXPECT_FALSE(stand_in(Promotion::hybrid, Epilogue::store, 32));
+  EXPECT_FALSE(stand_in(Promotion::channel, Epilogue::swiglu, 32));
 }
 
 }  // namespace
