@@ -159,7 +159,8 @@ struct GemmArgs {
   const int32_t* column_sum;      // asymmetric: [E, N]
   const int32_t* expert_offsets;  // [E + 1]; masked: rows used of each expert, [E]
   int32_t offsets_limit;          // they are a caller's, to be taken as at most so many rows; 0: as they are
-  // How many tiles have been asked for, 0 before and after: CTAs take them as they get to them. null: every gridDim-th.
+  // How many tiles have been asked for, 0 before and after: CTAs take them as they get to them (some kernels only the
+  // last ones, or none). null: every gridDim-th.
   int32_t* taken;
   const int32_t* row_source;  // row -> row of a; null: the row itself
   const float* row_factor;    // multiplies a's scales, indexed like rows; null: 1

@@ -100,7 +100,7 @@ struct GroupedGemm {
   static_assert(C.block_m % kRowsPerPass == 0 && C.stages >= 2);
   static_assert((C.warp_m() & (C.warp_m() - 1)) == 0, "feature_of must be a sum over the bits of s");
   static_assert(C.block_m <= 32 * kScaleRows);
-  static_assert(C.order == Order::steps ? !kBlocks || C.fine_groups : C.block_k == 128 && !C.fine_groups);
+  static_assert(C.order == Order::steps ? !kBlocks || C.fine_groups : !C.fine_groups);
 
   static __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
     return static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
@@ -200,8 +200,9 @@ struct GroupedGemm {
     // Of those that copy, known to be that of a whole warp.
     const bool first_warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == kWarps;
 
-    // Asking delays short tiles: where sums per K-block make others of them take turns longer, those few that even out
-    // how long CTAs take are asked for; of the shortest, none.
+    // Asking delays short tiles. Where sums per K-block are short, only those few are asked for that even out how long
+    // CTAs take; of the shortest, none. Not with SwiGLU, whose K is the hidden size: a model's is longer, and a choice
+    // at run time costs its main loop 1 % (docs/kernels.md).
     static __device__ __forceinline__ int32_t dealt_turns(int32_t total, int32_t k_tiles) {
       if (!kBlocks || C.gated() || k_tiles > kShort) return 1;
       return k_tiles > kShort / 2 ? max(total / static_cast<int32_t>(gridDim.x) * 3 / 4, 1) : total;

@@ -24,9 +24,9 @@ struct GemmKernel {
   int token_box = 0;             // wgmma: rows of a box of the tokens' map
   bool token_major = false;      // wgmma: tokens are the M operand
   int weight_box = 0;            // token_major: rows of a box of the weights' map
-  bool stands_in = false;        // mma.sync, for wgmma kernels whose tiles leave half of the multiprocessors idle
+  bool stands_in = false;        // mma.sync, for wgmma kernels where their tiles are few
   bool narrowest = false;        // mma.sync: the first of its list, where those are tuned
-  double stands_for = 1;         // and so many tiles of a multiprocessor it may stand in for
+  double stands_for = 1;         // it may stand in with so many tiles of its own a multiprocessor
 
   bool can_stand_in() const { return !wgmma && narrowest; }
 };
