@@ -50,18 +50,19 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
 
 std::vector<GemmKernel> mma_kernels(Promotion promotion, Epilogue epilogue, int block_k, int family) {
   const bool fine = block_k != 0 && block_k != 128;
+  // With gate and up, each with whole-number scales, a wgmma tile takes as long as a few of these.
+  const bool whole_scales = promotion == Promotion::hybrid || promotion == Promotion::hybrid_flush;
+  const double stands_for = whole_scales && epilogue != Epilogue::store ? 3 : 1;
   std::vector<GemmKernel> list;
   for (const GemmConfig& c : gemm_configs(promotion, fine, epilogue, family)) {
-    // With gate and up, each with whole-number scales, a wgmma tile takes as long as a few of these.
-    const bool whole_scales = promotion == Promotion::hybrid || promotion == Promotion::hybrid_flush;
+    // The narrowest, with which the catalogue begins, where those are tuned.
     list.push_back({.id = gemm_id(c),
                     .block_m = c.block_m,
                     .block_n = c.block_n,
                     .step_n = c.step_n(),
                     .features = c.features(),
                     .resident = c.min_blocks,
-                    .narrowest = !fine && list.empty(),  // the catalogue begins with it
-                    .stands_for = whole_scales && c.gated() ? 3.0 : 1.0});
+                    .stands_for = !fine && list.empty() ? stands_for : 0});
   }
   return list;
 }

@@ -25,10 +25,9 @@ struct GemmKernel {
   bool token_major = false;      // wgmma: tokens are the M operand
   int weight_box = 0;            // token_major: rows of a box of the weights' map
   bool stands_in = false;        // mma.sync, for wgmma kernels where their tiles are few
-  bool narrowest = false;        // mma.sync: the first of its list, where those are tuned
-  double stands_for = 1;         // it may stand in with so many tiles of its own a multiprocessor
+  double stands_for = 0;         // mma.sync: it may stand in with so many tiles of its own a multiprocessor
 
-  bool can_stand_in() const { return !wgmma && narrowest; }
+  bool can_stand_in() const { return stands_for > 0; }
 };
 // Of the wgmma kernels, and of the mma.sync ones with the tiles of a family (catalogue.h: tile_family).
 std::vector<GemmKernel> wgmma_kernels(kernels::Promotion promotion, kernels::Epilogue epilogue, int block_k);

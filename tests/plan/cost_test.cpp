@@ -180,7 +180,7 @@ std::vector<GemmKernel> standing_in(Promotion promotion, Epilogue epilogue, int 
   for (GemmKernel& k : list) k.stands_in = true;
   return list;
 }
-// Where wgmma's tiles would leave half of the multiprocessors idle.
+// Where wgmma's tiles are few.
 TEST(Cost, SmallTilesStandIn) {
   const std::vector<GemmKernel> others = standing_in(Promotion::channel, Epilogue::swiglu, 0);
   ASSERT_EQ(others.size(), 1u);
