@@ -36,6 +36,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A word that another kernel may be writing: whatever it is at the time, of L2.
+__device__ __forceinline__ int32_t load_relaxed(const int32_t* global) {
+  int32_t d;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(d) : "l"(global) : "memory");
+  return d;
+}
+
 __device__ __forceinline__ int32_t load_shared(uint32_t shared) {
   int32_t d;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(d) : "r"(shared) : "memory");

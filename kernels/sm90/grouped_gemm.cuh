@@ -59,12 +59,16 @@ struct GroupedGemm {
     uint8_t tokens[kTokenStages][kTokenBytes];
     Table table[kTables];
     TileList list;
+    Head head;
     bool plain;               // Consumer::finish; kept here because consumers have no register for it
     uint64_t weights_full[C.kConsumers][kWeightStages], weights_empty[C.kConsumers][kWeightStages];
     uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
     NextTile next;
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
+
+  // Whether first weights are asked for before a caller's offsets are certain; with SwiGLU none comes from a caller.
+  static constexpr bool kReadsEarly = C.cluster == 1 && !C.gated();
 
   struct Stage {
     Slot<kWeightStages> w;
@@ -77,6 +81,14 @@ struct GroupedGemm {
 
   static __device__ __forceinline__ int rank() { return C.cluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0; }
   static __device__ __forceinline__ int width(const GemmArgs& args) { return width_of<C.gated()>(args); }
+  static __device__ __forceinline__ int32_t m_tiles_of(const GemmArgs& args) {
+    return (width(args) + C.features() - 1) / C.features();
+  }
+  static __device__ __forceinline__ int32_t total_of(const Shared& shared, const GemmArgs& args) {
+    return shared.list.first_tile[args.experts] * m_tiles_of(args);
+  }
+  // Columns past K arrive as zeros.
+  static __device__ __forceinline__ int32_t k_tiles_of(const GemmArgs& args) { return (args.k + 127) / 128; }
   static __device__ __forceinline__ int padded(int rows) { return (rows + 15) & ~15; }
 
   using Queue = TileQueue<true, C.cluster>;
@@ -97,8 +109,13 @@ struct GroupedGemm {
     return {t.expert * WeightSteps(all.gemm, kUnit).expert + column / kUnit, column + kGroup < width(all.gemm) ? 2 : 1,
             all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
   }
-  static __device__ __forceinline__ void copy_box(const WgmmaArgs& all, Shared& shared, const Boxes& boxes, int consumer,
-                                                  int32_t k_tile, int32_t slot, uint32_t full) {
+  // A stage's weights of a consumer.
+  static __device__ __forceinline__ void ask_for_box(const WgmmaArgs& all, Shared& shared, const Boxes& boxes,
+                                                     int consumer, int32_t k_tile, int32_t slot) {
+    const uint32_t full = ptx::shared_address(&shared.weights_full[consumer][slot]);
+    const bool exists = consumer < boxes.count;
+    ptx::barrier_arrive_expect(full, exists ? kBoxBytes : 0);
+    if (!exists) return;
     const uint32_t to = ptx::shared_address(shared.weights[consumer][slot]);
     const WeightSteps step(all.gemm, kUnit);
     const int32_t unit = boxes.unit + consumer * (kGroup / kUnit) + k_tile * step.unit;
@@ -119,23 +136,44 @@ struct GroupedGemm {
     Shared& shared;
     int32_t m_tiles, total, k_tiles;
 
+    // One thread, for all consumers: see read_early.
+    static __device__ __forceinline__ int32_t ask_early(const WgmmaArgs& all, Shared& shared, const Tile& t) {
+      const int32_t stages = min(kWeightStages, k_tiles_of(all.gemm));
+      const Boxes boxes = boxes_of(all, t);
+#pragma unroll 1
+      for (int32_t i = 0; i < stages; ++i) {
+        for (int c = 0; c < C.kConsumers; ++c) ask_for_box(all, shared, boxes, c, i, i);
+      }
+      return stages;
+    }
+
     __device__ __forceinline__ void run(int consumer) const {
       Slot<kWeightStages> slot;
       slot.phase = 1;  // the ring is empty
+      int32_t ahead = kReadsEarly ? shared.head.stages : 0;  // stages of the first tile that have been asked for
+      if (kReadsEarly && shared.head.misses(shared.list)) {
+        for (int32_t i = 0; i < kWeightStages; ++i) {
+          const uint32_t full = ptx::shared_address(&shared.weights_full[consumer][i]);
+          if (i >= ahead) ptx::barrier_arrive(full);
+          if (Queue::first() >= total) ptx::barrier_wait(full, 0);  // no CTA ends before its copies
+        }
+        ahead = 0;
+        slot.phase = 0;
+      }
+      for (int32_t i = 0; i < ahead; ++i) slot.advance();
       for (Queue queue; total > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         queue.ask(shared.next);
         const Boxes boxes = boxes_of(all, tile_at(shared, args, queue.index, m_tiles));
-        const bool exists = consumer < boxes.count;
-        for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+        int32_t k_tile = ahead;
+        ahead = 0;
+        for (; k_tile < k_tiles; ++k_tile) {
           if (all.weights_in_pairs != 0 && k_tile % 2 == 0 && k_tile + 1 < k_tiles) {
             Slot<kWeightStages> second = slot;
             second.advance();
             ptx::barrier_wait(ptx::shared_address(&shared.weights_empty[consumer][second.index]), second.phase);
           }
           ptx::barrier_wait(ptx::shared_address(&shared.weights_empty[consumer][slot.index]), slot.phase);
-          const uint32_t full = ptx::shared_address(&shared.weights_full[consumer][slot.index]);
-          ptx::barrier_arrive_expect(full, exists ? kBoxBytes : 0);
-          if (exists) copy_box(all, shared, boxes, consumer, k_tile, slot.index, full);
+          ask_for_box(all, shared, boxes, consumer, k_tile, slot.index);
           slot.advance();
         }
       }
@@ -419,6 +457,13 @@ struct GroupedGemm {
       ptx::grid_dependency_wait();
       int table = 0;
       if (Queue::first() >= total) return;
+      if (kReadsEarly && shared.head.misses(shared.list)) {
+        for (int32_t i = 0; i < kWeightStages; ++i) {
+          ptx::barrier_wait(ptx::shared_address(&shared.weights_full[warpgroup][i]), 0);
+          if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&shared.weights_empty[warpgroup][i]));
+        }
+        at.w.phase = 1;
+      }
       for (;;) {
         ptx::barrier_wait(ptx::shared_address(&shared.tokens_full[at.t.index]), at.t.phase);
         const Table& tile = shared.table[table];
@@ -442,6 +487,7 @@ struct GroupedGemm {
     const GemmArgs& args = all.gemm;
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&all.weights);
+      shared.head.stages = 0;
       shared.plain = args.bias == nullptr && args.row_factor == nullptr && args.a_zero == nullptr &&
                      (C.gated() ? args.limit == num::from_bits(num::kInfBits) : args.out_type == OutType::bf16);
       for (int c = 0; c < C.kConsumers; ++c) {
@@ -460,29 +506,37 @@ struct GroupedGemm {
       ptx::barrier_init_fence();
     }
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
-    if (all.offsets_late != 0 && routes == nullptr) ptx::grid_dependency_wait();
+    if (all.offsets_late != 0 && routes == nullptr) {
+      if constexpr (kReadsEarly) {
+        if (args.offsets_limit != 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
+          __syncwarp();  // the barriers have been initialised
+          read_early<kBlockN>(shared.head, args, Queue::first(), m_tiles_of(args),
+                              [&](const Tile& t) { return WeightProducer::ask_early(all, shared, t); });
+        }
+      }
+      ptx::grid_dependency_wait();
+    }
     kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args, routes);
     // Before anything is sent to the other CTA, its barriers must stand.
     if constexpr (C.cluster > 1) ptx::cluster_sync();
-    const int32_t m_tiles = (width(args) + C.features() - 1) / C.features();
-    const int32_t total = shared.list.first_tile[args.experts] * m_tiles;
     // The same in a warp's lanes, which the compiler cannot know: addresses of shared memory may be uniform.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
-    const int32_t k_tiles = (args.k + 127) / 128;  // columns past K arrive as zeros
     if (warpgroup == 0) {
       ptx::lower_registers<kTokenRegisters>();
-      TokenProducer{all, args, shared, m_tiles, total, k_tiles}.run();
+      TokenProducer{all, args, shared, m_tiles_of(args), total_of(shared, args), k_tiles_of(args)}.run();
     } else if (warpgroup == 1) {
       ptx::lower_registers<kWeightRegisters>();
       const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
-      if (warp < C.kConsumers && lane() == 0) WeightProducer{all, args, shared, m_tiles, total, k_tiles}.run(warp);
+      if (warp < C.kConsumers && lane() == 0) {
+        WeightProducer{all, args, shared, m_tiles_of(args), total_of(shared, args), k_tiles_of(args)}.run(warp);
+      }
       if (warp == C.kConsumers && lane() == 0 && args.taken != nullptr && rank() == 0) {
-        Queue::take_tiles(args.taken, shared.next, total);
+        Queue::take_tiles(args.taken, shared.next, total_of(shared, args));
       }
       __syncwarp();  // whole warps meet the cluster's barrier
     } else {
       ptx::raise_registers<kConsumerRegisters>();
-      Consumer{args, shared, k_tiles, warpgroup - 2, all.tokens_by_map != 0, {}}.run(total);
+      Consumer{args, shared, k_tiles_of(args), warpgroup - 2, all.tokens_by_map != 0, {}}.run(total_of(shared, args));
     }
     // The other CTA may still send weights or arrive here.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

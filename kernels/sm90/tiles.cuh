@@ -27,28 +27,38 @@ struct Slot {
   }
 };
 
+// Of a tile, by its number among the `count` token tiles of an expert for each of m_tiles weight tiles: weight tiles in
+// groups of 8, so that CTAs that run together share both weights and tokens in L2.
+struct TilePlace {
+  int32_t m_tile, n_tile;
+  __device__ __forceinline__ TilePlace(int32_t local, int32_t count, int32_t m_tiles) {
+    constexpr int kRaster = 8;
+    const int32_t per_group = kRaster * count, group = local / per_group, inside = local - group * per_group;
+    const int32_t wide = min(kRaster, m_tiles - group * kRaster);
+    n_tile = inside / wide;
+    m_tile = group * kRaster + inside - n_tile * wide;
+  }
+};
+
 // Tiles of an expert: its rows shared out in steps of kStep, so that no tile is more than a step wider than another and
-// CTAs that meet the same tile of each expert have as much to do as others; weight tiles in groups of 8, so that CTAs
-// that run together share both weights and tokens in L2. A cluster's CTAs have neighbouring token tiles.
+// CTAs that meet the same tile of each expert have as much to do as others. A cluster's CTAs have neighbouring token
+// tiles.
 template <int kStep, int kCluster>
 __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& args, int32_t index, int32_t m_tiles,
                                           int rank = 0) {
-  constexpr int kRaster = 8;
   const int32_t lo = kernels::find_expert(list, args.experts, index / m_tiles);
   const int32_t first = list.first_tile[lo], count = list.first_tile[lo + 1] - first;
-  const int32_t local = index - first * m_tiles, per_group = kRaster * count;
-  const int32_t group = local / per_group, inside = local - group * per_group;
-  const int32_t wide = min(kRaster, m_tiles - group * kRaster), n_tile = inside / wide;
+  const TilePlace place(index - first * m_tiles, count, m_tiles);
   const int32_t begin = list.row_begin[lo];
   const int32_t rows = args.masked_rows > 0 ? args.expert_offsets[lo] : list.row_begin[lo + 1] - begin;
-  const int32_t parts = count * kCluster, part = n_tile * kCluster + rank;
+  const int32_t parts = count * kCluster, part = place.n_tile * kCluster + rank;
   const auto steps = static_cast<uint32_t>(rows + kStep - 1) / kStep;
   const auto each = static_cast<int32_t>(steps / static_cast<uint32_t>(parts));
   const int32_t wider = static_cast<int32_t>(steps) - each * parts;  // tiles of a step more
   const int32_t before = kStep * (part * each + min(part, wider));
   Tile t;
   t.expert = lo;
-  t.m_tile = group * kRaster + inside - n_tile * wide;
+  t.m_tile = place.m_tile;
   t.row_begin = begin + before;
   t.rows = min(kStep * (each + (part < wider ? 1 : 0)), rows - before);
   if (kCluster > 1 && t.rows <= 0) {  // nothing left for the second CTA: it works along and stores nothing
@@ -166,5 +176,54 @@ struct TileQueue {
     }
   }
 };
+
+// In shared memory: the stages of a CTA's first tile whose weights were asked for before its offsets were certain, and the
+// places of that tile's expert in the list that they were to become.
+struct Head {
+  int32_t stages, expert, first_tile, next_tile;
+  // They are another's: the ring's first turn is for nothing, and everyone passes over it.
+  __device__ __forceinline__ bool misses(const TileList& list) const {
+    return stages > 0 && (list.first_tile[expert] != first_tile || list.first_tile[expert + 1] != next_tile);
+  }
+};
+
+// Launches before this one may still be writing a caller's offsets, but most often they are long there. So what they are
+// before the wait for these launches tells which weights the CTA is likely to begin with, and these are asked for
+// meanwhile: a warp finds the `index`-th tile, `ask(tile)` asks for stages of its weights and returns how many. Only the
+// tile's expert and weight tile are set.
+template <int kBlockN, class Ask>
+__device__ __forceinline__ void read_early(Head& head, const GemmArgs& args, int32_t index, int32_t m_tiles,
+                                           const Ask& ask) {
+  const int32_t token_tile = index / m_tiles;
+  int32_t before = 0;
+  for (int32_t base = 0; base < args.experts; base += 32) {
+    const int32_t e = base + lane();
+    int32_t tiles = 0;
+    if (e < args.experts) {
+      const int32_t begin = kernels::offset_of(args, e);
+      tiles = (max(kernels::offset_of(args, e + 1) - begin, 0) + kBlockN - 1) / kBlockN;
+    }
+    int32_t end = tiles;  // of the lane's expert
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int32_t other = __shfl_up_sync(0xffffffffu, end, d);
+      if (lane() >= d) end += other;
+    }
+    end += before;
+    before = __shfl_sync(0xffffffffu, end, 31);
+    const unsigned behind = __ballot_sync(0xffffffffu, token_tile < end);
+    if (behind == 0) continue;
+    const int found = __ffs(static_cast<int>(behind)) - 1;
+    end = __shfl_sync(0xffffffffu, end, found);
+    tiles = __shfl_sync(0xffffffffu, tiles, found);
+    if (lane() == 0) {
+      Tile t{};
+      t.expert = base + found;
+      t.m_tile = TilePlace(index - (end - tiles) * m_tiles, tiles, m_tiles).m_tile;
+      head = {ask(t), t.expert, end - tiles, end};
+    }
+    return;
+  }
+}
 
 }  // namespace octomoe::sm90

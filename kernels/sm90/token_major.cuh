@@ -71,6 +71,7 @@ struct TokenMajor {
     float chunk_a[kFlush ? kTables : 1][kFlush ? kBlockN : 1];
     float chunk_w[kFlush ? kTables : 1][kScales];
     TileList list;
+    Head head;
     bool plain;  // Consumer::finish; kept here because consumers have no register for it
     uint64_t full[kStages], empty[kStages];
     NextTile next;
@@ -78,6 +79,10 @@ struct TokenMajor {
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
 
   using Queue = TileQueue<true, 1>;
+  // As in grouped_gemm.cuh.
+  static constexpr bool kReadsEarly = !C.gated();
+  // At a stage: the tokens' threads, the weights' boxes, the scales' lanes and what their warp writes.
+  static constexpr int kArrivals = 128 + C.boxes() + 32 + 1;
   static constexpr int kReaders = 4 + C.boxes() + 1;  // of the queue: warps of the tokens, of the weights, of the scales
 
   static __device__ __forceinline__ int width(const GemmArgs& args) { return width_of<C.gated()>(args); }
@@ -116,31 +121,53 @@ struct TokenMajor {
       return ptx::shared_address(&shared.full[s.index]);
     }
 
+    // A tile's boxes of weights: where the first stage's lie, and how to come to the next one's.
+    struct Boxes {
+      int32_t column, unit;
+      WeightSteps step;
+      uint64_t hint;
+      __device__ __forceinline__ Boxes(const WgmmaArgs& all, const Tile& t, int box)
+          : column(0), step(all.gemm, 32), hint(all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal) {
+        const int half = C.gated() ? box ^ all.gemm.up_first : 0;
+        const int32_t inside = C.gated() ? half * width(all.gemm) : box * C.box_rows();
+        unit = t.expert * step.expert + (t.m_tile * C.features() + inside) / 32;
+      }
+    };
+    __device__ __forceinline__ void ask_for_box(Boxes& boxes, int box, const Slot<kStages>& slot) const {
+      ptx::barrier_arrive_expect(full(slot), kBoxBytes);
+      ptx::copy_box_5d(ptx::shared_address(shared.weights[slot.index][box]), &all.weights, boxes.column, 0, 0, 0,
+                       boxes.unit, full(slot), boxes.hint);
+      boxes.column += boxes.step.column;
+      boxes.unit += boxes.step.unit;
+    }
+
     // One thread of a box of weights. Nothing here depends on the kernel before.
     __device__ __forceinline__ void run_weights(int box) const {
       Slot<kStages> slot;
       slot.phase = 1;  // the ring is empty
-      const uint64_t hint = all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal;
-      const int half = C.gated() ? box ^ args.up_first : 0;
-      const int32_t inside = C.gated() ? half * width(args) : box * C.box_rows(), k_tiles = stages_of(args);
+      const int32_t k_tiles = stages_of(args);
+      int32_t ahead = kReadsEarly ? shared.head.stages : 0;  // stages of the first tile that have been asked for
+      pass_early(slot, ahead, 1, Queue::first() >= total(shared, args));
+      if (kReadsEarly && shared.head.misses(shared.list)) ahead = 0;
       for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         queue.ask(shared.next);
-        const Tile t = tile_at(shared, args, queue.index);
-        const WeightSteps step(args, 32);
-        int32_t column = 0, unit = t.expert * step.expert + (t.m_tile * C.features() + inside) / 32;
+        Boxes boxes(all, tile_at(shared, args, queue.index), box);
 #pragma unroll 1  // registers
         for (int32_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          if (ahead > 0) {
+            --ahead;
+            boxes.column += boxes.step.column;
+            boxes.unit += boxes.step.unit;
+            slot.advance();
+            continue;
+          }
           if (all.weights_in_pairs != 0 && k_tile % 2 == 0 && k_tile + 1 < k_tiles) {
             Slot<kStages> second = slot;
             second.advance();
             wait_empty(second);
           }
           wait_empty(slot);
-          ptx::barrier_arrive_expect(full(slot), kBoxBytes);
-          ptx::copy_box_5d(ptx::shared_address(shared.weights[slot.index][box]), &all.weights, column, 0, 0, 0,
-                           unit, full(slot), hint);
-          column += step.column;
-          unit += step.unit;
+          ask_for_box(boxes, box, slot);
           slot.advance();
         }
       }
@@ -149,16 +176,43 @@ struct TokenMajor {
       ptx::barrier_arrive(full(slot));
     }
 
+    // One thread: see read_early.
+    __device__ __forceinline__ int32_t ask_early(const Tile& t) const {
+      const int32_t stages = min(kStages, stages_of(args));
+#pragma unroll 1
+      for (int box = 0; box < C.boxes(); ++box) {
+        Boxes boxes(all, t, box);
+        Slot<kStages> slot;
+#pragma unroll 1
+        for (int32_t i = 0; i < stages; ++i, slot.advance()) ask_for_box(boxes, box, slot);
+      }
+      return stages;
+    }
+    // What each thread that arrives at stages does first of all: if early weights are not the first tile's, it passes over
+    // the ring's first turn. has_arrived: at the first so many stages this thread has. no_tile: it will not wait again.
+    __device__ __forceinline__ void pass_early(Slot<kStages>& slot, int32_t has_arrived, int arrivals,
+                                               bool no_tile) const {
+      if (!kReadsEarly || !shared.head.misses(shared.list)) return;
+#pragma unroll 1
+      for (int32_t i = 0; i < kStages; ++i) {
+        const uint32_t barrier = ptx::shared_address(&shared.full[i]);
+        for (int j = 0; i >= has_arrived && j < arrivals; ++j) ptx::barrier_arrive(barrier);
+        if (no_tile) ptx::barrier_wait(barrier, 0);  // no CTA ends before its copies
+      }
+      slot.phase = 0;
+    }
+
     // A warp: the scales of each K-block, and what the consumers need of a tile.
     __device__ __forceinline__ void run_scales() const {
+      Slot<kStages> slot;
+      slot.phase = 1;  // the ring is empty
+      pass_early(slot, 0, lane() == 0 ? 2 : 1, false);
       if (Queue::first() >= total(shared, args)) return;
       ptx::grid_dependency_wait();
       constexpr int kTokens = kBlockN / 32;  // of a lane
       const int32_t* const a_scale = kFloatTotals ? reinterpret_cast<const int32_t*>(args.a_scale) : args.a_q;
       const bool scales = lane() < kScales;
       const int32_t k_tiles = stages_of(args);
-      Slot<kStages> slot;
-      slot.phase = 1;
       int table = 0, chunk = 0;
       for (Queue queue; total(shared, args) > queue.index; queue.advance(shared.next, args.taken != nullptr)) {
         if (lane() == 0) queue.ask(shared.next);
@@ -264,6 +318,9 @@ struct TokenMajor {
 
     // 128 threads.
     __device__ __forceinline__ void run_tokens() const {
+      Slot<kStages> slot;
+      slot.phase = 1;  // the ring is empty
+      pass_early(slot, 0, 1, false);
       const int thread = static_cast<int>(threadIdx.x), chunk = thread & 7, row = thread >> 3;
       const int token = row + 16 * chunk;
       Queue queue;
@@ -279,8 +336,6 @@ struct TokenMajor {
       const uint32_t ring =
           ptx::shared_address(shared.tokens) + static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
       const int box = thread / 32;  // by map: of the first two warps
-      Slot<kStages> slot;
-      slot.phase = 1;
       int table = 0;
       int32_t source[] = {source_of(t, token)}, next_source = 0;
       for (;;) {
@@ -581,6 +636,12 @@ struct TokenMajor {
     __device__ __forceinline__ void run() {
       ptx::grid_dependency_wait();
       if (Queue::first() >= total(shared, args)) return;
+      if (kReadsEarly && shared.head.misses(shared.list)) {
+        for (int32_t i = 0; i < kStages; ++i) {
+          wait_full(at);
+          release();
+        }
+      }
       for (int table = 0;; table = next_place(table)) {
         wait_full(at);
         const Table& tile = shared.table[table];
@@ -611,23 +672,32 @@ struct TokenMajor {
     const GemmArgs& args = all.gemm;
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&all.weights);
+      shared.head.stages = 0;
       shared.plain = args.bias == nullptr && args.row_factor == nullptr &&
                      (C.gated() ? args.limit == num::from_bits(num::kInfBits) : args.out_type == OutType::bf16);
       for (int i = 0; i < kStages; ++i) {
-        // The tokens' threads, the weights' boxes, the scales' lanes and what their warp writes.
-        ptx::barrier_init(ptx::shared_address(&shared.full[i]), 128 + C.boxes() + 32 + 1);
+        ptx::barrier_init(ptx::shared_address(&shared.full[i]), kArrivals);
         ptx::barrier_init(ptx::shared_address(&shared.empty[i]), 4 * C.kConsumers);
       }
       ptx::barrier_init(ptx::shared_address(&shared.next.full), 1);
       ptx::barrier_init(ptx::shared_address(&shared.next.empty), kReaders);
       ptx::barrier_init_fence();
     }
+    const Producer producer{all, args, shared};
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
-    if (all.offsets_late != 0 && routes == nullptr) ptx::grid_dependency_wait();
+    if (all.offsets_late != 0 && routes == nullptr) {
+      if constexpr (kReadsEarly) {
+        if (args.offsets_limit != 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
+          __syncwarp();  // the barriers have been initialised
+          read_early<kBlockN>(shared.head, args, Queue::first(), m_tiles(args),
+                              [&](const Tile& t) { return producer.ask_early(t); });
+        }
+      }
+      ptx::grid_dependency_wait();
+    }
     kernels::build_tile_list<kBlockN, C.threads()>(shared.list, args, routes);
     // The same in a warp's lanes, which the compiler cannot know: addresses of shared memory may be uniform.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
-    const Producer producer{all, args, shared};
     if (warpgroup == 0) {
       ptx::lower_registers<kTokenRegisters>();
       producer.run_tokens();

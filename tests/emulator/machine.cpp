@@ -137,6 +137,7 @@ struct Cta {
   std::vector<Thread> threads;
   std::vector<std::uint32_t> order;
   std::uint32_t round = 0;
+  bool waited = false;  // for the launch before
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
   std::unordered_map<std::uint32_t, Mbarrier> mbarriers;
@@ -473,6 +474,7 @@ void launch(const Launch& launch, const std::function<void()>& kernel) {
       for (std::uint32_t i = 0; i < c.order.size(); ++i) c.threads[i].index = c.order[i] = i;
       if (launch.schedule.seed != 0) shuffle(c, cluster.random);
     }
+    if (launch.predecessor) launch.predecessor(false);
     if (cluster.ctas.size() == 1) {
       run_cta(cluster, 0);
     } else {
@@ -508,6 +510,12 @@ const LaneValues* exchange(const char* instruction, std::uint32_t mask, const La
     wait_for({&w.generation, ~0u, generation, instruction, thread->index / 32});
   }
   return values;
+}
+
+void grid_dependency_wait() {
+  if (cta->waited) return;
+  cta->waited = true;
+  if (cta->cluster->launch->predecessor) cta->cluster->launch->predecessor(true);
 }
 
 void arrive_and_wait(NamedBarrier& b, int threads, const char* what, int id) {

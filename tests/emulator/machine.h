@@ -13,7 +13,7 @@
 // of its own, into which what cp.async wrote comes only by fence.proxy.async (of any thread).
 //
 // What it does not: memory that hardware orders more weakly than one thread after another (a missing fence between
-// plain loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (dependent launch), bank
+// plain loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (of dependent launch only Launch::predecessor), bank
 // conflicts, registers, time, what ptxas makes of the code, and whether an instruction is as include/ptx/ believes: the
 // tests in tests/gpu and tests/python run on a GPU. Static shared memory keeps what the CTA before left there.
 #pragma once
@@ -40,6 +40,8 @@ struct Schedule {
 struct Launch {
   int grid = 1, threads = 32, shared_bytes = 0, cluster = 1;
   Schedule schedule{};
+  // What a launch that may still run has written by now, as a CTA sees it: as it begins, and when it first waits.
+  std::function<void(bool waited)> predecessor{};
 };
 void launch(const Launch& launch, const std::function<void()>& kernel);
 
@@ -56,6 +58,8 @@ struct LaneValues {
 // What all lanes of the warp brought to the same instruction.
 const LaneValues* exchange(const char* instruction, std::uint32_t mask, const LaneValues& mine);
 int lane();
+
+void grid_dependency_wait();
 
 void cta_barrier(int id, int threads);  // threads 0: all
 void cluster_barrier();

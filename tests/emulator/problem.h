@@ -79,6 +79,7 @@ struct GemmCase {
   bool panels = false;   // of weights
   // Instead of the experts' offsets: what is computed is of no interest then, only where it goes.
   std::vector<std::int32_t> wrong_offsets{};
+  std::vector<std::int32_t> early_offsets{};  // what the offsets are while the launch before has not ended
   std::uint32_t seed = 1;
 };
 
@@ -188,7 +189,7 @@ struct GemmProblem {
             .a_zero = a_zero.data(),
             .column_sum = column_sum.data(),
             .expert_offsets = offsets.data(),
-            .offsets_limit = !c.masked && (c.seed % 2 == 0 || !c.wrong_offsets.empty()) ? rows : 0,
+            .offsets_limit = !c.masked && (c.seed % 2 == 0 || !c.wrong_offsets.empty() || !c.early_offsets.empty()) ? rows : 0,
             .taken = c.seed % 4 == 3 ? nullptr : taken.data(),
             .row_source = row_source.data(),
             .row_factor = row_factor.data(),

@@ -27,6 +27,8 @@ inline void cp_async_wait() {
   emulator::cp_async_wait(kPending);
 }
 
+inline int32_t load_relaxed(const int32_t* global) { return *global; }
+
 inline int32_t load_shared(uint32_t shared) {
   int32_t d;
   std::memcpy(&d, emulator::shared_bytes(shared, 4), 4);
