@@ -36,8 +36,11 @@ constexpr int few_x_stride(int hidden) { return (hidden + kFewUnit - 1) / kFewUn
 // Four columns to a warp: how many warps work on a stage, and on how many stages at once.
 constexpr int few_stream_warps(int stage_columns) { return (stage_columns + 3) / 4; }
 constexpr int few_streams(int stage_columns, int stages) {
-  const int streams = kFewDownWarps / few_stream_warps(stage_columns);
-  return streams < stages ? streams : stages;
+  const int all = kFewDownWarps / few_stream_warps(stage_columns), most = all < stages ? all : stages;
+  // With one slot each, nothing is under way to a stream while it multiplies: then rather three quarters of the streams
+  // with two, if there are as many.
+  const int fewer = most - most / 4;
+  return stages / most == 1 && stages / fewer > 1 ? fewer : most;
 }
 
 // One of the two matrices of every expert.
