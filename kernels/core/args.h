@@ -71,6 +71,7 @@ struct QuantizeArgs {
   // before, which is waited for only at the end. next_early: the launch that follows may begin at once, because until
   // its own wait it needs nothing of launches that may still run.
   int32_t beside_last, next_early;
+  int32_t read_once;  // nobody reads x again, whose rows begin at multiples of 128 bytes: it need not reach memory
 };
 
 struct PanelArgs {
@@ -105,6 +106,7 @@ struct CombineArgs {
   int32_t out_aligned;  // every row of out begins at a multiple of 16 bytes
   int32_t accumulate;
   int32_t tokens, top_k, hidden;
+  int32_t read_once;  // nobody reads y again, whose rows begin at multiples of 128 bytes; hidden a multiple of 256
 };
 
 // sigmoid(x . gate) of every token: the shared expert's weight.

@@ -6,6 +6,7 @@
 #include "core/load_row.cuh"
 #include "core/numerics.cuh"
 #include "ptx/grid.cuh"
+#include "ptx/sm80.cuh"
 
 namespace octomoe::kernels {
 
@@ -250,6 +251,13 @@ struct RowQuantizer {
       store_int8<kWithin>(q + c, v, rounding.inverse, rounding.zero, rounding.lo, num::kInt8Max);
     });
     sync();
+    if (kHeld && args.read_once != 0 && lane % 8 == 0) {
+      const auto* from = static_cast<const uint16_t*>(args.x.data) + row * args.x.stride + lane * kRowElems;
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        if (p * kSpan + lane * kRowElems < args.k) ptx::discard_line(from + p * kSpan);
+      }
+    }
   }
 };
 

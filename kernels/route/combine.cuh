@@ -4,6 +4,7 @@
 #include "core/args.h"
 #include "core/numerics.cuh"
 #include "ptx/grid.cuh"
+#include "ptx/sm80.cuh"
 
 namespace octomoe::kernels {
 
@@ -107,6 +108,15 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
 #pragma unroll
       for (int j = 0; j < kCombineSlots; ++j) {
         if (slots.row[j] >= 0) add(slots.weight[j], y[j]);
+      }
+      if (args.read_once != 0) {
+        __syncwarp();  // eight lanes have read a line
+#pragma unroll
+        for (int j = 0; j < kCombineSlots; ++j) {
+          if (slots.row[j] >= 0 && column % 64 == 0) {
+            ptx::discard_line(args.y + static_cast<int64_t>(slots.row[j]) * args.hidden + column);
+          }
+        }
       }
     }
     if (args.shared_y != nullptr) {

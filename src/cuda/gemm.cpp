@@ -276,7 +276,8 @@ ScaleColumns DeviceMatrix::scale_columns() const {
 }
 
 void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows,
-                            const std::int32_t* row_count, const QuantizedRows& out, Overlap overlap) const {
+                            const std::int32_t* row_count, const QuantizedRows& out, Overlap overlap,
+                            bool read_once) const {
   const Scheme& s = m_.scheme;
   const int rows_per_block = 256 / plan::quantize_kernel(m_.k).row_threads;
   const kernels::QuantizeArgs args{.x = x,
@@ -293,7 +294,8 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
                                    .super_group = s.super_group,
                                    .q_max = s.q_max,
                                    .beside_last = overlap.beside_last,
-                                   .next_early = overlap.next_early};
+                                   .next_early = overlap.next_early,
+                                   .read_once = read_once && m_.k * 2 % kLineBytes == 0};
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 

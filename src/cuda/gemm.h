@@ -56,6 +56,7 @@ class Launcher {
 struct Overlap {
   bool beside_last = false, next_early = false;
 };
+inline constexpr int kLineBytes = 128;  // of L2
 
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).
 struct QuantizedRows {
@@ -111,7 +112,7 @@ class DeviceMatrix {
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
   void quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows, const std::int32_t* row_count,
-                const QuantizedRows& out, Overlap overlap = {}) const;
+                const QuantizedRows& out, Overlap overlap = {}, bool read_once = false) const;
 
   struct Problem {
     QuantizedRows a;

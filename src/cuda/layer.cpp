@@ -218,6 +218,10 @@ class CudaLayer final : public LayerBackend {
     return std::max<std::int64_t>(1, routes * experts_ / id_limit_);
   }
 
+  // Whether a good part of so many bf16 values is still in L2, and nowhere else, when the launch that follows has read
+  // them. Of more, telling L2 that they are worth nothing then costs as much as it saves (docs/kernels.md).
+  bool stays_in_l2(std::int64_t values) const { return values * 2 <= 3 * std::int64_t{info_.l2_bytes}; }
+
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
@@ -375,6 +379,7 @@ class CudaLayer final : public LayerBackend {
         .tokens = static_cast<std::int32_t>(tokens),
         .top_k = p.top_k,
         .hidden = static_cast<std::int32_t>(hidden_),
+        .read_once = hidden_ % 256 == 0 && stays_in_l2(likely_rows(p.rows) * hidden_),
     };
     launcher.stage("combine");
     launcher(*combine_, ceil_div(tokens * hidden_ / 8, 256), args);
@@ -547,8 +552,8 @@ class CudaLayer final : public LayerBackend {
     if (!b.requantizes()) {
       launcher.stage("quantise h");
       // GEMM2 begins with its weights while GEMM1's last tiles are computed.
-      e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq,
-                    {.next_early = true});
+      e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq, {.next_early = true},
+                    stays_in_l2((first.likely_rows > 0 ? first.likely_rows : rows) * e.intermediate));
     }
     second.a = hq;
     second.row_source = nullptr;

@@ -13,9 +13,10 @@
 // of its own, into which what cp.async wrote comes only by fence.proxy.async (of any thread).
 //
 // What it does not: memory that hardware orders more weakly than one thread after another (a missing fence between
-// plain loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (of dependent launch only Launch::predecessor), bank
-// conflicts, registers, time, what ptxas makes of the code, and whether an instruction is as include/ptx/ believes: the
-// tests in tests/gpu and tests/python run on a GPU. Static shared memory keeps what the CTA before left there.
+// plain loads and stores), fence.mbarrier_init and wgmma.fence, kernels that overlap (of dependent launch only
+// Launch::predecessor), bank conflicts, registers, time, what ptxas makes of the code, and whether an instruction is as
+// include/ptx/ believes: the tests in tests/gpu and tests/python run on a GPU. Static shared memory keeps what the CTA
+// before left there.
 #pragma once
 
 #include <cstdint>

@@ -189,7 +189,8 @@ struct GemmProblem {
             .a_zero = a_zero.data(),
             .column_sum = column_sum.data(),
             .expert_offsets = offsets.data(),
-            .offsets_limit = !c.masked && (c.seed % 2 == 0 || !c.wrong_offsets.empty() || !c.early_offsets.empty()) ? rows : 0,
+            .offsets_limit =
+                !c.masked && (c.seed % 2 == 0 || !c.wrong_offsets.empty() || !c.early_offsets.empty()) ? rows : 0,
             .taken = c.seed % 4 == 3 ? nullptr : taken.data(),
             .row_source = row_source.data(),
             .row_factor = row_factor.data(),

@@ -22,8 +22,11 @@ RowType row_type(DType t) {
 }
 constexpr DType kTypes[] = {DType::float32, DType::float16, DType::bfloat16};
 
-void run(int grid, int threads, const std::function<void()>& kernel, int shared_bytes = 0, int cluster = 1) {
+void run(
+    int grid, int threads, const std::function<void()>& kernel, int shared_bytes = 0, int cluster = 1,
+    const std::function<void()>& before = [] {}) {
   for (const std::uint32_t seed : {0u, 5u}) {
+    before();
     try {
       launch({.grid = grid,
               .threads = threads,
@@ -41,7 +44,7 @@ void run(int grid, int threads, const std::function<void()>& kernel, int shared_
 struct QuantizeCase {
   int rows, k, block_k = 128, super_group = 3;
   DType type = DType::bfloat16;
-  bool aligned = true;
+  bool aligned = true, read_once = false;
 };
 
 template <RowScheme S, int kRowThreads, int kPasses>
@@ -80,28 +83,39 @@ void check_quantize(const QuantizeCase& c) {
   const Memory<float> scale(scales * ld);
   const Memory<std::int32_t> zero(ld), block_q(kBlocks ? blocks * ld : 1);
   const std::int32_t count = c.rows;
-  const kernels::QuantizeArgs args{.x = {x.view().data(), stride, row_type(c.type), c.aligned},
-                                   .rows = c.rows + 1,
-                                   .row_count = &count,
-                                   .k = c.k,
-                                   .q = q.data(),
-                                   .scale = scale.data(),
-                                   .zero = zero.data(),
-                                   .block_q = block_q.data(),
-                                   .rows_total = static_cast<std::int64_t>(ld),
-                                   .static_scale = &static_scale,
-                                   .block_k = c.block_k,
-                                   .super_group = c.super_group,
-                                   .q_max = scheme.q_max,
-                                   .beside_last = 0,
-                                   .next_early = 0};
+  // What is read once is worth nothing afterwards; there, rows begin at multiples of 128 bytes.
+  const Memory<char> once(c.read_once ? x.bytes() : 0);
+  const kernels::QuantizeArgs args{
+      .x = {c.read_once ? once.data() : x.view().data(), stride, row_type(c.type), c.aligned},
+      .rows = c.rows + 1,
+      .row_count = &count,
+      .k = c.k,
+      .q = q.data(),
+      .scale = scale.data(),
+      .zero = zero.data(),
+      .block_q = block_q.data(),
+      .rows_total = static_cast<std::int64_t>(ld),
+      .static_scale = &static_scale,
+      .block_k = c.block_k,
+      .super_group = c.super_group,
+      .q_max = scheme.q_max,
+      .beside_last = 0,
+      .next_early = 0,
+      .read_once = c.read_once};
   std::memset(q.data(), 0x55, q.size());
-  run(2, kernels::kQuantizeThreads, [&] { kernels::quantize_rows<S, kRowThreads, kPasses>(args); });
+  run(
+      2, kernels::kQuantizeThreads, [&] { kernels::quantize_rows<S, kRowThreads, kPasses>(args); }, 0, 1,
+      [&] {
+        if (c.read_once) std::memcpy(once.data(), x.view().data(), x.bytes());
+      });
 
   for (std::size_t r = 0; r < rows; ++r) {
     std::vector<float> row(static_cast<std::size_t>(c.k));
     for (std::size_t i = 0; i < row.size(); ++i) {
       row[i] = reference::load(x.as<char>() + (r * static_cast<std::size_t>(stride) + i) * size_bytes(c.type), c.type);
+    }
+    if (const std::size_t bytes = row.size() * size_bytes(c.type); c.read_once) {
+      ASSERT_NE(std::memcmp(x.as<char>() + r * bytes, once.data() + r * bytes, bytes), 0) << "row " << r;
     }
     const reference::Row want = reference::quantize_row(scheme, row.data(), c.k, static_scale);
     ASSERT_EQ(std::memcmp(want.q.data(), q.data() + r * row.size(), row.size()), 0) << "row " << r;
@@ -124,6 +138,8 @@ void check_quantize_sizes() {
     check_quantize<S, 32, 4>({.rows = 21, .k = 272, .type = type});
     check_quantize<S, 32, 4>({.rows = 5, .k = 1024, .block_k = 32, .super_group = 256, .type = type, .aligned = false});
   }
+  check_quantize<S, 32, 4>({.rows = 9, .k = 832, .read_once = true});
+  check_quantize<S, 256, 4>({.rows = 5, .k = 4096, .block_k = 256, .read_once = true});
   check_quantize<S, 256, 1>({.rows = 5, .k = 1040});
   check_quantize<S, 256, 4>({.rows = 5, .k = 4112, .block_k = 96, .super_group = 7});
   check_quantize<S, 256, 0>({.rows = 5, .k = 8208, .block_k = 256, .super_group = 256, .aligned = false});
@@ -257,10 +273,11 @@ TEST(Sort, RoutesByExpertThenToken) {
 // ---- combine ----
 TEST(Combine, EqualsTheCpuEngine) {
   for (const DType type : kTypes) {
-    for (int variant = 0; variant < 8; ++variant) {
+    for (int variant = 0; variant < 10; ++variant) {
       SCOPED_TRACE(std::to_string(static_cast<int>(type)) + ", variant " + std::to_string(variant));
       const bool shared = variant % 2 != 0, accumulate = variant / 2 % 2 != 0, aligned = variant < 4;
-      const int tokens = 7, top_k = 6, hidden = 40, rows = tokens * top_k;
+      const bool read_once = variant >= 8;
+      const int tokens = 7, top_k = read_once ? 10 : 6, hidden = read_once ? 512 : 40, rows = tokens * top_k;
       const std::int64_t stride = aligned ? hidden : hidden + 5;
       std::mt19937 rng(static_cast<std::uint32_t>(variant));
       const Tensor y = random_tensor(DType::bfloat16, {rows, hidden}, 5),
@@ -295,7 +312,9 @@ TEST(Combine, EqualsTheCpuEngine) {
       }
       // What is added to is added to once.
       const Tensor out = Tensor::copy_of(before);
-      const kernels::CombineArgs args{.y = y.as<std::uint16_t>(),
+      const Memory<std::uint16_t> once(read_once ? static_cast<std::size_t>(rows * hidden) : 0);
+      if (read_once) std::memcpy(once.data(), y.view().data(), y.bytes());
+      const kernels::CombineArgs args{.y = read_once ? once.data() : y.as<std::uint16_t>(),
                                       .route_row = route_row.data(),
                                       .topk_weights = variant == 6 ? nullptr : weights.as<float>(),
                                       .weights_stride = top_k,
@@ -310,9 +329,16 @@ TEST(Combine, EqualsTheCpuEngine) {
                                       .accumulate = accumulate,
                                       .tokens = tokens,
                                       .top_k = top_k,
-                                      .hidden = hidden};
+                                      .hidden = hidden,
+                                      .read_once = read_once};
       launch({.grid = 2, .threads = kernels::kCombineThreads}, [&] { kernels::combine(args); });
       ASSERT_EQ(std::memcmp(out.as<char>(), want.as<char>(), want.bytes()), 0);
+      for (int row = 0; read_once && row < rows; ++row) {  // those that have been read are dropped, and no other
+        const bool read = std::find(route_row.begin(), route_row.end(), row) != route_row.end();
+        const std::size_t bytes = static_cast<std::size_t>(hidden) * 2, at = static_cast<std::size_t>(row) * bytes;
+        const int kept = std::memcmp(y.as<char>() + at, reinterpret_cast<const char*>(once.data()) + at, bytes);
+        ASSERT_EQ(kept != 0, read) << "row " << row;
+      }
     }
   }
 }

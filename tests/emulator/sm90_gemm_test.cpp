@@ -113,8 +113,8 @@ TEST(Sm90Gemm, ChannelWidthOfEveryTile) {
 // right, or another's (of another expert, of no tile, of tiles where there are none), or anything at all.
 template <auto kConfig>
 void check_early_offsets(GemmCase c) {
-  const std::vector<std::vector<std::int32_t>> guesses = {{0, 30, 30, 170}, {0, 0, 170, 170}, {0, 0, 0, 0},
-                                                          {-7, 1 << 30, 3, -(1 << 30)}, {0, 29, 31, 170}};
+  const std::vector<std::vector<std::int32_t>> guesses = {
+      {0, 30, 30, 170}, {0, 0, 170, 170}, {0, 0, 0, 0}, {-7, 1 << 30, 3, -(1 << 30)}, {0, 29, 31, 170}};
   for (const int k : {128, 272, 1296}) {
     for (const std::vector<std::int32_t>& guess : guesses) {
       c.k = k;
@@ -227,7 +227,8 @@ void check_blocks() {
 }
 TEST(Sm90Gemm, BlockEarlyOffsets) {
   check_early_offsets<blocks(Promotion::block, Epilogue::store)>({.rows = {30, 0, 140}, .n = 288, .seed = 2});
-  check_early_offsets<blocks(Promotion::hybrid_flush, Epilogue::store, 2)>({.rows = {30, 0, 140}, .n = 288, .flush_blocks = 2, .seed = 3});
+  check_early_offsets<blocks(Promotion::hybrid_flush, Epilogue::store, 2)>(
+      {.rows = {30, 0, 140}, .n = 288, .flush_blocks = 2, .seed = 3});
 }
 TEST(Sm90Gemm, Block128) { check_blocks<Promotion::block, 1>(); }
 TEST(Sm90Gemm, Block256) { check_blocks<Promotion::block, 2>(); }

@@ -29,6 +29,11 @@ inline void cp_async_wait() {
 
 inline int32_t load_relaxed(const int32_t* global) { return *global; }
 
+inline void discard_line(const void* line) {
+  if (reinterpret_cast<std::uintptr_t>(line) % 128 != 0) throw std::runtime_error("discard_line: not aligned");
+  std::memset(const_cast<void*>(line), 0xd5, 128);
+}
+
 inline int32_t load_shared(uint32_t shared) {
   int32_t d;
   std::memcpy(&d, emulator::shared_bytes(shared, 4), 4);
