@@ -122,6 +122,41 @@ def test_repeated_calls(lends, monkeypatch):
         octomoe.MoeLayer(weights, device="cuda", replays=99)
 
 
+@pytest.mark.parametrize("scheme", ["int8_channel", "int8_block"])
+def test_offsets_written_just_before(scheme):
+    """Kernels begin with what the offsets were before: that must not show."""
+    experts, rows, n, k = 8, 96, 768, 1024
+    matrix = octomoe.PreparedMatrix(
+        octomoe.quantize_matrix(torch.randn(experts, n, k), scheme), device="cuda"
+    )
+    a = torch.randint(-127, 128, (rows, k), dtype=torch.int8, device="cuda")
+    a_scale = torch.rand(rows, *([k // 128] if scheme == "int8_block" else []), device="cuda")
+    bounds = torch.randint(0, rows + 1, (6, experts - 1)).sort().values
+    edges = [torch.zeros(6, 1), bounds, torch.full((6, 1), rows)]
+    groups = torch.cat(edges, 1).to(torch.int32).cuda()
+    groups[0] = 0  # no rows at all
+
+    def gemm(offsets):
+        return octomoe.grouped_gemm(
+            a, matrix, offsets, a_scale=a_scale, out=torch.zeros(rows, n, device="cuda")
+        )
+
+    expected = [gemm(offsets).clone() for offsets in groups]
+    offsets = groups[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = []
+        for other in groups:
+            offsets.copy_(other)
+            captured.append(gemm(offsets))
+    for _ in range(50):
+        graph.replay()
+        assert all(torch.equal(d, want) for d, want in zip(captured, expected, strict=True))
+    for i in range(100):
+        offsets.copy_(groups[i % 6])
+        assert torch.equal(gemm(offsets), expected[i % 6])
+
+
 def test_route_and_gemm():
     logits = torch.randn(9, 16, device="cuda")
     for one, two in zip(
