@@ -136,10 +136,12 @@ def test_offsets_written_just_before(scheme):
     groups = torch.cat(edges, 1).to(torch.int32).cuda()
     groups[0] = 0  # no rows at all
 
+    size = matrix.workspace_bytes(rows)
+    memory = {"workspace": torch.empty(size, dtype=torch.uint8, device="cuda")}
+
     def gemm(offsets):
-        return octomoe.grouped_gemm(
-            a, matrix, offsets, a_scale=a_scale, out=torch.zeros(rows, n, device="cuda")
-        )
+        out = torch.zeros(rows, n, device="cuda")
+        return octomoe.grouped_gemm(a, matrix, offsets, a_scale=a_scale, out=out, **memory)
 
     expected = [gemm(offsets).clone() for offsets in groups]
     offsets = groups[0].clone()
