@@ -322,7 +322,9 @@ const DeviceMatrix::Kernel& DeviceMatrix::choose(std::int64_t rows) const {
   if (forced_ != nullptr) return *(chosen_ = forced_);
   if (tuned_) {
     if (const plan::TuneChoice* choice = plan::tuned_table().find(key_, rows)) {
-      const Kernel* best = choice->best_of(kernels_, [](const Kernel& k) { return k.loaded != nullptr; });
+      // On a device with wgmma, tiles of mma.sync that do not stand in ask for no weights before their turn.
+      const Kernel* best = choice->best_of(
+          kernels_, [](const Kernel& k) { return k.loaded != nullptr; }, [](const Kernel& k) { return k.by_model; });
       if (best != nullptr) return *(chosen_ = best);
     }
   }

@@ -2,6 +2,7 @@
 // tune` measured it. Where a table has nothing near, the cost model decides (cuda/gemm.cpp).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -31,21 +32,28 @@ struct TuneChoice {
   std::map<std::string, double> us;  // of every kernel that was measured
 
   // The one of `kernels` with that id, or if none has it (a family was asked for that it does not belong to), the
-  // fastest that was measured; null if none was. Those of which `usable` is false do not count.
-  template <class Kernel, class Usable>
-  const Kernel* best_of(const std::vector<Kernel>& kernels, const Usable& usable) const {
-    const Kernel* fastest = nullptr;
-    double least = std::numeric_limits<double>::infinity();
-    for (const Kernel& k : kernels) {
-      if (!usable(k)) continue;
-      if (k.id == kernel) return &k;
-      const auto measured = us.find(k.id);
-      if (measured == us.end() || measured->second >= least) continue;
-      least = measured->second;
-      fastest = &k;
-    }
-    return fastest;
+  // fastest that was measured; null if none was. Those of which `usable` is false do not count. One that is not
+  // `preferred` must be faster by kMargin than those that are: a table has GEMMs alone, where launches do not overlap.
+  template <class Kernel, class Usable, class Preferred>
+  const Kernel* best_of(const std::vector<Kernel>& kernels, const Usable& usable, const Preferred& preferred) const {
+    const auto fastest = [&](const auto& counts) {
+      const Kernel* found = nullptr;
+      double least = std::numeric_limits<double>::infinity();
+      for (const Kernel& k : kernels) {
+        const auto measured = us.find(k.id);
+        if (!counts(k) || measured == us.end() || measured->second >= least) continue;
+        least = measured->second;
+        found = &k;
+      }
+      return found;
+    };
+    const auto named = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel& k) { return k.id == kernel; });
+    const Kernel* best = named != kernels.end() && usable(*named) ? &*named : fastest(usable);
+    if (best == nullptr || preferred(*best) || us.count(best->id) == 0) return best;
+    const Kernel* other = fastest([&](const Kernel& k) { return usable(k) && preferred(k); });
+    return other != nullptr && us.at(other->id) <= kMargin * us.at(best->id) ? other : best;
   }
+  static constexpr double kMargin = 1.06;
 };
 
 class TunedTable {

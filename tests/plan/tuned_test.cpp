@@ -42,15 +42,26 @@ TEST(TuneChoice, OfKernelsThatMayBeUsed) {
   const auto all = [](const GemmKernel&) { return true; };
   // Its own, though another was as fast.
   TuneChoice choice{list[1].id, {{list[0].id, 12.9}, {list[1].id, 13}, {list[2].id, 11}}};
-  EXPECT_EQ(choice.best_of(list, all), &list[1]);
+  EXPECT_EQ(choice.best_of(list, all, all), &list[1]);
   // Another family's: the fastest of these that was measured, and may be used.
   choice.kernel = some_kernel(0);
   choice.us[some_kernel(0)] = 5;
-  EXPECT_EQ(choice.best_of(list, all), &list[2]);
-  EXPECT_EQ(choice.best_of(list, [&](const GemmKernel& k) { return k.id != list[2].id; }), &list[0]);
+  EXPECT_EQ(choice.best_of(list, all, all), &list[2]);
+  EXPECT_EQ(choice.best_of(
+                list, [&](const GemmKernel& k) { return k.id != list[2].id; }, all),
+            &list[0]);
+  // One that is preferred, unless the other is faster by more than a little.
+  const auto first = [&](const GemmKernel& k) { return &k == &list[0]; };
+  choice = {list[1].id, {{list[0].id, 10.5}, {list[1].id, 10}}};
+  EXPECT_EQ(choice.best_of(list, all, first), &list[0]);
+  choice.us[list[0].id] = 10.7;
+  EXPECT_EQ(choice.best_of(list, all, first), &list[1]);
+  choice.us.erase(list[0].id);
+  EXPECT_EQ(choice.best_of(list, all, first), &list[1]);
   // None was.
+  choice.kernel = some_kernel(0);
   choice.us = {{some_kernel(0), 5}};
-  EXPECT_EQ(choice.best_of(list, all), nullptr);
+  EXPECT_EQ(choice.best_of(list, all, all), nullptr);
 }
 
 TEST(TunedTable, TheNearestRowsAnswerWithinAFactorOfTwo) {
