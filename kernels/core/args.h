@@ -71,7 +71,9 @@ struct QuantizeArgs {
   // before, which is waited for only at the end. next_early: the launch that follows may begin at once, because until
   // its own wait it needs nothing of launches that may still run.
   int32_t beside_last, next_early;
-  int32_t read_once;  // nobody reads x again, whose rows begin at multiples of 128 bytes: it need not reach memory
+  // Nobody reads x again, whose rows are whole lines of 128 bytes (k and the stride multiples of 64): it need not reach
+  // memory.
+  int32_t read_once;
 };
 
 struct PanelArgs {

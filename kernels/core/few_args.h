@@ -40,7 +40,7 @@ constexpr int few_streams(int stage_columns, int stages) {
   // With one slot each, nothing is under way to a stream while it multiplies: then rather three quarters of the streams
   // with two, if there are as many.
   const int fewer = most - most / 4;
-  return stages / most == 1 && stages / fewer > 1 ? fewer : most;
+  return stages < 2 * most && stages >= 2 * fewer ? fewer : most;  // stages may be 0
 }
 
 // One of the two matrices of every expert.

@@ -194,7 +194,9 @@ struct WgmmaArgs {
   int32_t tokens_by_map;  // gemm.row_source is null, and `tokens` is a's map
   // The launches before this kernel's may still be writing gemm.expert_offsets. Otherwise it reads them, and asks for
   // its first weights, before it waits for its predecessor; which it also does if it has the routes that the rows come
-  // from, at most kCountedRoutes, and counts them itself. routes.topk_ids null: none.
+  // from, at most kCountedRoutes, and counts them itself. routes.topk_ids null: none. A caller's offsets
+  // (offsets_limit) are read before the wait in any case: what they are then says which weights to ask for
+  // (sm90/tiles.cuh, read_early), so that nobody may write the weights on the stream any more.
   int32_t offsets_late;
   Routes routes;
   TensorMap tokens;  // src/cuda/tensor_map.h

@@ -49,7 +49,7 @@ __device__ __forceinline__ void count_rows(TileList& list, int32_t experts, cons
 
 // Where expert e's rows begin, e = E: end. A caller's wrong offsets cost wrong rows, never one outside.
 __device__ __forceinline__ int32_t offset_of(const GemmArgs& args, int32_t e) {
-  const int32_t offset = ptx::load_relaxed(args.expert_offsets + e);  // read_early
+  const int32_t offset = ptx::load_relaxed(args.expert_offsets + e);  // of L2: a kernel may have read it before it was written
   if (args.offsets_limit == 0) return offset;
   return e == 0 ? 0 : min(max(offset, 0), args.offsets_limit);
 }

@@ -460,6 +460,7 @@ struct GroupedGemm {
       if (kReadsEarly && shared.head.misses(shared.list)) {
         for (int32_t i = 0; i < kWeightStages; ++i) {
           ptx::barrier_wait(ptx::shared_address(&shared.weights_full[warpgroup][i]), 0);
+          __syncwarp();  // no lane may miss this turn
           if (lane() == 0) ptx::barrier_arrive(ptx::shared_address(&shared.weights_empty[warpgroup][i]));
         }
         at.w.phase = 1;
@@ -508,8 +509,7 @@ struct GroupedGemm {
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
     if (all.offsets_late != 0 && routes == nullptr) {
       if constexpr (kReadsEarly) {
-        if (args.offsets_limit != 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
-          __syncwarp();  // the barriers have been initialised
+        if (args.offsets_limit != 0 && args.masked_rows == 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
           read_early<kBlockN>(shared.head, args, Queue::first(), m_tiles_of(args),
                               [&](const Tile& t) { return WeightProducer::ask_early(all, shared, t); });
         }

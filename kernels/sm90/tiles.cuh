@@ -194,16 +194,19 @@ struct Head {
 template <int kBlockN, class Ask>
 __device__ __forceinline__ void read_early(Head& head, const GemmArgs& args, int32_t index, int32_t m_tiles,
                                            const Ask& ask) {
+  constexpr int kEach = 8;  // experts of a lane, neighbours: all loads are under way before the first is waited for
   const int32_t token_tile = index / m_tiles;
   int32_t before = 0;
-  for (int32_t base = 0; base < args.experts; base += 32) {
-    const int32_t e = base + lane();
-    int32_t tiles = 0;
-    if (e < args.experts) {
-      const int32_t begin = kernels::offset_of(args, e);
-      tiles = (max(kernels::offset_of(args, e + 1) - begin, 0) + kBlockN - 1) / kBlockN;
+  for (int32_t base = 0; base < args.experts; base += 32 * kEach) {
+    int32_t offset[kEach + 1], all = 0;
+#pragma unroll
+    for (int i = 0; i <= kEach; ++i) offset[i] = kernels::offset_of(args, min(base + kEach * lane() + i, args.experts));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      offset[i] = (max(offset[i + 1] - offset[i], 0) + kBlockN - 1) / kBlockN;  // tiles, from here on
+      all += offset[i];
     }
-    int32_t end = tiles;  // of the lane's expert
+    int32_t end = all;  // of the lane's experts
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int32_t other = __shfl_up_sync(0xffffffffu, end, d);
@@ -213,14 +216,24 @@ __device__ __forceinline__ void read_early(Head& head, const GemmArgs& args, int
     before = __shfl_sync(0xffffffffu, end, 31);
     const unsigned behind = __ballot_sync(0xffffffffu, token_tile < end);
     if (behind == 0) continue;
+    // Among the experts of the first lane whose tiles end behind this one.
     const int found = __ffs(static_cast<int>(behind)) - 1;
-    end = __shfl_sync(0xffffffffu, end, found);
+    int32_t expert = base + kEach * lane(), first = end - all, tiles = offset[0];
+#pragma unroll
+    for (int i = 1; i < kEach; ++i) {
+      if (token_tile < first + tiles) break;
+      first += tiles;
+      tiles = offset[i];
+      ++expert;
+    }
+    expert = __shfl_sync(0xffffffffu, expert, found);
+    first = __shfl_sync(0xffffffffu, first, found);
     tiles = __shfl_sync(0xffffffffu, tiles, found);
     if (lane() == 0) {
       Tile t{};
-      t.expert = base + found;
-      t.m_tile = TilePlace(index - (end - tiles) * m_tiles, tiles, m_tiles).m_tile;
-      head = {ask(t), t.expert, end - tiles, end};
+      t.expert = expert;
+      t.m_tile = TilePlace(index - first * m_tiles, tiles, m_tiles).m_tile;
+      head = {ask(t), expert, first, first + tiles};
     }
     return;
   }

@@ -687,8 +687,7 @@ struct TokenMajor {
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
     if (all.offsets_late != 0 && routes == nullptr) {
       if constexpr (kReadsEarly) {
-        if (args.offsets_limit != 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
-          __syncwarp();  // the barriers have been initialised
+        if (args.offsets_limit != 0 && args.masked_rows == 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
           read_early<kBlockN>(shared.head, args, Queue::first(), m_tiles(args),
                               [&](const Tile& t) { return producer.ask_early(t); });
         }

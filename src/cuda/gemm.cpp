@@ -295,7 +295,8 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
                                    .q_max = s.q_max,
                                    .beside_last = overlap.beside_last,
                                    .next_early = overlap.next_early,
-                                   .read_once = read_once && m_.k * 2 % kLineBytes == 0};
+                                   .read_once = read_once && x.stride == m_.k && m_.k * 2 % kLineBytes == 0 &&
+                                                reinterpret_cast<std::uintptr_t>(x.data) % kLineBytes == 0};
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 

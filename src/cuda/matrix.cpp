@@ -30,7 +30,11 @@ class CudaMatrix final : public MatrixBackend {
         matrix_(std::move(matrix), {}, kernels::Epilogue::store, family, prepack, info_, "b"),
         index_kernel_(load(plan::entry("group_index"), device)),
         transpose_kernel_(load(plan::entry("transpose_scales"), device)),
-        workspaces_(device) {}
+        workspaces_(device) {
+    // GEMMs ask for weights while the launch before them may still run: whoever makes the values must have ended.
+    const ContextGuard context(info_);
+    OCTOMOE_CUDA(cuCtxSynchronize);
+  }
 
   std::size_t workspace_bytes(std::int64_t rows) const override { return plan(rows).memory.bytes(); }
 
