@@ -16,6 +16,9 @@ from octomoe.weights import QuantizedMatrix, quantize_matrix
 class PreparedMatrix:
     """A stack of quantised matrices [E, N, K], packed for a device. Make it once, use it often.
 
+    Values on a GPU are used where they lie, and must not change from then on: a GEMM may read
+    them before kernels that were launched earlier have ended.
+
     Args:
         matrix: a QuantizedMatrix (see :func:`quantize_matrix`).
         device: "cpu", "cuda" or "cuda:1".
