@@ -101,8 +101,8 @@ struct Groups {
   static Groups masked(TensorView rows_per_expert) { return {Layout::masked, rows_per_expert}; }
 };
 
-// A matrix stack made ready for a device (CPU: packed). Reuse it across calls. Values on a GPU are used where they lie, and
-// must not change from then on: a GEMM may read them before kernels that were launched earlier have ended.
+// A matrix stack made ready for a device (CPU: packed). Reuse it across calls. Values on a GPU are used where they lie,
+// and must not change from then on: a GEMM may read them before kernels that were launched earlier have ended.
 class PreparedMatrix {
  public:
   // prepack: as in LayerOptions.

@@ -120,14 +120,14 @@ class DeviceMatrix {
     std::int32_t index_limit = 0;   // offsets that nobody has checked count as at most this; 0: they are right
     std::int32_t* taken = nullptr;  // a zero, which is zero again afterwards; null: tiles are shared out beforehand
     bool scales_by_row = false;     // a's scales and block_q are as a caller has them; if reads_scales_by_row(rows)
-    // Launches that wrote them may still run (a caller's, index_limit, are looked at all the same, and again); otherwise
-    // they were done two launches ago.
+    // Launches that wrote them may still run (a caller's, index_limit, are looked at all the same, and again);
+    // otherwise they were done two launches ago.
     bool index_late = false;
-    kernels::Routes routes{};       // what index was made of, at most kCountedRoutes: then it need not be waited for
-    bool read_next = false;         // the launch that follows reads out
-    std::int64_t masked_rows = 0;   // rows of an expert; 0: offsets
-    std::int64_t rows;              // most rows there can be in all
-    std::int64_t likely_rows = 0;   // what the kernel is chosen for; 0: rows
+    kernels::Routes routes{};      // what index was made of, at most kCountedRoutes: then it need not be waited for
+    bool read_next = false;        // the launch that follows reads out
+    std::int64_t masked_rows = 0;  // rows of an expert; 0: offsets
+    std::int64_t rows;             // most rows there can be in all
+    std::int64_t likely_rows = 0;  // what the kernel is chosen for; 0: rows
     const std::int32_t* row_source = nullptr;
     const float* row_factor = nullptr;
     const float* bias = nullptr;  // null: the matrix's own

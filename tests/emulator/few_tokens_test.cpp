@@ -186,6 +186,12 @@ TEST(FewTokens, MostRoutes) {
   check({.experts = 9, .tokens = 8, .top_k = 8, .scheme = {}, .seed = 41}, {.ctas = 2});
   check({.experts = 11, .tokens = 7, .top_k = 5, .scheme = {}, .seed = 42}, {.ctas = 3, .stages = 2});
 }
+// down's streams of four columns a warp: as many as there are warps for, three quarters of them if each has two slots
+// then.
+static_assert(kernels::few_streams(16, 0) == 0 && kernels::few_streams(16, 2) == 2 && kernels::few_streams(16, 4) == 4);
+static_assert(kernels::few_streams(16, 5) == 4 && kernels::few_streams(16, 6) == 3 && kernels::few_streams(16, 7) == 3);
+static_assert(kernels::few_streams(16, 8) == 4 && kernels::few_streams(20, 3) == 3 && kernels::few_streams(64, 9) == 1);
+
 // The ring's slots are used again and again, and stages lie in two experts.
 TEST(FewTokens, SmallRing) {
   std::uint32_t seed = 170;
