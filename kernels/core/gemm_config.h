@@ -167,6 +167,7 @@ struct GemmArgs {
   const float* bias;          // [E, N] or null
   void* out;                  // store: [R, N]; swiglu: h bf16 [R, I], swiglu_block: int8; 16-byte aligned rows
   int64_t out_stride;         // elements between rows of out
+  int32_t keep_out;           // SM90: L2 shall keep out's lines longest; the launch that follows reads and drops them
   OutType out_type;
   int32_t experts;
   int32_t n;                   // weight rows of an expert (gated: 2I)

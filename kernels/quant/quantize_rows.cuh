@@ -255,7 +255,7 @@ struct RowQuantizer {
       const auto* from = static_cast<const uint16_t*>(args.x.data) + row * args.x.stride + lane * kRowElems;
 #pragma unroll
       for (int p = 0; p < kPasses; ++p) {
-        if (p * kSpan + lane * kRowElems < args.k) ptx::discard_line(from + p * kSpan);
+        ptx::discard_line(p * kSpan + lane * kRowElems < args.k, from + p * kSpan);
       }
     }
   }

@@ -87,35 +87,45 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
   for (bool loaded = true; i < all; i += static_cast<int64_t>(gridDim.x) * kCombineThreads, loaded = false) {
     const int64_t token = i / per_token;
     const int32_t column = static_cast<int32_t>(i % per_token) * 8;
-    float sum[8] = {};
-    bool first = true;
+    float sum[8];
+#pragma unroll
+    for (float& v : sum) v = -0.0f;  // changes no product that is added to it
+    bool any = args.shared_y != nullptr;
     const auto add = [&](float weight, const uint4& p) {
       const uint32_t w[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const float y = c % 2 ? num::bf16_high(w[c / 2]) : num::bf16_low(w[c / 2]);
-        sum[c] = first ? __fmul_rn(weight, y) : __fmaf_rn(weight, y, sum[c]);
+        sum[c] = __fmaf_rn(weight, c % 2 ? num::bf16_high(w[c / 2]) : num::bf16_low(w[c / 2]), sum[c]);
       }
-      first = false;
     };
     for (int32_t base = 0; base < args.top_k; base += kCombineSlots) {
       if (!loaded || base > 0) slots.load(args, token, base);
+      const auto place = [&](int j) { return static_cast<int64_t>(slots.row[j]) * args.hidden + column; };
       uint4 y[kCombineSlots];
+      bool holes = false;  // slots that are skipped
 #pragma unroll
       for (int j = 0; j < kCombineSlots; ++j) {
-        if (slots.row[j] >= 0) y[j] = load_y(args.y, static_cast<int64_t>(slots.row[j]) * args.hidden + column);
+        const bool exists = slots.row[j] >= 0;
+        if (exists) y[j] = load_y(args.y, place(j));
+        any |= exists;
+        holes |= !exists && base + j < args.top_k;
       }
+      if (!holes) {
 #pragma unroll
-      for (int j = 0; j < kCombineSlots; ++j) {
-        if (slots.row[j] >= 0) add(slots.weight[j], y[j]);
+        for (int j = 0; j < kCombineSlots; ++j) {
+          if (base + j < args.top_k) add(slots.weight[j], y[j]);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCombineSlots; ++j) {
+          if (slots.row[j] >= 0) add(slots.weight[j], y[j]);
+        }
       }
       if (args.read_once != 0) {
         __syncwarp();  // eight lanes have read a line
 #pragma unroll
         for (int j = 0; j < kCombineSlots; ++j) {
-          if (slots.row[j] >= 0 && column % 64 == 0) {
-            ptx::discard_line(args.y + static_cast<int64_t>(slots.row[j]) * args.hidden + column);
-          }
+          ptx::discard_line(slots.row[j] >= 0 && column % 64 == 0, args.y + place(j));
         }
       }
     }
@@ -123,6 +133,8 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
       add(args.shared_weight != nullptr ? args.shared_weight[token] : 1.0f,
           load_y(args.shared_y, token * args.hidden + column));
     }
+#pragma unroll
+    for (float& v : sum) v = any ? v : 0.0f;
     const int64_t at = token * args.out_stride + column;
     if (args.accumulate) {
       float old[8];

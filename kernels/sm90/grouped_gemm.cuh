@@ -27,7 +27,6 @@ namespace octomoe::sm90 {
 
 using kernels::Epilogue;
 using kernels::OutType;
-using kernels::WgmmaArgs;
 using kernels::WgmmaConfig;
 
 template <WgmmaConfig C>
@@ -395,6 +394,7 @@ struct GroupedGemm {
       }
       const int first = 2 * (lane() & 3), left = t.rows - first, size = type == OutType::f32 ? 4 : 2;
       const int64_t stride = args.out_stride * size;
+      const uint64_t hint = args.keep_out != 0 ? ptx::kEvictLast : ptx::kEvictNormal;
       uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * stride + static_cast<int64_t>(column) * size;
 #pragma unroll
       for (int j = 0; j < kBlockN / 8; ++j) {
@@ -430,12 +430,13 @@ struct GroupedGemm {
           }
         }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) store(to + e * stride, type, out[e], 8 * j + e < left);
+        for (int e = 0; e < 2; ++e) store(to + e * stride, type, out[e], 8 * j + e < left, hint);
         to += 8 * stride;
       }
     }
 
-    static __device__ __forceinline__ void store(uint8_t* to, OutType type, const float (&v)[4], bool exists) {
+    static __device__ __forceinline__ void store(uint8_t* to, OutType type, const float (&v)[4], bool exists,
+                                                 uint64_t hint) {
       if (type == OutType::f32) {
         if (!exists) return;
 #pragma unroll
@@ -450,7 +451,7 @@ struct GroupedGemm {
         packed[c / 2] = type == OutType::bf16 ? num::pack_bf16(v[c], v[c + 1]) : num::pack_fp16(v[c], v[c + 1]);
       }
       // Without a branch, into which the compiler would move all that leads to the value.
-      ptx::store_if(exists, to, packed);
+      ptx::store_if(exists, to, packed, hint);
     }
 
     __device__ __forceinline__ void run(int32_t total) {
@@ -507,15 +508,9 @@ struct GroupedGemm {
       ptx::barrier_init_fence();
     }
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
-    if (all.offsets_late != 0 && routes == nullptr) {
-      if constexpr (kReadsEarly) {
-        if (args.offsets_limit != 0 && args.masked_rows == 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
-          read_early<kBlockN>(shared.head, args, Queue::first(), m_tiles_of(args),
-                              [&](const Tile& t) { return WeightProducer::ask_early(all, shared, t); });
-        }
-      }
-      ptx::grid_dependency_wait();
-    }
+    wait_for_offsets<kBlockN, kReadsEarly>(all, shared.head, Queue::first(), m_tiles_of(args), [&](const Tile& t) {
+      return WeightProducer::ask_early(all, shared, t);
+    });
     kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args, routes);
     // Before anything is sent to the other CTA, its barriers must stand.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

@@ -12,6 +12,7 @@ using kernels::GemmArgs;
 using kernels::NextTile;
 using kernels::Tile;
 using kernels::TileList;
+using kernels::WgmmaArgs;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
 
@@ -237,6 +238,23 @@ __device__ __forceinline__ void read_early(Head& head, const GemmArgs& args, int
     }
     return;
   }
+}
+
+// Where launches before this one may still be writing the offsets that the tile list is made of, waits for them.
+// kReadsEarly: asks for first weights meanwhile if the offsets are a caller's.
+template <int kBlockN, bool kReadsEarly, class Ask>
+__device__ __forceinline__ void wait_for_offsets(const WgmmaArgs& all, Head& head, int32_t index, int32_t m_tiles,
+                                                 const Ask& ask) {
+  if (all.offsets_late == 0 || all.routes.topk_ids != nullptr) return;
+  if constexpr (kReadsEarly) {
+    const GemmArgs& args = all.gemm;
+    // Known to the compiler as the same in a warp's lanes: otherwise all roles would lose their uniform registers.
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    if (args.offsets_limit != 0 && args.masked_rows == 0 && warp == 0) {
+      read_early<kBlockN>(head, args, index, m_tiles, ask);
+    }
+  }
+  ptx::grid_dependency_wait();
 }
 
 }  // namespace octomoe::sm90

@@ -31,7 +31,6 @@ using kernels::ChunkCount;
 using kernels::OutType;
 using kernels::Promotion;
 using kernels::TokenMajorConfig;
-using kernels::WgmmaArgs;
 
 template <TokenMajorConfig C>
 struct TokenMajor {
@@ -597,7 +596,10 @@ struct TokenMajor {
               most = ptx::max_u16x2(most, packed[c] & (exists ? 0x7fff7fffu : 0u));
             }
           }
-          if constexpr (!C.quantizes()) ptx::store_if(row_exists && exists, to + 32 * run * 2, packed);
+          if constexpr (!C.quantizes()) {
+            ptx::store_if(row_exists && exists, to + 32 * run * 2, packed,
+                          args.keep_out != 0 ? ptx::kEvictLast : ptx::kEvictNormal);
+          }
         }
         if constexpr (C.quantizes()) quantize(t, totals[0], h, most, row_exists, to);
       }
@@ -685,15 +687,8 @@ struct TokenMajor {
     }
     const Producer producer{all, args, shared};
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
-    if (all.offsets_late != 0 && routes == nullptr) {
-      if constexpr (kReadsEarly) {
-        if (args.offsets_limit != 0 && args.masked_rows == 0 && __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0) == 0) {
-          read_early<kBlockN>(shared.head, args, Queue::first(), m_tiles(args),
-                              [&](const Tile& t) { return producer.ask_early(t); });
-        }
-      }
-      ptx::grid_dependency_wait();
-    }
+    wait_for_offsets<kBlockN, kReadsEarly>(all, shared.head, Queue::first(), m_tiles(args),
+                                           [&](const Tile& t) { return producer.ask_early(t); });
     kernels::build_tile_list<kBlockN, C.threads()>(shared.list, args, routes);
     // The same in a warp's lanes, which the compiler cannot know: addresses of shared memory may be uniform.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);

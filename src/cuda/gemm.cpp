@@ -373,6 +373,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .bias = p.bias != nullptr ? p.bias : bias_.as<float>(),
       .out = p.out,
       .out_stride = p.out_stride,
+      .keep_out = p.keep_out,
       .out_type = p.out_type,
       .experts = static_cast<std::int32_t>(m_.experts),
       .n = static_cast<std::int32_t>(m_.n),

@@ -133,6 +133,7 @@ class DeviceMatrix {
     const float* bias = nullptr;  // null: the matrix's own
     void* out;
     std::int64_t out_stride;
+    bool keep_out = false;  // L2 shall keep its lines longest: the launch that follows reads and drops them
     kernels::OutType out_type = kernels::OutType::bf16;
     float* out_scale = nullptr;  // swiglu_block: [columns / 128, rounded up, out_rows]
     std::int64_t out_rows = 0;

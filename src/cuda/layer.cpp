@@ -221,6 +221,8 @@ class CudaLayer final : public LayerBackend {
   // Whether a good part of so many bf16 values is still in L2, and nowhere else, when the launch that follows has read
   // them. Of more, telling L2 that they are worth nothing then costs as much as it saves (docs/kernels.md).
   bool stays_in_l2(std::int64_t values) const { return values * 2 <= 3 * std::int64_t{info_.l2_bytes}; }
+  // Whether combine drops y's lines (kernels::CombineArgs::read_once), which L2 keeps for it until then.
+  bool drops_y(std::int64_t routes) const { return hidden_ % 256 == 0 && stays_in_l2(likely_rows(routes) * hidden_); }
 
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
     const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
@@ -379,7 +381,7 @@ class CudaLayer final : public LayerBackend {
         .tokens = static_cast<std::int32_t>(tokens),
         .top_k = p.top_k,
         .hidden = static_cast<std::int32_t>(hidden_),
-        .read_once = hidden_ % 256 == 0 && stays_in_l2(likely_rows(p.rows) * hidden_),
+        .read_once = drops_y(p.rows),
     };
     launcher.stage("combine");
     launcher(*combine_, ceil_div(tokens * hidden_ / 8, 256), args);
@@ -531,6 +533,9 @@ class CudaLayer final : public LayerBackend {
     first.out_rows = hq.rows;
     first.out_stride = e.fused ? e.intermediate : e.w13.n();
     first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
+    const bool drops_h = e.fused && !b.requantizes() && e.intermediate * 2 % kLineBytes == 0 &&
+                         stays_in_l2((first.likely_rows > 0 ? first.likely_rows : rows) * e.intermediate);
+    first.keep_out = drops_h;
     launcher.stage("gemm1");
     b.w13->gemm(launcher, first);
     if (!e.fused) {
@@ -553,13 +558,14 @@ class CudaLayer final : public LayerBackend {
       launcher.stage("quantise h");
       // GEMM2 begins with its weights while GEMM1's last tiles are computed.
       e.w2.quantize(launcher, {h, e.intermediate, kernels::RowType::bf16, 1}, rows, row_count, hq, {.next_early = true},
-                    stays_in_l2((first.likely_rows > 0 ? first.likely_rows : rows) * e.intermediate));
+                    drops_h);
     }
     second.a = hq;
     second.row_source = nullptr;
     second.row_factor = nullptr;
     second.out = at(b.y);
     second.out_stride = hidden_;
+    second.keep_out = &e == &routed_ && drops_y(p.rows);
     launcher.stage("gemm2");
     e.w2.gemm(launcher, second);
   }

@@ -23,6 +23,10 @@ inline void load_once(int4& to, const void* from, bool wanted) {
 inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint64_t) {
   emulator::copy_bulk(shared, global, bytes, barrier);
 }
+template <int kN>
+inline void store_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t) {
+  store_if(wanted, global, v);
+}
 inline void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2, int32_t c3,
                         int32_t c4, uint32_t barrier, uint64_t) {
   emulator::copy_box(shared, map, {c0, c1, c2, c3, c4}, barrier, 1u << emulator::cluster_rank());
