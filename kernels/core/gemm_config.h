@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/cache_hint.h"
 #include "core/tensor_map.h"
 
 namespace octomoe::kernels {
@@ -167,7 +168,6 @@ struct GemmArgs {
   const float* bias;          // [E, N] or null
   void* out;                  // store: [R, N]; swiglu: h bf16 [R, I], swiglu_block: int8; 16-byte aligned rows
   int64_t out_stride;         // elements between rows of out
-  int32_t keep_out;           // SM90: L2 shall keep out's lines longest; the launch that follows reads and drops them
   OutType out_type;
   int32_t experts;
   int32_t n;                   // weight rows of an expert (gated: 2I)
@@ -184,6 +184,7 @@ struct GemmArgs {
   float limit;                 // swiglu: clamps gate and up; +Inf: none
   int64_t out_rows;            // swiglu_block: the leading dimension of out_scale
   float* out_scale;            // [I / 128, rounded up, out_rows]
+  uint64_t out_hint;           // SM90: of out's lines in L2 (core/cache_hint.h)
 };
 
 struct WgmmaArgs {

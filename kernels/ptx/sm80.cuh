@@ -112,6 +112,10 @@ __device__ __forceinline__ int32_t here(int32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+__device__ __forceinline__ uint64_t here(uint64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
 // A value that all lanes hold, known to the compiler as such: it may live in uniform registers.
 __device__ __forceinline__ int32_t uniform(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 

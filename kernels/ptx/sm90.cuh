@@ -1,6 +1,7 @@
 // One instruction a wrapper: what SM90 brought beside wgmma (ptx/wgmma.cuh) and dependent launch (ptx/grid.cuh).
 #pragma once
 
+#include "core/cache_hint.h"
 #include "core/tensor_map.h"
 #include "ptx/sm80.cuh"
 
@@ -26,7 +27,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const kernels::TensorMap* ma
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Cache hints as the hardware takes them (what createpolicy.fractional returns for a fraction of 1).
 // `bytes` (a multiple of 16) of global memory -> shared, both aligned to 16; they complete at `barrier`.
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
                                           uint64_t hint) {
@@ -36,9 +36,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
       "l"(global), "r"(bytes), "r"(barrier), "l"(hint)
       : "memory");
 }
-
-inline constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000,
-                          kEvictLast = 0x14f0000000000000;
 
 // `bytes` (a multiple of 16) of global memory -> L2.
 __device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
@@ -50,7 +47,7 @@ __device__ __forceinline__ void load_once(int4& to, const void* from, bool wante
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, "
       "[%4], %6;\n}"
       : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
-      : "l"(from), "r"(static_cast<int>(wanted)), "l"(kEvictFirst));
+      : "l"(from), "r"(static_cast<int>(wanted)), "l"(kernels::kEvictFirst));
 }
 
 // store_if (ptx/sm80.cuh) with a hint for L2.

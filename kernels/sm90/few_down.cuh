@@ -46,7 +46,7 @@ struct FewDown {
     uint32_t to = ptx::shared_address(place(slot));
 #pragma unroll 1
     for (int32_t k = 0; k < m.k; k += m.w_row) {
-      ptx::copy_bulk(to, from, bytes, full(slot), ptx::kEvictFirst);
+      ptx::copy_bulk(to, from, bytes, full(slot), kernels::kEvictFirst);
       from += m.w_panel;
       to += static_cast<uint32_t>(args.layout.w_panel);
     }

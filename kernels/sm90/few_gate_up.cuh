@@ -288,7 +288,7 @@ struct FewGateUp {
         const int32_t half = i % 2, panel = i / 2;
         ptx::copy_bulk(to + static_cast<uint32_t>(half * half_bytes() + panel * args.layout.w_panel),
                        from + static_cast<int64_t>(half) * width * m.w_row + panel * static_cast<int64_t>(m.w_panel),
-                       static_cast<uint32_t>(together * m.w_row), full(c.slot), ptx::kEvictFirst);
+                       static_cast<uint32_t>(together * m.w_row), full(c.slot), kernels::kEvictFirst);
       }
       to += static_cast<uint32_t>(together * m.w_row);
       pairs -= together;

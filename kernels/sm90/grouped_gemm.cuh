@@ -106,7 +106,7 @@ struct GroupedGemm {
     const int column = t.m_tile * C.features();
     // Gated, a column has a row in each half; otherwise a column is a row.
     return {t.expert * WeightSteps(all.gemm, kUnit).expert + column / kUnit, column + kGroup < width(all.gemm) ? 2 : 1,
-            all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal};
+            all.evict_first != 0 ? kernels::kEvictFirst : kernels::kEvictNormal};
   }
   // A stage's weights of a consumer.
   static __device__ __forceinline__ void ask_for_box(const WgmmaArgs& all, Shared& shared, const Boxes& boxes,
@@ -394,7 +394,6 @@ struct GroupedGemm {
       }
       const int first = 2 * (lane() & 3), left = t.rows - first, size = type == OutType::f32 ? 4 : 2;
       const int64_t stride = args.out_stride * size;
-      const uint64_t hint = args.keep_out != 0 ? ptx::kEvictLast : ptx::kEvictNormal;
       uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * stride + static_cast<int64_t>(column) * size;
 #pragma unroll
       for (int j = 0; j < kBlockN / 8; ++j) {
@@ -430,7 +429,7 @@ struct GroupedGemm {
           }
         }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) store(to + e * stride, type, out[e], 8 * j + e < left, hint);
+        for (int e = 0; e < 2; ++e) store(to + e * stride, type, out[e], 8 * j + e < left, args.out_hint);
         to += 8 * stride;
       }
     }

@@ -126,7 +126,7 @@ struct TokenMajor {
       WeightSteps step;
       uint64_t hint;
       __device__ __forceinline__ Boxes(const WgmmaArgs& all, const Tile& t, int box)
-          : column(0), step(all.gemm, 32), hint(all.evict_first != 0 ? ptx::kEvictFirst : ptx::kEvictNormal) {
+          : column(0), step(all.gemm, 32), hint(all.evict_first != 0 ? kernels::kEvictFirst : kernels::kEvictNormal) {
         const int half = C.gated() ? box ^ all.gemm.up_first : 0;
         const int32_t inside = C.gated() ? half * width(all.gemm) : box * C.box_rows();
         unit = t.expert * step.expert + (t.m_tile * C.features() + inside) / 32;
@@ -529,6 +529,7 @@ struct TokenMajor {
     __device__ __forceinline__ void finish(const Tile& t, int32_t (&totals)[kParts][kSums], const Table& table) const {
       constexpr int kRuns = C.features() / 32;  // runs of 8 output columns of a thread and token
       const OutType type = C.gated() || kPlain ? OutType::bf16 : args.out_type;
+      const uint64_t hint = ptx::here(args.out_hint);  // the main loop has no register for it
       const int size = C.quantizes() ? 1 : type == OutType::f32 ? 4 : 2, begin = t.m_tile * C.features() + 8 * (lane() & 3);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -596,10 +597,7 @@ struct TokenMajor {
               most = ptx::max_u16x2(most, packed[c] & (exists ? 0x7fff7fffu : 0u));
             }
           }
-          if constexpr (!C.quantizes()) {
-            ptx::store_if(row_exists && exists, to + 32 * run * 2, packed,
-                          args.keep_out != 0 ? ptx::kEvictLast : ptx::kEvictNormal);
-          }
+          if constexpr (!C.quantizes()) ptx::store_if(row_exists && exists, to + 32 * run * 2, packed, hint);
         }
         if constexpr (C.quantizes()) quantize(t, totals[0], h, most, row_exists, to);
       }

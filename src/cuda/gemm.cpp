@@ -373,7 +373,6 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .bias = p.bias != nullptr ? p.bias : bias_.as<float>(),
       .out = p.out,
       .out_stride = p.out_stride,
-      .keep_out = p.keep_out,
       .out_type = p.out_type,
       .experts = static_cast<std::int32_t>(m_.experts),
       .n = static_cast<std::int32_t>(m_.n),
@@ -393,6 +392,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .limit = p.limit,
       .out_rows = p.out_rows,
       .out_scale = p.out_scale,
+      .out_hint = p.keep_out ? kernels::kEvictLast : kernels::kEvictNormal,
   };
   const std::int64_t columns = gated() ? m_.n / 2 : m_.n;
   const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);

@@ -197,7 +197,6 @@ struct GemmProblem {
             .bias = bias.data(),
             .out = out.data(),
             .out_stride = width + 16,
-            .keep_out = c.seed % 3 == 0,
             .out_type = c.out,
             .experts = experts,
             .n = c.n,
@@ -216,7 +215,8 @@ struct GemmProblem {
             .up_first = c.up_first,
             .limit = c.limit,
             .out_rows = out_rows,
-            .out_scale = out_scale.data()};
+            .out_scale = out_scale.data(),
+            .out_hint = kernels::kEvictNormal};
   }
 
   int elem_bytes() const { return c.quantized ? 1 : !c.gated && c.out == kernels::OutType::f32 ? 4 : 2; }

@@ -59,6 +59,7 @@ inline void store_if(bool wanted, void* global, const uint32_t (&v)[kN]) {
   std::memcpy(global, v, kN * 4);
 }
 inline int32_t here(int32_t value) { return value; }
+inline uint64_t here(uint64_t value) { return value; }
 inline int32_t uniform(int32_t value) {
   const auto most = __reduce_max_sync(~0u, value);
   if (most != value) throw std::runtime_error("uniform: the lanes differ");

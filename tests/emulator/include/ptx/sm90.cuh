@@ -1,12 +1,11 @@
 // Stands for kernels/ptx/sm90.cuh: the same wrappers, done by the emulator.
 #pragma once
 
+#include "core/cache_hint.h"
 #include "core/tensor_map.h"
 #include "ptx/sm80.cuh"
 
 namespace octomoe::ptx {
-
-inline constexpr uint64_t kEvictNormal = 0, kEvictFirst = 1, kEvictLast = 2;
 
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulator::barrier_expect(barrier, bytes); }
