@@ -184,7 +184,7 @@ struct GemmArgs {
   float limit;                 // swiglu: clamps gate and up; +Inf: none
   int64_t out_rows;            // swiglu_block: the leading dimension of out_scale
   float* out_scale;            // [I / 128, rounded up, out_rows]
-  uint64_t out_hint;           // SM90: of out's lines in L2 (core/cache_hint.h)
+  uint64_t out_hint;           // SM90, bf16 and fp16 out: of its lines in L2 (core/cache_hint.h)
 };
 
 struct WgmmaArgs {

@@ -43,8 +43,8 @@ __device__ __forceinline__ int32_t load_relaxed(const int32_t* global) {
   return d;
 }
 
-// Where `wanted` holds, by predicate: the 128 bytes at `line`, aligned to as many, are worth nothing from now on, so that
-// L2 need not write them to memory. Reads of other threads must have happened before.
+// Where `wanted` holds, by predicate: the 128 bytes at `line`, aligned to as many, are worth nothing from now on, so
+// that L2 need not write them to memory. Reads of other threads must have happened before.
 __device__ __forceinline__ void discard_line(bool wanted, const void* line) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p discard.global.L2 [%0], 128;\n}" ::"l"(line),
                "r"(static_cast<int>(wanted))

@@ -529,7 +529,7 @@ struct TokenMajor {
     __device__ __forceinline__ void finish(const Tile& t, int32_t (&totals)[kParts][kSums], const Table& table) const {
       constexpr int kRuns = C.features() / 32;  // runs of 8 output columns of a thread and token
       const OutType type = C.gated() || kPlain ? OutType::bf16 : args.out_type;
-      const uint64_t hint = ptx::here(args.out_hint);  // the main loop has no register for it
+      const uint64_t hint = C.quantizes() ? 0 : ptx::here(args.out_hint);  // the main loop has no register for it
       const int size = C.quantizes() ? 1 : type == OutType::f32 ? 4 : 2, begin = t.m_tile * C.features() + 8 * (lane() & 3);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

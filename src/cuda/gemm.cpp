@@ -295,10 +295,12 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
                                    .q_max = s.q_max,
                                    .beside_last = overlap.beside_last,
                                    .next_early = overlap.next_early,
-                                   .read_once = read_once && x.stride == m_.k && m_.k * 2 % kLineBytes == 0 &&
+                                   .read_once = read_once && drops_lines() && x.stride == m_.k &&
                                                 reinterpret_cast<std::uintptr_t>(x.data) % kLineBytes == 0};
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
+
+bool DeviceMatrix::drops_lines() const { return m_.k * 2 % kLineBytes == 0 && plan::quantize_kernel(m_.k).passes > 0; }
 
 bool DeviceMatrix::has_stand_ins() const {
   return std::any_of(kernels_.begin(), kernels_.end(), [](const Kernel& k) { return k.stands_in; });

@@ -98,6 +98,8 @@ class DeviceMatrix {
   float static_scale() const { return static_scale_; }
   kernels::Epilogue epilogue() const { return epilogue_; }
   kernels::Promotion promotion() const { return key_.promotion; }
+  // Whether quantize() can drop the lines of the bf16 rows that it has read: they are whole, and rows read but once.
+  bool drops_lines() const;
   bool in_panels() const { return m_.layout == WeightLayout::panels; }
   const QuantizedMatrix& matrix() const { return m_; }
   // Whether there are narrow kernels for where wgmma's tiles are too few.
@@ -133,7 +135,8 @@ class DeviceMatrix {
     const float* bias = nullptr;  // null: the matrix's own
     void* out;
     std::int64_t out_stride;
-    bool keep_out = false;  // L2 shall keep its lines longest: the launch that follows reads and drops them
+    // L2 shall keep out's lines (bf16 or fp16) longest: the launch that follows reads and drops them.
+    bool keep_out = false;
     kernels::OutType out_type = kernels::OutType::bf16;
     float* out_scale = nullptr;  // swiglu_block: [columns / 128, rounded up, out_rows]
     std::int64_t out_rows = 0;

@@ -533,9 +533,9 @@ class CudaLayer final : public LayerBackend {
     first.out_rows = hq.rows;
     first.out_stride = e.fused ? e.intermediate : e.w13.n();
     first.out_type = e.fused ? kernels::OutType::bf16 : kernels::OutType::f32;
-    const bool drops_h = e.fused && !b.requantizes() && e.intermediate * 2 % kLineBytes == 0 &&
+    const bool drops_h = !b.requantizes() && e.w2.drops_lines() &&
                          stays_in_l2((first.likely_rows > 0 ? first.likely_rows : rows) * e.intermediate);
-    first.keep_out = drops_h;
+    first.keep_out = e.fused && drops_h;
     launcher.stage("gemm1");
     b.w13->gemm(launcher, first);
     if (!e.fused) {
