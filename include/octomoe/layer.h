@@ -24,10 +24,23 @@ enum class KernelFamily : std::uint8_t {
 
 KernelFamily parse_kernel_family(const std::string& text);  // "automatic", "sm80", "sm90"; Error otherwise
 
+// In which order a token's rows are added up.
+enum class CombineOrder : std::uint8_t {
+  slots,  // that of topk_ids, in float32, rounded once: the same bits on every engine and in every batch
+  // As it comes: on SM90 GEMM2 adds its rows to a bf16 or fp16 out, whose rows begin at multiples of 16 bytes, and each
+  // sum is rounded to out's dtype. Last bits may differ from call to call and with who else is in the batch;
+  // docs/schemes.md, section 4, has the bound. Where that cannot be done, as slots: on other devices and with biases of
+  // w2, asymmetric schemes and a few tokens, for which other kernels are faster.
+  any,
+};
+
+CombineOrder parse_combine_order(const std::string& text);  // "slots", "any"; Error otherwise
+
 struct LayerOptions {
-  float swiglu_alpha = 1.702f;              // swigluoai
-  std::optional<float> swiglu_limit;        // swigluoai (default 7 there) and swiglu (default: no clamp)
-  bool router_weight_on_input = false;      // multiply x instead of the output row
+  float swiglu_alpha = 1.702f;          // swigluoai
+  std::optional<float> swiglu_limit;    // swigluoai (default 7 there) and swiglu (default: no clamp)
+  bool router_weight_on_input = false;  // multiply x instead of the output row
+  CombineOrder combine_order = CombineOrder::slots;
   std::optional<MoeWeights> shared_expert;  // E = 1 weights, same H and scheme kind; I may differ
   Tensor shared_gate;                       // [H] float32/bf16/fp16: the shared expert's weight is sigmoid(x . gate)
   Tensor expert_map;                        // int32 [global experts] -> local expert, -1 = not on this rank

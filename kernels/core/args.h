@@ -49,7 +49,7 @@ struct SortArgs {
   int32_t* expert_offsets;  // [E + 1], and kTakenWords zeros
   int32_t* row_token;       // [R] row -> token
   int32_t* route_row;       // [T * k] -> row, -1 = skipped
-  float* row_factor;        // [R] each row's router weight; weight_on_input
+  float* row_factor;        // [R] each row's router weight; or null
   int32_t* token_offsets;   // [2] = 0, T: the rows of a shared expert, and kTakenWords zeros; or null
   int32_t chunks;           // of kSortChunk routes
   int32_t* chunk_counts;    // [chunks, E]; one chunk, or sm90/sort.cuh: unused
@@ -74,6 +74,11 @@ struct QuantizeArgs {
   // Nobody reads x again, whose rows are whole lines of 128 bytes (k and the stride multiples of 64): it need not reach
   // memory.
   int32_t read_once;
+  // Rows of as many, of clear_bytes each, to which a GEMM is to add (GemmArgs::adds): they become zeros. 16-byte
+  // aligned; null: none.
+  uint8_t* clear;
+  int64_t clear_stride;  // bytes between them
+  int32_t clear_bytes;   // a multiple of 16
 };
 
 struct PanelArgs {

@@ -22,7 +22,9 @@ enum class Epilogue : int {
   swiglu,        // (+ bias), gate and up -> h bf16 [R, I]; other activations: quant/activate_rows.cuh
   swiglu_block,  // the same, then h -> int8 with a scale per row and 128 columns, as quant/quantize_rows.cuh does
                  // (SM90)
+  add,           // -> added to rows of out (GemmArgs::add_to), none of bias, row_factor and a_zero (SM90)
 };
+OCTOMOE_HD constexpr bool is_gated(Epilogue e) { return e == Epilogue::swiglu || e == Epilogue::swiglu_block; }
 
 // The main loop's order inside a stage.
 enum class Order : int {
@@ -42,7 +44,7 @@ struct GemmConfig {
   int min_blocks;        // CTAs per SM that registers must allow
   Order order;
 
-  OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
+  OCTOMOE_HD constexpr bool gated() const { return is_gated(epilogue); }
   OCTOMOE_HD constexpr bool has_blocks() const { return promotion >= Promotion::block; }
   // Per stage and token: s_a (block) or Q_a (hybrid) of the K-blocks that the stage touches.
   OCTOMOE_HD constexpr int scales_per_stage() const { return !has_blocks() ? 0 : fine_groups ? block_k / 32 : 1; }
@@ -87,7 +89,7 @@ inline constexpr int kMaxExperts = 1024;
 // The same for the wgmma kernels of SM90 with one sum over K (sm90/grouped_gemm.cuh): int8_channel. 128 weight rows a
 // consumer by up to block_n tokens.
 struct WgmmaConfig {
-  Epilogue epilogue;  // store, swiglu
+  Epilogue epilogue;  // all but swiglu_block
   int block_n;        // most tokens of a tile, a multiple of 16; a tile is computed as wide as its rows need
   int weight_stages;  // of each consumer's ring of weights
   int token_stages;   // of the ring of tokens, which the consumers share
@@ -101,14 +103,21 @@ struct WgmmaConfig {
   static constexpr int kTokenBox = 16;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * kConsumers; }
   OCTOMOE_HD constexpr int threads() const { return 128 * (kConsumers + 2); }
-  OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
+  OCTOMOE_HD constexpr bool gated() const { return is_gated(epilogue); }
+  OCTOMOE_HD constexpr bool adds() const { return epilogue == Epilogue::add; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
-  // The rings; for each of token_stages + 1 tiles where it lies and the scales of its tokens and weight rows; the tile
-  // list; barriers and the next tile. Rounded up for what alignment takes.
+  // Stages that a tile has at least, K being filled up with zeros: adding takes larger tables, and with tiles of one
+  // stage there would have to be six.
+  OCTOMOE_HD constexpr int least_stages() const { return adds() ? 2 : 1; }
+  // Tiles whose tables may be in use at once. The producer writes one with a tile's first stage, before which the
+  // consumers have left the stage token_stages back, and so finished all tiles before that stage's.
+  OCTOMOE_HD constexpr int tables() const { return (token_stages + least_stages() - 1) / least_stages() + 1; }
+  // The rings; tables: where a tile lies, the scales of its tokens and weight rows, and to add two words for each
+  // token; the tile list; barriers and the next tile. Rounded up for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return (weight_stages * block_m() + token_stages * block_n) * kBlockK +
-           (token_stages + 1) * (16 + (block_n + block_m()) * 4) + ((kMaxExperts + 1) * 8 + 128) + token_stages * 16 +
-           weight_stages * 32 + 24 + 64;
+           tables() * (16 + ((adds() ? 3 : 1) * block_n + block_m()) * 4) + ((kMaxExperts + 1) * 8 + 128) +
+           token_stages * 16 + weight_stages * 32 + 24 + 64;
   }
 };
 
@@ -124,10 +133,11 @@ struct TokenMajorConfig {
   static constexpr int kBlockK = 128, kBlockN = 128, kConsumers = 2;
   static constexpr int kTokenBox = 64;  // rows of a box of the tokens' map
   OCTOMOE_HD constexpr int block_m() const { return 128 * parts; }
-  OCTOMOE_HD constexpr bool gated() const { return epilogue != Epilogue::store; }
+  OCTOMOE_HD constexpr bool gated() const { return is_gated(epilogue); }
+  OCTOMOE_HD constexpr bool adds() const { return epilogue == Epilogue::add; }
   OCTOMOE_HD constexpr bool quantizes() const { return epilogue == Epilogue::swiglu_block; }
   // Whether it can read scales by row (GemmArgs::scales_by_row): callers' own, which only grouped_gemm gets.
-  OCTOMOE_HD constexpr bool by_row() const { return !gated(); }
+  OCTOMOE_HD constexpr bool by_row() const { return epilogue == Epilogue::store; }
   OCTOMOE_HD constexpr bool has_shifts() const { return by_row() && promotion != Promotion::block; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
   // Boxes of weights a stage: gated, one of each half.
@@ -135,11 +145,13 @@ struct TokenMajorConfig {
   OCTOMOE_HD constexpr int box_rows() const { return block_m() / boxes(); }
   OCTOMOE_HD constexpr int threads() const { return 128 * (2 + kConsumers); }
   // The ring; per stage a scale of each token (has_shifts: and a shift) and two words of each of two scale blocks; for
-  // each of stages + 1 tiles where it lies, a factor and a scale of its tokens, and the scale blocks, and as many
-  // chunks' scales (hybrid_flush); the tile list; barriers and the next tile. Rounded up for what alignment takes.
+  // each of stages + 1 tiles where it lies, a factor and a scale of its tokens, and the scale blocks, to add two words
+  // for each token, and as many chunks' scales (hybrid_flush); the tile list; barriers and the next tile. Rounded up
+  // for what alignment takes.
   OCTOMOE_HD constexpr int pipeline_bytes() const {
     return stages * ((block_m() + kBlockN) * kBlockK + ((has_shifts() ? 2 : 1) * kBlockN + 4) * 4) +
            (stages + 1) * (16 + (promotion == Promotion::hybrid ? 2 * kBlockN : kBlockN + 4) * 4 + 16) +
+           (adds() ? (stages + 1) * 2 * kBlockN * 4 : 0) +
            (promotion == Promotion::hybrid_flush ? (stages + 1) * (kBlockN + 2) * 4 : 0) +
            ((kMaxExperts + 1) * 8 + 128) + stages * 16 + 24 + 64;
   }
@@ -185,6 +197,10 @@ struct GemmArgs {
   int64_t out_rows;            // swiglu_block: the leading dimension of out_scale
   float* out_scale;            // [I / 128, rounded up, out_rows]
   uint64_t out_hint;           // SM90, bf16 and fp16 out: of its lines in L2 (core/cache_hint.h)
+  // add, bf16 or fp16 out: row r times add_weight[r] (null: 1) is added to row add_to[r] (null: r), by L2, in whatever
+  // order rows come.
+  const int32_t* add_to;
+  const float* add_weight;
 };
 
 struct WgmmaArgs {

@@ -74,6 +74,44 @@ __device__ __forceinline__ void store_if(bool wanted, void* global, const uint32
   }
 }
 
+// Where `wanted` holds, by predicate: bf16 pairs are added to those at `global`, aligned to their size in all, by L2, in
+// whatever order; each addition rounds to nearest even.
+template <int kN>
+__device__ __forceinline__ void add_bf16_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t hint) {
+  static_assert(kN == 2 || kN == 4);
+  if constexpr (kN == 2) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
+        "@p red.relaxed.gpu.global.add.noftz.L2::cache_hint.v2.bf16x2 [%0], {%1, %2}, %4;\n}" ::"l"(global),
+        "r"(v[0]), "r"(v[1]), "r"(static_cast<int>(wanted)), "l"(hint)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "@p red.relaxed.gpu.global.add.noftz.L2::cache_hint.v4.bf16x2 [%0], {%1, %2, %3, %4}, %6;\n}" ::"l"(global),
+        "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(wanted)), "l"(hint)
+        : "memory");
+  }
+}
+// The same of fp16 pairs.
+template <int kN>
+__device__ __forceinline__ void add_fp16_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t hint) {
+  static_assert(kN == 2 || kN == 4);
+  if constexpr (kN == 2) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
+        "@p red.relaxed.gpu.global.add.noftz.L2::cache_hint.v2.f16x2 [%0], {%1, %2}, %4;\n}" ::"l"(global),
+        "r"(v[0]), "r"(v[1]), "r"(static_cast<int>(wanted)), "l"(hint)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "@p red.relaxed.gpu.global.add.noftz.L2::cache_hint.v4.f16x2 [%0], {%1, %2, %3, %4}, %6;\n}" ::"l"(global),
+        "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(wanted)), "l"(hint)
+        : "memory");
+  }
+}
+
 // A box of a 5-D tensor -> shared; its bytes complete at `barrier`. Bytes outside the tensor arrive as zeros.
 __device__ __forceinline__ void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1,
                                             int32_t c2, int32_t c3, int32_t c4, uint32_t barrier, uint64_t hint) {

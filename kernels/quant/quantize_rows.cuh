@@ -250,6 +250,12 @@ struct RowQuantizer {
       if constexpr (kBlocks) rounding.inverse = block_inverse[block_of(c)];
       store_int8<kWithin>(q + c, v, rounding.inverse, rounding.zero, rounding.lo, num::kInt8Max);
     });
+    if (args.clear != nullptr) {
+      uint8_t* const to = args.clear + row * args.clear_stride;
+      for (int32_t i = lane * 16; i < args.clear_bytes; i += kRowThreads * 16) {
+        *reinterpret_cast<uint4*>(to + i) = make_uint4(0, 0, 0, 0);
+      }
+    }
     sync();
     if (kHeld && args.read_once != 0 && lane % 8 == 0) {
       const auto* from = static_cast<const uint16_t*>(args.x.data) + row * args.x.stride + lane * kRowElems;

@@ -63,7 +63,7 @@ struct SortRun {
       const int32_t row = first_row(expert[i]) + place[i];
       args.row_token[row] = token;
       args.route_row[r] = row;
-      if (args.routes.weight_on_input != 0) {
+      if (args.row_factor != nullptr) {
         const int32_t slot = r - token * args.routes.top_k;
         args.row_factor[row] = args.routes.topk_weights[token * args.routes.weights_stride + slot];
       }

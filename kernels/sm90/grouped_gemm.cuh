@@ -46,9 +46,9 @@ struct GroupedGemm {
   static_assert(kBlockN % 16 == 0 && kBlockN <= 160);
 
   // ---- shared memory ----
-  // What the epilogue needs of a tile. The producer may be as many tiles ahead as there are stages.
-  static constexpr int kTables = kTokenStages + 1;
-  struct alignas(16) Table {
+  // What the epilogue needs of a tile.
+  static constexpr int kTables = C.tables();
+  struct alignas(16) Table : AddTargets<C.adds() ? kBlockN : 0> {
     Tile tile;  // rows -1: there is no further tile
     float a_scale[kBlockN];
     float w_scale[C.block_m()];  // by consumer, half of a gated tile, column
@@ -66,8 +66,8 @@ struct GroupedGemm {
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
 
-  // Whether first weights are asked for before a caller's offsets are certain; with SwiGLU none comes from a caller.
-  static constexpr bool kReadsEarly = C.cluster == 1 && !C.gated();
+  // Whether first weights are asked for before a caller's offsets are certain; a layer's own come otherwise.
+  static constexpr bool kReadsEarly = C.cluster == 1 && C.epilogue == Epilogue::store;
 
   struct Stage {
     Slot<kWeightStages> w;
@@ -87,7 +87,11 @@ struct GroupedGemm {
     return shared.list.first_tile[args.experts] * m_tiles_of(args);
   }
   // Columns past K arrive as zeros.
-  static __device__ __forceinline__ int32_t k_tiles_of(const GemmArgs& args) { return (args.k + 127) / 128; }
+  static __device__ __forceinline__ int32_t k_tiles_of(const GemmArgs& args) {
+    const int32_t tiles = (args.k + 127) / 128;
+    if constexpr (C.least_stages() == 1) return tiles;
+    return max(tiles, C.least_stages());
+  }
   static __device__ __forceinline__ int padded(int rows) { return (rows + 15) & ~15; }
 
   using Queue = TileQueue<true, C.cluster>;
@@ -260,6 +264,7 @@ struct GroupedGemm {
           }
           if (k_tile == 0) {
             copy_scales(t, shared.table[table], thread, token, source);
+            if constexpr (C.adds()) shared.table[table].copy(args, t, thread, 128);
             table = table + 1 == kTables ? 0 : table + 1;
           }
           // Each thread arrives when its copies land; a warp once more for what it wrote itself.
@@ -371,13 +376,13 @@ struct GroupedGemm {
       return t.m_tile * C.features() + warpgroup * kGroup + column_inside();
     }
 
-    // Sums -> out. kPlain: bf16, and none of bias, zero points, row factors and limit.
+    // Sums -> out. kPlain: bf16, or added, and none of bias, zero points, row factors and limit.
     template <bool kPlain>
     __device__ __forceinline__ void finish(const Tile& t, const int32_t (&sums)[2][kSums], const Table& table) const {
       const int inside = column_inside(), column = column_of(t);
       if (column >= width(args)) return;
       const bool asymmetric = !kPlain && args.a_zero != nullptr;
-      const OutType type = C.gated() || kPlain ? OutType::bf16 : args.out_type;
+      const OutType type = C.gated() || (kPlain && !C.adds()) ? OutType::bf16 : args.out_type;
       // [b][h]: ungated, columns 2b + h; gated, column h of gate and up.
       float w_scale[2][2], bias[2][2];
       int32_t column_sum[2][2];
@@ -394,7 +399,8 @@ struct GroupedGemm {
       }
       const int first = 2 * (lane() & 3), left = t.rows - first, size = type == OutType::f32 ? 4 : 2;
       const int64_t stride = args.out_stride * size;
-      uint8_t* to = static_cast<uint8_t*>(args.out) + (t.row_begin + first) * stride + static_cast<int64_t>(column) * size;
+      uint8_t* to = static_cast<uint8_t*>(args.out) + (C.adds() ? 0 : (t.row_begin + first) * stride) +
+                    static_cast<int64_t>(column) * size;
 #pragma unroll
       for (int j = 0; j < kBlockN / 8; ++j) {
         if (8 * j >= t.rows) break;
@@ -428,9 +434,19 @@ struct GroupedGemm {
             out[i / 2][i % 2] = __fmul_rn(num::silu(out[i / 2][i % 2]), out[i / 2][2 + i % 2]);
           }
         }
+        if constexpr (C.adds()) {
+          const int2 rows = *reinterpret_cast<const int2*>(&table.add_to[8 * j + first]);
+          const float2 weights = *reinterpret_cast<const float2*>(&table.add_weight[8 * j + first]);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) store(to + e * stride, type, out[e], 8 * j + e < left, args.out_hint);
-        to += 8 * stride;
+          for (int e = 0; e < 2; ++e) {
+            add(to + (e == 0 ? rows.x : rows.y) * stride, type, out[e], e == 0 ? weights.x : weights.y, 8 * j + e < left,
+                args.out_hint);
+          }
+        } else {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) store(to + e * stride, type, out[e], 8 * j + e < left, args.out_hint);
+          to += 8 * stride;
+        }
       }
     }
 
@@ -453,6 +469,18 @@ struct GroupedGemm {
       ptx::store_if(exists, to, packed, hint);
     }
 
+    static __device__ __forceinline__ void add(uint8_t* to, OutType type, const float (&v)[4], float weight,
+                                               bool exists, uint64_t hint) {
+      uint32_t packed[2];
+#pragma unroll
+      for (int c = 0; c < 4; c += 2) {
+        const float x = __fmul_rn(weight, v[c]), y = __fmul_rn(weight, v[c + 1]);
+        packed[c / 2] = type == OutType::bf16 ? num::pack_bf16(x, y) : num::pack_fp16(x, y);
+      }
+      ptx::add_bf16_if(exists && type == OutType::bf16, to, packed, hint);
+      ptx::add_fp16_if(exists && type == OutType::fp16, to, packed, hint);
+    }
+
     __device__ __forceinline__ void run(int32_t total) {
       ptx::grid_dependency_wait();
       int table = 0;
@@ -472,7 +500,9 @@ struct GroupedGemm {
         int32_t sums[2][kSums];
         multiply_tile<C.min_n()>(tile.tile.rows, sums);
         const Tile t = tile.tile;  // read again: there are no registers to keep it in
-        if (shared.plain) {
+        if constexpr (C.adds()) {
+          finish<true>(t, sums, tile);
+        } else if (shared.plain) {
           finish<true>(t, sums, tile);
         } else {
           finish<false>(t, sums, tile);

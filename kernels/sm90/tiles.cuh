@@ -69,6 +69,33 @@ __device__ __forceinline__ Tile find_tile(const TileList& list, const GemmArgs& 
   return t;
 }
 
+// Of a tile's tokens: to which rows of out they are added, and times what (GemmArgs::add_to).
+template <int kTokens>
+struct AddTargets {
+  int32_t add_to[kTokens];
+  float add_weight[kTokens];
+
+  // By `threads` threads; what they write here must be waited for as well as their copies.
+  __device__ __forceinline__ void copy(const GemmArgs& args, const Tile& t, int thread, int threads) {
+#pragma unroll 1
+    for (int i = thread; i < kTokens; i += threads) {
+      const int32_t r = t.row_begin + min(i, max(t.rows, 1) - 1);
+      if (args.add_to != nullptr) {
+        ptx::cp_async_4(ptx::shared_address(&add_to[i]), args.add_to + r, true);
+      } else {
+        add_to[i] = r;
+      }
+      if (args.add_weight != nullptr) {
+        ptx::cp_async_4(ptx::shared_address(&add_weight[i]), args.add_weight + r, true);
+      } else {
+        add_weight[i] = 1.0f;
+      }
+    }
+  }
+};
+template <>
+struct AddTargets<0> {};
+
 // How a tensor map's coordinates lead from a stage's weights to the next one's: in panels the tensor is one of E * K/128
 // stacks of N rows of 128 columns, so that the next 128 columns are N rows further on.
 struct WeightSteps {

@@ -50,7 +50,7 @@ struct TokenMajor {
 
   // ---- shared memory ----
   static constexpr int kTables = kStages + 1;  // producers may be as many tiles ahead as there are stages
-  struct alignas(16) Table {
+  struct alignas(16) Table : AddTargets<C.adds() ? kBlockN : 0> {
     Tile tile;  // rows -1: there is no further tile
     float factor[kBlockN];
     float a_scale[kScaled ? kBlockN : 1];
@@ -79,7 +79,7 @@ struct TokenMajor {
 
   using Queue = TileQueue<true, 1>;
   // As in grouped_gemm.cuh.
-  static constexpr bool kReadsEarly = !C.gated();
+  static constexpr bool kReadsEarly = C.epilogue == kernels::Epilogue::store;
   // At a stage: the tokens' threads, the weights' boxes, the scales' lanes and what their warp writes.
   static constexpr int kArrivals = 128 + C.boxes() + 32 + 1;
   static constexpr int kReaders = 4 + C.boxes() + 1;  // of the queue: warps of the tokens, of the weights, of the scales
@@ -305,6 +305,7 @@ struct TokenMajor {
           table.factor[token] = 1.0f;
         }
       }
+      if constexpr (C.adds()) table.copy(args, t, lane(), 32);
       if (kScaled && lane() < kScales) {
         ptx::cp_async_4(ptx::shared_address(&table.w_scale[lane()]), args.w_scale + w_row, true);
       }
@@ -524,11 +525,11 @@ struct TokenMajor {
       }
     }
 
-    // Totals -> out. kPlain: bf16 or quantised out, and none of bias, row factors and limit.
+    // Totals -> out. kPlain: bf16, quantised or added, and none of bias, row factors and limit.
     template <bool kPlain>
     __device__ __forceinline__ void finish(const Tile& t, int32_t (&totals)[kParts][kSums], const Table& table) const {
       constexpr int kRuns = C.features() / 32;  // runs of 8 output columns of a thread and token
-      const OutType type = C.gated() || kPlain ? OutType::bf16 : args.out_type;
+      const OutType type = C.gated() || (kPlain && !C.adds()) ? OutType::bf16 : args.out_type;
       const uint64_t hint = C.quantizes() ? 0 : ptx::here(args.out_hint);  // the main loop has no register for it
       const int size = C.quantizes() ? 1 : type == OutType::f32 ? 4 : 2, begin = t.m_tile * C.features() + 8 * (lane() & 3);
 #pragma unroll
@@ -542,7 +543,13 @@ struct TokenMajor {
 #pragma unroll
           for (int i = 0; i < kScales; ++i) p[i] = __fmul_rn(table.w_scale[i], a);
         }
-        uint8_t* const to = static_cast<uint8_t*>(args.out) + ((t.row_begin + row) * args.out_stride + begin) * size;
+        int32_t out_row = t.row_begin + row;
+        [[maybe_unused]] float weight = 1.0f;
+        if constexpr (C.adds()) {
+          out_row = table.add_to[row];
+          weight = table.add_weight[row];
+        }
+        uint8_t* const to = static_cast<uint8_t*>(args.out) + (out_row * args.out_stride + begin) * size;
         uint32_t most = 0;  // bits of the absmax of bf16 values, in two halves
         // Where few rows are, most warps have none. What follows the loop, with its shuffles, stands outside of branches:
         // inside, the compiler gives up uniform registers in the main loop.
@@ -576,7 +583,11 @@ struct TokenMajor {
 #pragma unroll
             for (int c = 0; c < 8; ++c) v[0][c] = __fmul_rn(num::silu(v[0][c]), v[1][c]);
           }
-          if (type == OutType::f32) {
+          if constexpr (C.adds()) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) v[0][c] = __fmul_rn(weight, v[0][c]);
+          }
+          if (!C.adds() && type == OutType::f32) {
             if (row_exists && exists) {
 #pragma unroll
               for (int c = 0; c < 8; c += 4) {
@@ -597,7 +608,12 @@ struct TokenMajor {
               most = ptx::max_u16x2(most, packed[c] & (exists ? 0x7fff7fffu : 0u));
             }
           }
-          if constexpr (!C.quantizes()) ptx::store_if(row_exists && exists, to + 32 * run * 2, packed, hint);
+          if constexpr (C.adds()) {
+            ptx::add_bf16_if(row_exists && exists && type == OutType::bf16, to + 32 * run * 2, packed, hint);
+            ptx::add_fp16_if(row_exists && exists && type == OutType::fp16, to + 32 * run * 2, packed, hint);
+          } else if constexpr (!C.quantizes()) {
+            ptx::store_if(row_exists && exists, to + 32 * run * 2, packed, hint);
+          }
         }
         if constexpr (C.quantizes()) quantize(t, totals[0], h, most, row_exists, to);
       }
@@ -657,7 +673,9 @@ struct TokenMajor {
         int32_t totals[kParts][kSums];
         multiply_tile(tile, totals);
         const Tile t = tile.tile;
-        if (shared.plain) {
+        if constexpr (C.adds()) {
+          finish<true>(t, totals, tile);
+        } else if (shared.plain) {
           finish<true>(t, totals, tile);
         } else {
           finish<false>(t, totals, tile);

@@ -24,6 +24,12 @@ class MoeLayer:
         swiglu_alpha: of the activation swigluoai.
         swiglu_limit: clamp of swigluoai (7 if not given) and of swiglu (none if not given).
         router_weight_on_input: multiply x by the router's weight instead of the output.
+        combine_order: in which order a token's rows are added up. "slots": that of topk_ids, in
+            float32, rounded once: the same bits on every device and in every batch. "any": as it
+            comes: on SM90, if `out` is bfloat16 or float16, the second GEMM adds its rows to
+            `out`, and a launch less runs (docs/performance.md). Each sum is rounded then, and last
+            bits may differ from call to call; docs/schemes.md, section 4, has the bound. Where that
+            cannot be done, as "slots".
         shared_expert: MoeWeights with E = 1, same H and kind of scheme; it sees every token.
         shared_gate: [H]: the shared expert's weight is sigmoid(x . shared_gate), else 1.
         expert_map: int32 [global experts] -> expert of these weights, -1 = on another rank.
@@ -55,6 +61,7 @@ class MoeLayer:
         swiglu_alpha: float | None = None,
         swiglu_limit: float | None = None,
         router_weight_on_input: bool = False,
+        combine_order: str = "slots",
         shared_expert: MoeWeights | None = None,
         shared_gate: Tensor | None = None,
         expert_map: Tensor | None = None,
@@ -72,6 +79,7 @@ class MoeLayer:
             swiglu_alpha=None if swiglu_alpha is None else float(swiglu_alpha),
             swiglu_limit=None if swiglu_limit is None else float(swiglu_limit),
             router_weight_on_input=bool(router_weight_on_input),
+            combine_order=str(combine_order),
             shared_expert=None if shared_expert is None else shared_expert._live(),
             shared_gate=shared_gate,
             expert_map=expert_map,

@@ -23,6 +23,9 @@ MoeLayerRef make_layer(const ffi::String& device, const MoeWeightsRef& weights, 
     l.fused_activation = o.get<bool>("fused_activation", true);
     l.fused_requantize = o.get<bool>("fused_requantize", true);
     if (o.has("family")) l.family = parse_kernel_family(o.get<ffi::String>("family", ffi::String("automatic")));
+    if (o.has("combine_order")) {
+      l.combine_order = parse_combine_order(o.get<ffi::String>("combine_order", ffi::String("slots")));
+    }
     l.prepack = o.get<bool>("prepack", false);
     l.replays = static_cast<int>(o.get<std::int64_t>("replays", l.replays));
     l.keep_weights = o.get<bool>("keep_weights", false);

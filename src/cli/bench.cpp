@@ -31,7 +31,8 @@ constexpr std::int64_t kMaxTokens = 1 << 20;
 constexpr double kBusySpread = 0.3;  // a quiet machine stays below a tenth
 
 struct Options : ShapeArguments {
-  std::string tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, study, json, plot;
+  std::string tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, combine_order = "slots",
+                               study, json, plot;
   int threads = 0;
   std::uint64_t seed = 0;
   bool graph = false, profile = false, no_fused_gather = false, no_fused_activation = false,
@@ -149,10 +150,10 @@ class Bench {
         throw UsageError("--peer torch: times PyTorch on the CPU, so it does not go with --device cuda");
       if (schemes == "all") std::erase_if(schemes_, [](const Scheme& s) { return !s.is_integer(); });
     } else if (o_.graph || o_.profile || o_.no_fused_gather || o_.no_fused_activation || o_.no_fused_requantize ||
-               o_.no_replay || o_.prepack || !o_.family.empty() || !o_.study.empty()) {
+               o_.no_replay || o_.prepack || !o_.family.empty() || o_.combine_order != "slots" || !o_.study.empty()) {
       throw UsageError(
           "--graph, --profile, --study, --no-fused-gather, --no-fused-activation, --no-fused-requantize, --no-replay, "
-          "--prepack, --family: for --device cuda");
+          "--prepack, --family, --combine-order: for --device cuda");
     }
     set_hybrid(o_.hybrid, schemes_);
     if (o_.profile && (schemes_.size() != 1 || tokens_.size() != 1)) {
@@ -165,6 +166,7 @@ class Bench {
     report_.graph = o_.graph;
     report_.replay = !o_.no_replay;
     report_.prepack = o_.prepack;
+    report_.combine_order = o_.combine_order;
     routing_ = Routing::parse(o_.routing);
     report_.machine = Machine::read();
     report_.threads = o_.threads > 0 ? o_.threads : report_.machine.threads;
@@ -201,6 +203,7 @@ class Bench {
     options.fused_requantize = !o_.no_fused_requantize;
     options.family = family_;
     options.prepack = o_.prepack;
+    options.combine_order = parse_combine_order(o_.combine_order);
     if (o_.no_replay) options.replays = 0;
     for (std::size_t i = 0; i < schemes_.size(); ++i) {
       progress_.update(static_cast<double>(i) / static_cast<double>(schemes_.size()),
@@ -348,10 +351,11 @@ class Bench {
 
   int study() {
     if (o_.profile || o_.graph || o_.no_fused_gather || o_.no_fused_activation || o_.no_fused_requantize ||
-        o_.no_replay || o_.prepack || o_.routing != "uniform" || o_.experts_local > 0) {
+        o_.no_replay || o_.prepack || o_.combine_order != "slots" || o_.routing != "uniform" || o_.experts_local > 0) {
       throw UsageError(
           "--study: has its own routings and graphs, so it does not go with --profile, --graph, --no-fused-gather, "
-          "--no-fused-activation, --no-fused-requantize, --no-replay, --prepack, --routing and --experts-local");
+          "--no-fused-activation, --no-fused-requantize, --no-replay, --prepack, --combine-order, --routing and "
+          "--experts-local");
     }
     StudyInput in{.shape = report_.shape, .timing = o_.timing, .device = device_, .seed = o_.seed};
     in.on_step = [&](double fraction, const std::string& what) { progress_.update(fraction, what); };
@@ -434,6 +438,11 @@ void add_bench(CLI::App& app, Action& action) {
       "--no-fused-requantize", o->no_fused_requantize,
       "CUDA: quantise between the GEMMs in a kernel of its own (int8_block on SM90; other schemes always do)");
   sub->add_flag("--prepack", o->prepack, "CUDA: copy integer weights into panels on the device, which it reads faster");
+  sub->add_option("--combine-order", o->combine_order,
+                  "CUDA: slots: a token's rows are added up in the order of its slots; any: where it is faster GEMM2 "
+                  "adds them to out as they come")
+      ->check(CLI::IsMember({"slots", "any"}))
+      ->capture_default_str();
   sub->add_flag("--no-replay", o->no_replay, "CUDA: launch the kernels of an eager call one by one");
   sub->add_option("--threads", o->threads, "Threads; 0: OCTOMOE_NUM_THREADS, else all cores")
       ->check(CLI::Range(0, 1024));

@@ -198,6 +198,7 @@ Json to_json(const BenchReport& r) {
       {"graph", r.graph},
       {"replay", r.replay},
       {"prepack", r.prepack},
+      {"combine_order", r.combine_order},
       {"ceilings", {{"read_bytes_per_s", r.ceilings.read_bytes_per_s}, {"int8_ops_per_s", r.ceilings.int8_ops_per_s}}},
       {"problem",
        {{"model", r.model},

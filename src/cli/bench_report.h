@@ -63,6 +63,7 @@ struct BenchReport {
   std::string family = "automatic";  // GPU: LayerOptions::family
   bool graph = false;                // GPU: calls were replayed from a CUDA graph
   bool prepack = false;              // GPU: weights in panels
+  std::string combine_order;         // octomoe::CombineOrder
   bool replay = true;                // GPU: the layer may launch graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;

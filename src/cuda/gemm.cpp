@@ -276,8 +276,8 @@ ScaleColumns DeviceMatrix::scale_columns() const {
 }
 
 void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows,
-                            const std::int32_t* row_count, const QuantizedRows& out, Overlap overlap,
-                            bool read_once) const {
+                            const std::int32_t* row_count, const QuantizedRows& out, Overlap overlap, bool read_once,
+                            const ClearedRows& cleared) const {
   const Scheme& s = m_.scheme;
   const int rows_per_block = 256 / plan::quantize_kernel(m_.k).row_threads;
   const kernels::QuantizeArgs args{.x = x,
@@ -296,7 +296,10 @@ void DeviceMatrix::quantize(const Launcher& launcher, const kernels::RowView& x,
                                    .beside_last = overlap.beside_last,
                                    .next_early = overlap.next_early,
                                    .read_once = read_once && drops_lines() && x.stride == m_.k &&
-                                                reinterpret_cast<std::uintptr_t>(x.data) % kLineBytes == 0};
+                                                reinterpret_cast<std::uintptr_t>(x.data) % kLineBytes == 0,
+                                   .clear = static_cast<std::uint8_t*>(cleared.first),
+                                   .clear_stride = cleared.stride,
+                                   .clear_bytes = static_cast<std::int32_t>(cleared.bytes)};
   launcher(*quantizer_, ceil_div(rows, rows_per_block), args);
 }
 
@@ -348,6 +351,16 @@ const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
   return *best;
 }
 
+void DeviceMatrix::load_adding() {
+  if (bias_.defined() || m_.scheme.asymmetric) return;
+  for (Kernel& k : kernels_) {
+    if (k.loaded != nullptr && !k.adding.empty())
+      k.loaded_adding = &load(plan::entry(k.adding), m_.values.device().index);
+  }
+}
+
+bool DeviceMatrix::can_add(std::int64_t rows) const { return choose(rows).loaded_adding != nullptr; }
+
 bool DeviceMatrix::reads_scales_by_row(std::int64_t rows) const {
   return choose(rows).token_major && rows * blocks_k_ <= std::numeric_limits<std::int32_t>::max();
 }
@@ -395,6 +408,8 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
       .out_rows = p.out_rows,
       .out_scale = p.out_scale,
       .out_hint = p.keep_out ? kernels::kEvictLast : kernels::kEvictNormal,
+      .add_to = p.added ? p.added->to : nullptr,
+      .add_weight = p.added ? p.added->weight : nullptr,
   };
   const std::int64_t columns = gated() ? m_.n / 2 : m_.n;
   const std::int64_t token_tiles = std::min(p.rows, ceil_div(p.rows, kernel.block_n * kernel.cluster) + m_.experts);
@@ -420,7 +435,8 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
                            .routes = p.routes,
                            .tokens = {}};
     if (all.tokens_by_map != 0) all.tokens = token_map(p.a.q, p.a.rows, m_.k, kernel.token_box);
-    launcher(*kernel.loaded, blocks, all, true, static_cast<unsigned>(kernel.cluster));
+    launcher(p.added ? *kernel.loaded_adding : *kernel.loaded, blocks, all, true,
+             static_cast<unsigned>(kernel.cluster));
   } else {
     launcher(*kernel.loaded, blocks, args);
   }

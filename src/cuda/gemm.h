@@ -58,6 +58,18 @@ struct Overlap {
 };
 inline constexpr int kLineBytes = 128;  // of L2
 
+// Rows that a quantise kernel fills with zeros besides (kernels::QuantizeArgs::clear).
+struct ClearedRows {
+  void* first = nullptr;
+  std::int64_t stride = 0, bytes = 0;  // of a row
+};
+
+// To which rows of out a GEMM adds its own, and times what (kernels::GemmArgs::add_to).
+struct AddedRows {
+  const std::int32_t* to = nullptr;
+  const float* weight = nullptr;
+};
+
 // Quantised rows and their scales, in the order that GEMMs read (core/args.h).
 struct QuantizedRows {
   std::int8_t* q = nullptr;
@@ -104,6 +116,9 @@ class DeviceMatrix {
   const QuantizedMatrix& matrix() const { return m_; }
   // Whether there are narrow kernels for where wgmma's tiles are too few.
   bool has_stand_ins() const;
+  // From now on gemm() can add (Problem::added) where there are kernels for that: can_add, for so many rows.
+  void load_adding();
+  bool can_add(std::int64_t rows) const;
   // Whether the kernel for `rows` rows can take a caller's scales as they lie (kernels::GemmArgs::scales_by_row).
   bool reads_scales_by_row(std::int64_t rows) const;
   // Whether the tiles of `rows` rows leave half of the multiprocessors without one.
@@ -114,7 +129,8 @@ class DeviceMatrix {
 
   // x -> out for this matrix as the scheme says. row_count: on the device, null: `rows`.
   void quantize(const Launcher& launcher, const kernels::RowView& x, std::int64_t rows, const std::int32_t* row_count,
-                const QuantizedRows& out, Overlap overlap = {}, bool read_once = false) const;
+                const QuantizedRows& out, Overlap overlap = {}, bool read_once = false,
+                const ClearedRows& cleared = {}) const;
 
   struct Problem {
     QuantizedRows a;
@@ -137,6 +153,7 @@ class DeviceMatrix {
     std::int64_t out_stride;
     // L2 shall keep out's lines (bf16 or fp16) longest: the launch that follows reads and drops them.
     bool keep_out = false;
+    std::optional<AddedRows> added;  // rows are added to those of out, bf16 or fp16; if can_add(likely_rows)
     kernels::OutType out_type = kernels::OutType::bf16;
     float* out_scale = nullptr;  // swiglu_block: [columns / 128, rounded up, out_rows]
     std::int64_t out_rows = 0;
@@ -148,6 +165,7 @@ class DeviceMatrix {
   struct Kernel : plan::GemmKernel {
     bool by_model;                         // the cost model may choose it
     const LoadedKernel* loaded = nullptr;  // those that may be chosen are
+    const LoadedKernel* loaded_adding = nullptr;
   };
   const std::vector<Kernel>& candidates() const { return kernels_; }
   // From now on this candidate, whatever the rows; empty: as before.

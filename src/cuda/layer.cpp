@@ -104,6 +104,7 @@ struct Plan {
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
   FewPlan few;
+  bool adds = false;  // GEMM2 adds its rows to out, if may_add
 };
 
 class CudaLayer final : public LayerBackend {
@@ -113,6 +114,7 @@ class CudaLayer final : public LayerBackend {
         hidden_(weights.hidden()),
         experts_(weights.experts()),
         weight_on_input_(o.router_weight_on_input),
+        any_order_(o.combine_order == CombineOrder::any),
         fused_gather_(o.fused_gather),
         alpha_(o.swiglu_alpha),
         limit_(o.swiglu_limit
@@ -128,8 +130,10 @@ class CudaLayer final : public LayerBackend {
     count_ = kernel("count");
     if (info_.compute_capability == 90) cluster_sort_ = kernel("sm90_sort");
     combine_ = kernel("combine");
+    if (any_order_) routed_.w2.load_adding();
     if (o.expert_map.defined()) expert_map_ = Tensor::copy_of(o.expert_map, where);
     if (o.shared_expert) shared_.emplace(*o.shared_expert, o, info_, "shared_expert.");
+    if (any_order_ && shared_) shared_->w2.load_adding();
     if (o.shared_gate.defined()) {
       const Tensor gate = to_float32(o.shared_gate, "shared_gate", {hidden_}, false);
       shared_gate_ = Tensor::copy_of(gate, where);
@@ -182,7 +186,7 @@ class CudaLayer final : public LayerBackend {
       if (plan_.tokens != tokens || plan_.top_k != top_k) plan_ = plan(tokens, top_k);
       return launch_all(a, plan_, Launcher(info_, a.stream));
     }
-    Kind& kind = recent_.find({tokens, top_k, a.stream});
+    Kind& kind = recent_.find({tokens, top_k, a.stream, may_add(a)});
     if (kind.plan.tokens < 0) kind.plan = plan(tokens, top_k);
     list_.clear();
     launch_all(a, kind.plan, Launcher(info_, list_));
@@ -221,6 +225,10 @@ class CudaLayer final : public LayerBackend {
   // Whether a good part of so many bf16 values is still in L2, and nowhere else, when the launch that follows has read
   // them. Of more, telling L2 that they are worth nothing then costs as much as it saves (docs/kernels.md).
   bool stays_in_l2(std::int64_t values) const { return values * 2 <= 3 * std::int64_t{info_.l2_bytes}; }
+  // Whether out's elements can be added to by pairs, eight columns at once.
+  bool may_add(const ForwardArgs& a) const {
+    return any_order_ && a.out.dtype() != DType::float32 && rows_are_aligned(a.out);
+  }
   // Whether combine drops y's lines (kernels::CombineArgs::read_once), which L2 keeps for it until then.
   bool drops_y(std::int64_t routes) const { return hidden_ % 256 == 0 && stays_in_l2(likely_rows(routes) * hidden_); }
 
@@ -308,6 +316,7 @@ class CudaLayer final : public LayerBackend {
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     if (p.few.stages > 0) return launch_few(a, p, launcher, base);
     const std::int64_t tokens = p.tokens;
+    const bool adds = p.adds && may_add(a);
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
     };
@@ -326,7 +335,10 @@ class CudaLayer final : public LayerBackend {
     launcher.stage("quantise x");
     // Beside the sort, which has waited for all that came before it; so the GEMM that follows may not look at the
     // sort's offsets before it has waited.
-    routed_.w13.quantize(launcher, x, tokens, nullptr, xq, {.beside_last = true, .next_early = true});
+    const auto out_bytes = static_cast<std::int64_t>(size_bytes(a.out.dtype()));
+    const bool clears = adds && !a.accumulate;
+    routed_.w13.quantize(launcher, x, tokens, nullptr, xq, {.beside_last = true, .next_early = true}, false,
+                         {clears ? a.out.data() : nullptr, a.out.strides()[0] * out_bytes, hidden_ * out_bytes});
     if (shared_) {
       if (shared_gate_.defined()) {
         launcher.stage("shared gate");
@@ -346,7 +358,8 @@ class CudaLayer final : public LayerBackend {
       first.taken = ints(p.token_offsets) + 2;
       first.index_late = true;
       first.rows = tokens;
-      run_expert(launcher, *shared_, p.shared, base, p, first, ints(p.token_offsets) + 1, tokens);
+      if (adds) first.added = AddedRows{nullptr, floats(p.shared_weight)};
+      run_expert(launcher, *shared_, p.shared, base, p, first, ints(p.token_offsets) + 1, tokens, a.out);
     }
     DeviceMatrix::Problem first;
     first.a = xq;
@@ -363,8 +376,10 @@ class CudaLayer final : public LayerBackend {
     if (first.index_late && p.rows <= kernels::kCountedRoutes) first.routes = routes_of(a);
     first.rows = p.rows;
     first.likely_rows = likely_rows(p.rows);
-    first.row_factor = floats(p.row_factor);
-    run_expert(launcher, routed_, p.routed, base, p, first, ints(p.offsets) + experts_, p.rows);
+    if (weight_on_input_) first.row_factor = floats(p.row_factor);
+    if (adds) first.added = AddedRows{ints(p.row_token), weight_on_input_ ? nullptr : floats(p.row_factor)};
+    run_expert(launcher, routed_, p.routed, base, p, first, ints(p.offsets) + experts_, p.rows, a.out);
+    if (adds) return launcher.stage(nullptr);
 
     const kernels::CombineArgs args{
         .y = at(p.routed.y, static_cast<std::uint16_t*>(nullptr)),
@@ -437,9 +452,13 @@ class CudaLayer final : public LayerBackend {
     // The sort's last step is beside the first of those that follow.
     if (sort_chunks(p.rows) > 1 && !sorts_by_cluster(p.rows))
       p.chunk_counts = p.memory.add(sort_chunks(p.rows) * experts_ * 4, kSort, kQuantizeX);
-    p.row_token = p.memory.add(p.rows * 4, kSort, kGemm1);
+    p.row_token = p.memory.add(p.rows * 4, kSort, any_order_ ? kGemm2 : kGemm1);
     p.route_row = p.memory.add(p.rows * 4, kSort, kCombine);
-    if (weight_on_input_) p.row_factor = p.memory.add(p.rows * 4, kSort, kGemm1);
+    if (weight_on_input_) {
+      p.row_factor = p.memory.add(p.rows * 4, kSort, kGemm1);
+    } else if (any_order_) {
+      p.row_factor = p.memory.add(p.rows * 4, kSort, kGemm2);
+    }
     p.x = add_rows(p, routed_.w13, tokens, kQuantizeX, fused_gather_ ? kGemm1 : kGather);
     if (!fused_gather_) p.gathered = add_rows(p, routed_.w13, p.rows, kGather, kGemm1);
     if (shared_) {
@@ -450,6 +469,7 @@ class CudaLayer final : public LayerBackend {
     }
     p.routed = add_expert(p, routed_, p.rows, experts_, id_limit_, kGemm1, kActivate, kQuantizeH, kGemm2);
     p.few = plan_few(tokens, top_k);
+    p.adds = any_order_ && routed_.w2.can_add(likely_rows(p.rows)) && (!shared_ || shared_->w2.can_add(tokens));
     // Also where this call is none for them: a caller's workspace may serve smaller ones.
     if (few_gate_up_ != nullptr) {
       const std::int64_t most = std::min<std::int64_t>(kernels::kFewTokens * top_k, kernels::kFewRoutes);
@@ -513,9 +533,10 @@ class CudaLayer final : public LayerBackend {
     launcher(*gather_, p.rows, args);
   }
 
-  // From quantised rows (first.a) to y. row_count: on the device.
+  // From quantised rows (first.a) to y or, where first.added says where, to rows of out. row_count: on the device.
   void run_expert(const Launcher& launcher, const Expert& e, const ExpertBuffers& b, std::uint8_t* base, const Plan& p,
-                  DeviceMatrix::Problem first, const std::int32_t* row_count, std::int64_t rows) const {
+                  DeviceMatrix::Problem first, const std::int32_t* row_count, std::int64_t rows,
+                  const TensorView& out) const {
     const auto at = [&](int buffer) { return buffer < 0 ? nullptr : base + p.memory.offset(buffer); };
     auto* h = reinterpret_cast<std::uint16_t*>(at(b.h));
     const QuantizedRows hq{reinterpret_cast<std::int8_t*>(at(b.hq)), reinterpret_cast<float*>(at(b.h_scale)),
@@ -526,6 +547,7 @@ class CudaLayer final : public LayerBackend {
     ++second.taken;
     second.index_late = false;
     second.routes = {};
+    first.added.reset();
     first.up_first = e.up_first;
     first.limit = limit_;
     first.out = b.requantizes() ? static_cast<void*>(hq.q) : e.fused ? static_cast<void*>(h) : at(b.v);
@@ -563,16 +585,23 @@ class CudaLayer final : public LayerBackend {
     second.a = hq;
     second.row_source = nullptr;
     second.row_factor = nullptr;
-    second.out = at(b.y);
-    second.out_stride = hidden_;
-    second.keep_out = &e == &routed_ && drops_y(p.rows);
+    if (second.added) {
+      second.out = out.data();
+      second.out_stride = out.strides()[0];
+      second.out_type = out_type(out.dtype());
+      second.keep_out = true;
+    } else {
+      second.out = at(b.y);
+      second.out_stride = hidden_;
+      second.keep_out = &e == &routed_ && drops_y(p.rows);
+    }
     launcher.stage("gemm2");
     e.w2.gemm(launcher, second);
   }
 
   const DeviceInfo& info_;
   std::int64_t hidden_, experts_;
-  bool weight_on_input_, fused_gather_;
+  bool weight_on_input_, any_order_, fused_gather_;
   float alpha_, limit_;
   std::int64_t id_limit_;
   Expert routed_;

@@ -13,7 +13,8 @@ namespace octomoe::cuda {
 struct CallKind {
   std::int64_t tokens;
   int top_k;
-  Stream stream;  // a graph runs once at a time: a stream has its own
+  Stream stream;      // a graph runs once at a time: a stream has its own
+  bool adds = false;  // out may be added to, which takes other launches
   bool operator==(const CallKind&) const = default;
 };
 

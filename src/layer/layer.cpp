@@ -78,6 +78,12 @@ struct PreparedMatrix::Impl {
   mutable std::mutex mutex;
 };
 
+CombineOrder parse_combine_order(const std::string& text) {
+  if (text == "slots") return CombineOrder::slots;
+  if (text == "any") return CombineOrder::any;
+  bad_argument("combine_order: expected slots or any, got \"{}\"", text);
+}
+
 KernelFamily parse_kernel_family(const std::string& text) {
   if (text == "automatic") return KernelFamily::automatic;
   if (text == "sm80") return KernelFamily::sm80;

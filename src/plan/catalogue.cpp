@@ -22,7 +22,7 @@ using kernels::TokenMajorConfig;
 using kernels::WgmmaConfig;
 
 constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
-constexpr const char* kEpilogues[] = {"store", "swiglu", "swiglu_block"};
+constexpr const char* kEpilogues[] = {"store", "swiglu", "swiglu_block", "add"};
 
 struct Tile {
   int m, n, k, stages, warps_m, warps_n, min_blocks;
@@ -117,7 +117,8 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
 // The SM90 family's kernels: int8_channel (sm90/grouped_gemm.cuh), ...
 constexpr WgmmaConfig kWgmma[] = {
     {Epilogue::store, 128, 4, 5, 1},  {Epilogue::swiglu, 128, 4, 5, 1}, {Epilogue::store, 160, 3, 5, 1},
-    {Epilogue::swiglu, 160, 3, 5, 1}, {Epilogue::store, 160, 3, 5, 2},
+    {Epilogue::swiglu, 160, 3, 5, 1}, {Epilogue::store, 160, 3, 5, 2},  {Epilogue::add, 128, 4, 5, 1},
+    {Epilogue::add, 160, 3, 5, 1},    {Epilogue::add, 160, 3, 5, 2},
 };
 // ... and sums per K-block (sm90/token_major.cuh). Three sets of sums leave registers for half as many weight rows.
 constexpr TokenMajorConfig kTokenMajor[] = {
@@ -127,7 +128,10 @@ constexpr TokenMajorConfig kTokenMajor[] = {
     {Promotion::hybrid, Epilogue::swiglu, 2, 4, 1},       {Promotion::hybrid, Epilogue::store, 2, 4, 2},
     {Promotion::hybrid, Epilogue::swiglu, 2, 4, 2},       {Promotion::hybrid_flush, Epilogue::store, 1, 6, 1},
     {Promotion::hybrid_flush, Epilogue::swiglu, 1, 6, 1}, {Promotion::hybrid_flush, Epilogue::store, 1, 6, 2},
-    {Promotion::hybrid_flush, Epilogue::swiglu, 1, 6, 2},
+    {Promotion::hybrid_flush, Epilogue::swiglu, 1, 6, 2}, {Promotion::block, Epilogue::add, 2, 4, 1},
+    {Promotion::block, Epilogue::add, 2, 4, 2},           {Promotion::hybrid, Epilogue::add, 2, 4, 1},
+    {Promotion::hybrid, Epilogue::add, 2, 4, 2},          {Promotion::hybrid_flush, Epilogue::add, 1, 6, 1},
+    {Promotion::hybrid_flush, Epilogue::add, 1, 6, 2},
 };
 
 template <class Config>

@@ -17,11 +17,20 @@ using kernels::WgmmaConfig;
 
 }  // namespace
 
+// Of the kernel that adds what this one stores.
+template <class Config>
+std::string adding_id(Config c) {
+  if (c.epilogue != Epilogue::store) return {};
+  c.epilogue = Epilogue::add;
+  return gemm_id(c);
+}
+
 std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, int block_k) {
   std::vector<GemmKernel> list;
   for (const WgmmaConfig& c : wgmma_configs()) {
     if (promotion != Promotion::channel || c.epilogue != epilogue) continue;
     list.push_back({.id = gemm_id(c),
+                    .adding = adding_id(c),
                     .wgmma = true,
                     .block_m = c.block_m(),
                     .block_n = c.block_n,
@@ -35,6 +44,7 @@ std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, in
       continue;
     }
     list.push_back({.id = gemm_id(c),
+                    .adding = adding_id(c),
                     .wgmma = true,
                     .block_m = c.block_m(),
                     .block_n = TokenMajorConfig::kBlockN,

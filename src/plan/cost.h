@@ -14,6 +14,7 @@ namespace octomoe::plan {
 // A GEMM kernel that can run a matrix stack.
 struct GemmKernel {
   std::string id;
+  std::string adding = {};  // of the kernel that has the same tiles and adds them to rows of out; empty: there is none
   bool wgmma = false;
   int block_m = 0, block_n = 0;  // a tile: weight rows, most tokens
   int min_n = 16;                // wgmma: tokens that a tile is computed for at least

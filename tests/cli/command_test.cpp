@@ -86,6 +86,8 @@ TEST_F(Command, UsageErrorsAreTwo) {
   for (const char* flag : {"--graph", "--profile", "--no-fused-gather", "--no-fused-activation", "--no-replay"})
     expect_error(run_cli({"bench", flag}), 2, "for --device cuda");
   expect_error(run_cli({"bench", "--family", "sm80"}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--combine-order", "any"}), 2, "for --device cuda");
+  expect_error(run_cli({"bench", "--device", "cuda", "--combine-order", "fast"}), 2, "--combine-order");
   expect_error(run_cli({"bench", "--device", "cuda", "--family", "sm75"}), 2, "--family");
   expect_error(run_cli({"bench", "--study", "grouping"}), 2, "for --device cuda");
   expect_error(run_cli({"bench", "--device", "cuda", "--study", "tiles"}), 2, "--study");
@@ -492,6 +494,14 @@ TEST_F(GpuCommand, ProfileShowsEveryStage) {
   }
   EXPECT_THAT(names, ElementsAre("route", "sort", "quantise x", "gather", "gemm1", "activate", "quantise h", "gemm2",
                                  "combine"));
+}
+
+TEST_F(GpuCommand, CombineOrder) {
+  TempFolder folder;
+  const Result r = run_cli(small_bench(
+      {"--device", "cuda", "--graph", "--combine-order", "any", "--tokens", "2,900", "--json", folder / "b.json"}));
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_EQ(Json::parse(read_file(folder / "b.json"))["combine_order"], "any");
 }
 
 TEST_F(GpuCommand, StudyComparesTheWays) {

@@ -77,6 +77,8 @@ struct GemmCase {
   float limit = std::bit_cast<float>(0x7f800000u);
   bool extreme = false;  // blocks: scales and row factors that make some rows of h zero, tiny, Inf and NaN
   bool panels = false;   // of weights
+  // Rows are added to those of out, a few to one, with values of which every sum is exact in whatever order.
+  bool adds = false;
   // Instead of the experts' offsets: what is computed is of no interest then, only where it goes.
   std::vector<std::int32_t> wrong_offsets{};
   std::vector<std::int32_t> early_offsets{};  // what the offsets are while the launch before has not ended
@@ -89,15 +91,21 @@ struct GemmProblem {
   kernels::GemmArgs args{};
   Memory<std::int8_t> a, w, panels;
   Memory<float> a_scale, w_scale, row_factor, bias, out_scale;
-  Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source, taken;
+  Memory<std::int32_t> a_q, a_zero, column_sum, offsets, row_source, taken, add_to;
+  Memory<float> add_weight;
   Memory<float> a_scale_by_row;
   Memory<std::uint8_t> w_q, a_q_by_row, out;
   std::int64_t out_rows = 0, width = 0;
 
   explicit GemmProblem(const GemmCase& with) : c(with) {
     std::mt19937 rng(c.seed);
-    const auto byte = [&] { return static_cast<int>(rng() % 256) - 128; };
-    const auto scale = [&] { return 0.001f + 0.00001f * static_cast<float>(rng() % 1000); };
+    const auto byte = [&] {
+      if (c.adds) return rng() % 14 != 0 ? 0 : rng() % 2 != 0 ? 1 : -1;
+      return static_cast<int>(rng() % 256) - 128;
+    };
+    const auto scale = [&] {
+      return c.adds ? (rng() % 2 != 0 ? 1.0f : 0.5f) : 0.001f + 0.00001f * static_cast<float>(rng() % 1000);
+    };
     const auto experts = static_cast<int>(c.rows.size());
     const auto count = [](std::int64_t a, std::int64_t b = 1, std::int64_t d = 1) {
       return static_cast<std::size_t>(a * b * d);
@@ -131,7 +139,7 @@ struct GemmProblem {
         !blocks ? count(experts, c.per_tensor ? 1 : c.n)
                 : count(experts, blocks_n, c.promotion == kernels::Promotion::block ? blocks_k : super),
         scale);
-    const auto integer_scale = [&] { return 1 + rng() % 16; };
+    const auto integer_scale = [&] { return 1 + rng() % (c.adds ? 2 : 16); };
     if (c.promotion >= kernels::Promotion::hybrid) {
       a_q = Memory<std::int32_t>::of(count(blocks_k, a_rows), integer_scale);
       w_q = Memory<std::uint8_t>::of((count(experts, blocks_n, blocks_k) + 3) / 4 * 4, integer_scale);
@@ -159,6 +167,11 @@ struct GemmProblem {
     if (c.quantized) out_scale = Memory<float>(count((width + 127) / 128, rows));
     taken = Memory<std::int32_t>(1);
     taken[0] = 0;
+    if (c.adds) {
+      const auto to = static_cast<unsigned>(rows / 3 + 1);
+      if (c.seed % 3 != 2) add_to = Memory<std::int32_t>::of(count(rows), [&] { return rng() % to; });
+      if (c.seed % 3 != 1) add_weight = Memory<float>::of(count(rows), scale);
+    }
     clear();
     if (c.panels) {
       panels = Memory<std::int8_t>(w.size());
@@ -216,13 +229,26 @@ struct GemmProblem {
             .limit = c.limit,
             .out_rows = out_rows,
             .out_scale = out_scale.data(),
-            .out_hint = kernels::kEvictNormal};
+            .out_hint = kernels::kEvictNormal,
+            .add_to = add_to.data(),
+            .add_weight = add_weight.data()};
   }
 
   int elem_bytes() const { return c.quantized ? 1 : !c.gated && c.out == kernels::OutType::f32 ? 4 : 2; }
   void clear() {
     std::fill_n(out.data(), out.size(), std::uint8_t{0xa5});
     std::fill_n(out_scale.data(), out_scale.size(), kUntouched);
+    for (std::int64_t i = 0; c.adds && i < out_rows * width; ++i) {
+      put(out.data(), i / width, i % width, static_cast<float>(i % 3));
+    }
+  }
+  // A value of out, as bf16 or fp16.
+  std::uint8_t* place(std::uint8_t* all, std::int64_t row, std::int64_t column) const {
+    return all + (row * (width + 16) + column) * elem_bytes();
+  }
+  void put(std::uint8_t* all, std::int64_t row, std::int64_t column, float v) const {
+    const std::uint16_t h = c.gated || c.out == kernels::OutType::bf16 ? num::float_to_bf16(v) : num::float_to_fp16(v);
+    std::memcpy(place(all, row, column), &h, 2);
   }
 
   // v of an output row and a weight row of expert e, bias included.
@@ -279,6 +305,10 @@ struct GemmProblem {
     std::vector<std::uint8_t> to(out.size(), 0xa5);
     scales.assign(out_scale.size(), kUntouched);
     std::vector<float> values(static_cast<std::size_t>(width));  // of a row that is quantised
+    if (c.adds) {
+      expect_sums(to);
+      return to;
+    }
     for (int e = 0; e < args.experts; ++e) {
       const std::int64_t begin = c.masked ? std::int64_t{e} * args.masked_rows : args.expert_offsets[e];
       for (std::int64_t row = begin; row < begin + c.rows[static_cast<std::size_t>(e)]; ++row) {
@@ -298,13 +328,10 @@ struct GemmProblem {
             values[static_cast<std::size_t>(column)] = num::bf16_to_float(num::float_to_bf16(v));
             continue;
           }
-          std::uint8_t* at = to.data() + (row * args.out_stride + column) * elem_bytes();
           if (elem_bytes() == 4) {
-            std::memcpy(at, &v, 4);
+            std::memcpy(place(to.data(), row, column), &v, 4);
           } else {
-            const std::uint16_t h =
-                c.gated || c.out == kernels::OutType::bf16 ? num::float_to_bf16(v) : num::float_to_fp16(v);
-            std::memcpy(at, &h, 2);
+            put(to.data(), row, column, v);
           }
         }
         for (int begin = 0; c.quantized && begin < width; begin += 128) {
@@ -322,6 +349,30 @@ struct GemmProblem {
       }
     }
     return to;
+  }
+
+  // Sums of rows and what out held before: exact, or the problem is a wrong one.
+  void expect_sums(std::vector<std::uint8_t>& to) const {
+    std::vector<float> sums(static_cast<std::size_t>(out_rows * width));
+    for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = static_cast<float>(i % 3);
+    float most = 0.0f;  // what the additions pass by
+    for (int e = 0; e < args.experts; ++e) {
+      for (std::int64_t row = args.expert_offsets[e]; row < args.expert_offsets[e + 1]; ++row) {
+        const std::int64_t at = args.add_to != nullptr ? args.add_to[row] : row;
+        const float weight = args.add_weight != nullptr ? args.add_weight[row] : 1.0f;
+        for (int column = 0; column < width; ++column) {
+          float& sum = sums[static_cast<std::size_t>(at * width + column)];
+          const float v = weight * value(e, row, column);
+          sum += v;
+          most = std::max({most, std::abs(sum), std::abs(v)});
+          ASSERT_EQ(v * 8.0f, std::rint(v * 8.0f));
+        }
+      }
+    }
+    ASSERT_LE(most, 32.0f) << "problem " << c.seed;  // eight bits, of which three behind the point
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      put(to.data(), static_cast<std::int64_t>(i) / width, static_cast<std::int64_t>(i) % width, sums[i]);
+    }
   }
 
   // Runs run(args, schedule) and compares every byte of out and out_scale.

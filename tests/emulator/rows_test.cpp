@@ -45,6 +45,7 @@ struct QuantizeCase {
   int rows, k, block_k = 128, super_group = 3;
   DType type = DType::bfloat16;
   bool aligned = true, read_once = false;
+  int clear = 0;  // bytes of a row of another tensor
 };
 
 template <RowScheme S, int kRowThreads, int kPasses>
@@ -85,6 +86,10 @@ void check_quantize(const QuantizeCase& c) {
   const std::int32_t count = c.rows;
   // What is read once is worth nothing afterwards; there, rows begin at multiples of 128 bytes.
   const Memory<char> once(c.read_once ? x.bytes() : 0);
+  // Rows that become zeros, each with 16 bytes behind it that do not.
+  const std::size_t clear_stride = static_cast<std::size_t>(c.clear) + 16;
+  const Memory<std::uint8_t> cleared(c.clear > 0 ? (rows + 1) * clear_stride : 0);
+  std::fill_n(cleared.data(), cleared.size(), std::uint8_t{0x55});
   const kernels::QuantizeArgs args{
       .x = {c.read_once ? once.data() : x.view().data(), stride, row_type(c.type), c.aligned},
       .rows = c.rows + 1,
@@ -101,7 +106,10 @@ void check_quantize(const QuantizeCase& c) {
       .q_max = scheme.q_max,
       .beside_last = 0,
       .next_early = 0,
-      .read_once = c.read_once};
+      .read_once = c.read_once,
+      .clear = cleared.data(),
+      .clear_stride = static_cast<std::int64_t>(clear_stride),
+      .clear_bytes = c.clear};
   std::memset(q.data(), 0x55, q.size());
   run(
       2, kernels::kQuantizeThreads, [&] { kernels::quantize_rows<S, kRowThreads, kPasses>(args); }, 0, 1,
@@ -129,6 +137,10 @@ void check_quantize(const QuantizeCase& c) {
       ASSERT_EQ(want.block[b], block_q[b * ld + r]) << "row " << r << ", block " << b;
     }
   }
+  for (std::size_t i = 0; i < cleared.size(); ++i) {
+    const bool inside = i / clear_stride < rows && i % clear_stride < static_cast<std::size_t>(c.clear);
+    ASSERT_EQ(cleared[i], inside ? 0 : 0x55) << "cleared byte " << i;
+  }
   for (std::size_t i = 0; i < static_cast<std::size_t>(c.k); ++i)
     ASSERT_EQ(q[rows * static_cast<std::size_t>(c.k) + i], 0x55);
 }
@@ -143,7 +155,9 @@ void check_quantize_sizes() {
   check_quantize<S, 256, 1>({.rows = 5, .k = 1040});
   check_quantize<S, 256, 4>({.rows = 5, .k = 4112, .block_k = 96, .super_group = 7});
   check_quantize<S, 256, 0>({.rows = 5, .k = 8208, .block_k = 256, .super_group = 256, .aligned = false});
-  check_quantize<S, 32, 4>({.rows = 1, .k = 16});
+  check_quantize<S, 32, 4>({.rows = 1, .k = 16, .clear = 16});
+  check_quantize<S, 32, 4>({.rows = 21, .k = 272, .type = DType::float32, .clear = 2 * 272});
+  check_quantize<S, 256, 1>({.rows = 5, .k = 1040, .clear = 2 * 4624});
 }
 TEST(QuantizeRows, Channel) { check_quantize_sizes<RowScheme::channel>(); }
 TEST(QuantizeRows, Static) { check_quantize_sizes<RowScheme::static_scale>(); }

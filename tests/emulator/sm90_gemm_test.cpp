@@ -324,6 +324,34 @@ TEST(Sm90Gemm, ClustersOfTwo) {
   check<config(Epilogue::store, 160, 2)>({.rows = {5, 0, 37, 400}, .n = 544, .k = 144, .seed = 33}, 1);
 }
 
+// Rows that are added up in out: to rows of their own and of others, times a weight or not, from tiles of one stage on.
+template <auto kConfig>
+void check_adds(std::uint32_t seed) {
+  for (const OutType out : {OutType::bf16, OutType::fp16}) {
+    for (const int k : {48, 128, 272}) {
+      check<kConfig>({.rows = {5, 0, 37, 1, 150}, .n = 288, .k = k, .out = out, .adds = true, .seed = seed++}, 2);
+    }
+  }
+  check<kConfig>({.rows = {130, 7, 20, 0, 129, 3, 16, 31}, .n = 544, .k = 112, .adds = true, .seed = seed}, 1);
+  check<kConfig>({.rows = {70, 3}, .n = 96, .k = 256, .panels = true, .adds = true, .seed = seed + 1}, 3);
+  check<kConfig>({.rows = {0, 0}, .n = 64, .k = 48, .adds = true, .seed = seed + 2});
+}
+TEST(Sm90Gemm, ChannelAdds) {
+  check_adds<config(Epilogue::add)>(200);
+  check_adds<config(Epilogue::add, 160)>(220);
+  check_adds<config(Epilogue::add, 160, 2)>(240);
+}
+TEST(Sm90Gemm, BlockAdds) {
+  check_adds<blocks(Promotion::block, Epilogue::add)>(260);
+  check_adds<blocks(Promotion::block, Epilogue::add, 2)>(280);
+}
+TEST(Sm90Gemm, HybridAdds) {
+  check_adds<blocks(Promotion::hybrid, Epilogue::add)>(300);
+  check_adds<blocks(Promotion::hybrid, Epilogue::add, 2)>(320);
+  check_adds<blocks(Promotion::hybrid_flush, Epilogue::add)>(340);
+  check_adds<blocks(Promotion::hybrid_flush, Epilogue::add, 2)>(360);
+}
+
 // Panels of weights: one, two, and as many as stages and more; columns that end inside a tile.
 TEST(Sm90Gemm, Panels) {
   for (const int k : {128, 256, 768}) {

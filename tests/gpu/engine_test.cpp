@@ -56,6 +56,13 @@ TEST_P(Sanitized, SmallLayersEqualTheCpu) {
   LayerOptions prepacked;
   prepacked.prepack = true;
   for (const std::int64_t tokens : {2, 90}) expect_cpu_bits(case_of(scheme, 6, 256, 128, tokens, 2), prepacked);
+  LayerOptions any;
+  any.combine_order = CombineOrder::any;
+  for (const std::int64_t tokens : {40, 200}) {
+    const LayerCase c = case_of(scheme, 6, 256, 96, tokens, 2);
+    const MoeWeights w = make_weights(c, c.experts);
+    expect_any_order(run_layer(kGpu, w, any, make_input(c)), w, any, make_input(c));
+  }
   LayerCase c = case_of(scheme, 4, 128, 64, 9, 3);
   c.activation = Activation::geglu_tanh;
   c.biases = true;

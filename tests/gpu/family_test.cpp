@@ -2,10 +2,13 @@
 // can run; random problems, and a case that a race would break run after run.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <vector>
 
+#include "cuda/observe.h"
 #include "quant/matrix.h"
 #include "support/errors.h"
 #include "support/run.h"
@@ -152,6 +155,53 @@ TEST_F(Family, WhatTheSm90FamilyRefuses) {
                [&] { MoeLayer(kGpu, make_weights(c, c.experts), o); });
 }
 
+// GEMM2's rows are added to out as they come: what is launched, and what becomes of outputs that allow it and of
+// others.
+TEST_F(Family, AnyOrderIsOneLaunchLess) {
+  struct Stages : cuda::StageObserver {
+    std::vector<std::string> names;
+    void on_plan(std::size_t, std::size_t) override {}
+    void on_stage(const char* name, Stream) override {
+      if (name != nullptr) names.emplace_back(name);
+    }
+  };
+  for (const char* scheme : kSchemes) {
+    SCOPED_TRACE(scheme);
+    LayerCase c;
+    c.scheme = Scheme::parse(scheme);
+    c.experts = 16;
+    c.hidden = 1024;
+    c.intermediate = 384;
+    c.top_k = 4;
+    LayerOptions o;
+    o.family = KernelFamily::sm90;
+    o.combine_order = CombineOrder::any;
+    const MoeWeights w = make_weights(c, c.experts);
+    MoeLayer layer(kGpu, w, o);
+    for (const int tokens : {33, 900}) {
+      c.tokens = tokens;
+      const LayerInput in = make_input(c);
+      const Tensor x = on(kGpu, in.x), ids = on(kGpu, in.ids), weights = on(kGpu, in.weights);
+      for (const DType type : {DType::bfloat16, DType::float16, DType::float32}) {
+        const Tensor out = Tensor::empty(type, {c.tokens, c.hidden}, kGpu);
+        Stages stages;
+        {
+          const cuda::Observe observe(stages);
+          layer.forward(x, ids, weights, out);
+        }
+        const bool adds = type != DType::float32 && !c.scheme.asymmetric;
+        EXPECT_EQ(std::count(stages.names.begin(), stages.names.end(), "combine"), adds ? 0 : 1) << to_string(type);
+        const Tensor got = Tensor::copy_of(out);
+        if (adds) {
+          expect_any_order(got, w, o, in);
+        } else {
+          EXPECT_TRUE(same_bits(got, run_layer(Device::cpu(), w, o, in, type)));
+        }
+      }
+    }
+  }
+}
+
 // Many tiles a CTA, several experts that end inside tiles: what a missing fence or an early release would break.
 TEST_F(Family, ThousandRunsAreOneResult) {
   for (const char* scheme : {"int8_channel", "int8_hybrid"}) {
@@ -209,6 +259,7 @@ TEST_F(Family, RandomProblems) {
     o.fused_gather = upto(8) != 0;
     o.fused_activation = upto(8) != 0;
     o.fused_requantize = upto(4) != 0;
+    const bool any_order = upto(4) == 0;
     const DType outs[] = {DType::bfloat16, DType::float16, DType::float32};
     const DType out = outs[upto(3)];
     const MoeWeights w = make_weights(c, c.experts);
@@ -220,6 +271,12 @@ TEST_F(Family, RandomProblems) {
           << "problem " << i << ": " << to_string(c.scheme) << " " << to_string(c.activation) << " E" << c.experts
           << " H" << c.hidden << " I" << c.intermediate << " T" << c.tokens << " k" << c.top_k << " seed " << c.seed
           << (family == KernelFamily::sm80 ? " sm80" : " automatic") << (o.prepack ? " prepacked" : "");
+    }
+    if (any_order && out != DType::float32) {
+      SCOPED_TRACE(::testing::Message() << "problem " << i << ", in any order, " << to_string(c.scheme) << " seed "
+                                        << c.seed);
+      o.combine_order = CombineOrder::any;
+      expect_any_order(run_layer(kGpu, w, o, in, out), w, o, in);
     }
   }
 }

@@ -109,6 +109,42 @@ TEST_P(Properties, ExpertMapAndAccumulate) {
   expect_reference(got, want, "accumulate");
 }
 
+// CombineOrder::any may round otherwise, by no more than its bound; the CPU always adds in the order of the slots.
+TEST_P(Properties, AnyOrderStaysWithinItsBound) {
+  LayerCase c;
+  c.scheme = scheme;
+  c.experts = 6;
+  c.hidden = 256;
+  c.intermediate = 160;
+  c.top_k = 4;
+  const MoeWeights w = testing::make_weights(c, c.experts);
+  LayerCase other = c;
+  other.intermediate = 96;
+  for (int i = 0; i < 6; ++i) {
+    SCOPED_TRACE(i);
+    c.tokens = i == 0 ? 40 : 300;
+    LayerOptions o;
+    o.combine_order = CombineOrder::any;
+    o.router_weight_on_input = i == 2;
+    if (i >= 3) o.shared_expert = testing::make_weights(other, 1);
+    if (i >= 4) o.shared_gate = testing::random_tensor(DType::bfloat16, {c.hidden}, 5, 0.1f);
+    const DType type = i % 2 == 0 ? DType::bfloat16 : DType::float16;
+    const testing::LayerInput in = testing::make_input(c);
+    const Tensor got = run_layer(device, w, o, in, type);
+    if (device.type == DeviceType::cpu) {
+      LayerOptions slots = o;
+      slots.combine_order = CombineOrder::slots;
+      EXPECT_TRUE(same_bits(got, run_layer(device, w, slots, in, type)));
+      continue;
+    }
+    testing::expect_any_order(got, w, o, in);
+    const Tensor before = testing::random_tensor(type, {c.tokens, c.hidden}, 9), sum = Tensor::copy_of(before);
+    MoeLayer layer(device, w, o);
+    testing::forward(device, layer, in.x, in.ids, in.weights, sum, {.accumulate = true});
+    testing::expect_any_order(sum, w, o, in, before);
+  }
+}
+
 TEST_P(Properties, NeighboursDoNotMatter) {
   LayerCase c;
   c.scheme = scheme;

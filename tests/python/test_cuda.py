@@ -63,6 +63,25 @@ def test_panels_and_prepack(scheme):
         adopt(scheme, panels[0][:, :, ::2], natural[1], stored)
 
 
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+def test_combine_order(scheme):
+    weights, x, topk_weights, ids = problem(scheme)
+    try:
+        in_order = octomoe.MoeLayer(weights, device="cuda")
+    except octomoe.Unsupported as error:
+        pytest.skip(str(error))
+    layer = octomoe.MoeLayer(weights, device="cuda", combine_order="any")
+    tokens = 40 * x.shape[0]
+    x, ids, topk_weights = (t.repeat(40, 1) for t in (x, ids, topk_weights))
+    expected = in_order(x, ids, topk_weights).float()
+    for _ in range(5):  # the last ones from a graph
+        assert layer(x, ids, topk_weights).shape == expected.shape == (tokens, x.shape[1])
+        error = layer(x, ids, topk_weights).float() - expected
+        assert error.norm() < 0.01 * expected.norm()
+    exact = in_order(x, ids, topk_weights, out_dtype=torch.float32)
+    assert torch.equal(layer(x, ids, topk_weights, out_dtype=torch.float32), exact)
+
+
 def test_prepack_needs_whole_panels():
     weights = random_weights("int8_channel", 8, 256, 192)[0]
     with pytest.raises(octomoe.InvalidArgument, match="multiple of 128"):

@@ -220,6 +220,7 @@ def test_overlapping_out(weights):
         ({"expert_map": np.array([0, 1], np.int64)}, "expert_map: .*int64"),
         ({"shared_gate": np.zeros(64, np.float32)}, "shared_gate: expected none"),
         ({"device": "tpu"}, "tpu"),
+        ({"combine_order": "fast"}, 'combine_order: expected slots or any, got "fast"'),
         ({"family": "sm70"}, "family: expected automatic, sm80 or sm90, got"),
     ],
 )

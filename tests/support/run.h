@@ -150,6 +150,51 @@ inline Tensor run_layer(Device device, const MoeWeights& weights, LayerOptions o
   return out.dense();
 }
 
+// out, of a layer with CombineOrder::any and `before` in it, is within the bound of docs/schemes.md section 4 of what
+// the CPU engine makes of each slot alone.
+inline void expect_any_order(const Tensor& out, const MoeWeights& weights, const LayerOptions& options,
+                             const LayerInput& in, const Tensor& before = {}) {
+  const std::int64_t top_k = in.ids.dim(1), elems = out.elems(), hidden = weights.hidden();
+  std::vector<double> sum(static_cast<std::size_t>(elems)), size(sum);
+  const auto add = [&](const Tensor& values, double keep) {
+    for (std::int64_t i = 0; i < elems; ++i) {
+      const double v = reference::load(values.as<char>() + i * static_cast<std::int64_t>(size_bytes(values.dtype())),
+                                       values.dtype());
+      sum[static_cast<std::size_t>(i)] += v;
+      size[static_cast<std::size_t>(i)] += std::abs(v) * (1 + keep);
+    }
+  };
+  LayerOptions one = options;
+  one.shared_expert.reset();
+  one.shared_gate = {};
+  one.combine_order = CombineOrder::slots;
+  LayerInput alone{Tensor::copy_of(in.x), Tensor::copy_of(in.ids), Tensor::copy_of(in.weights)};
+  const double y = std::ldexp(1.0, -8);  // what bf16 takes or adds, which the slots' rows passed through
+  for (std::int64_t j = 0; j < top_k; ++j) {
+    for (std::int64_t i = 0; i < in.ids.elems(); ++i) {
+      alone.ids.as<std::int32_t>()[i] = i % top_k == j ? in.ids.as<std::int32_t>()[i] : -1;
+    }
+    add(run_layer(Device::cpu(), weights, one, alone, DType::float32), y);
+  }
+  if (options.shared_expert) {
+    one.shared_expert = options.shared_expert;
+    one.shared_gate = options.shared_gate;
+    for (std::int64_t i = 0; i < in.ids.elems(); ++i) alone.ids.as<std::int32_t>()[i] = -1;
+    add(run_layer(Device::cpu(), weights, one, alone, DType::float32), y);
+  }
+  if (before.defined()) add(before, 0);
+  const bool half = out.dtype() == DType::float16;
+  const double u = std::ldexp(1.0, half ? -11 : -8), least = std::ldexp(1.0, half ? -25 : -134);
+  const auto n = static_cast<double>(top_k + 2);
+  for (std::int64_t i = 0; i < elems; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    const double got = reference::load(out.as<char>() + 2 * i, out.dtype());
+    const double bound = (std::pow(1 + u, n) * (1 + y) * (1 + 1e-6) - 1) * size[at] + n * least;
+    ASSERT_LE(std::abs(got - sum[at]), bound)
+        << "token " << i / hidden << ", column " << i % hidden << ": " << got << " instead of " << sum[at];
+  }
+}
+
 inline bool same_bits(const Tensor& a, const Tensor& b) {
   return a.bytes() == b.bytes() && (a.bytes() == 0 || std::memcmp(a.view().data(), b.view().data(), a.bytes()) == 0);
 }

@@ -3,6 +3,7 @@
 
 #include "core/cache_hint.h"
 #include "core/tensor_map.h"
+#include "ptx/numerics.cuh"
 #include "ptx/sm80.cuh"
 
 namespace octomoe::ptx {
@@ -25,6 +26,32 @@ inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint3
 template <int kN>
 inline void store_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t) {
   store_if(wanted, global, v);
+}
+// Pairs of 16-bit floats, each half added and rounded by itself.
+template <int kN, class ToFloat, class FromFloats>
+inline void add_if(bool wanted, void* global, const uint32_t (&v)[kN], const ToFloat& to_float,
+                   const FromFloats& from_floats) {
+  static_assert(kN == 2 || kN == 4);
+  if (!wanted) return;
+  if (reinterpret_cast<std::uintptr_t>(global) % (kN * 4) != 0) throw std::runtime_error("add_if: not aligned");
+  uint32_t all[kN];
+  std::memcpy(all, global, sizeof(all));
+  for (int i = 0; i < kN; ++i) {
+    const auto half = [&](int h) {
+      return to_float(static_cast<uint16_t>(all[i] >> 16 * h)) + to_float(static_cast<uint16_t>(v[i] >> 16 * h));
+    };
+    all[i] = from_floats(half(1), half(0));
+  }
+  std::memcpy(global, all, sizeof(all));
+}
+template <int kN>
+inline void add_bf16_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t) {
+  add_if(
+      wanted, global, v, [](uint16_t h) { return std::bit_cast<float>(uint32_t{h} << 16); }, to_bf16x2);
+}
+template <int kN>
+inline void add_fp16_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t) {
+  add_if(wanted, global, v, from_fp16, to_fp16x2);
 }
 inline void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2, int32_t c3,
                         int32_t c4, uint32_t barrier, uint64_t) {
