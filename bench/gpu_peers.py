@@ -42,6 +42,7 @@ PEERS = ("octomoe", "lmdeploy", "humming", "deepgemm", "hybrid", "library")
 SCHEMES = (
     "int8_channel",
     "int8_channel_prepacked",
+    "int8_channel_any_order",  # of layers
     "int8_block",
     "int8_hybrid",
 )  # by default, of OctoMoE
@@ -182,7 +183,8 @@ class Peers:
                 continue
             try:
                 if name == "octomoe":
-                    for scheme in arguments.schemes[: 1 if problem.uniform else None]:
+                    schemes = [s for s in arguments.schemes if not s.endswith(adapter.ANY_ORDER)]
+                    for scheme in schemes[: 1 if problem.uniform else None]:
                         made[scheme] = {scheme: adapter.GroupedGemm(problem, scheme).call}
                 elif name == "library":
                     made |= self.make_peer_gemms(problem)

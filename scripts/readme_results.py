@@ -88,7 +88,8 @@ def bench_table(data: dict, name: str) -> str:
 
 def peers_table(data: dict, name: str) -> str:
     """OctoMoE's int8_channel beside the fastest peer of each size, in the same run."""
-    own, prepacked = "int8_channel", "int8_channel_prepacked"
+    own = "int8_channel"
+    options = {"prepacked": "int8_channel_prepacked", "in any order": "int8_channel_any_order"}
     parts = []
     for model in dict.fromkeys(result["model"] for result in data["results"]):
         times: dict[int, dict[str, float]] = {}
@@ -101,7 +102,7 @@ def peers_table(data: dict, name: str) -> str:
             ["", "Humming"],
             ["", "fastest peer / OctoMoE"],
         ]
-        packed = ["", "prepacked"]
+        with_options = [["", title] for title in options]
         for t in sorted(times):
             at = times[t]
             humming = min(
@@ -109,13 +110,13 @@ def peers_table(data: dict, name: str) -> str:
             )
             peers = [us for peer, us in at.items() if not peer.startswith("int8_")]
             rows[0].append(microseconds(at[own]))
-            packed.append(microseconds(at[prepacked]) if prepacked in at else "-")
+            for line, option in zip(with_options, options.values()):
+                line.append(microseconds(at[option]) if option in at else "-")
             rows[1].append(microseconds(at["lmdeploy"]) if "lmdeploy" in at else "-")
             rows[2].append(microseconds(humming) if humming else "-")
             rows[3].append(f"**{min(peers) / at[own]:.2f}x**" if peers else "-")
         header = ["model", "", *(f"T = {t}" for t in sorted(times))]
-        if any(cell != "-" for cell in packed[2:]):
-            rows.insert(1, packed)
+        rows[1:1] = [line for line in with_options if any(cell != "-" for cell in line[2:])]
         parts.append(table(header, rows))
     versions = {peer: v for run in data["runs"] for peer, v in run["peers"].items()}
     listed = ", ".join(f"{peer} {v}" for peer, v in versions.items() if peer != "octomoe")

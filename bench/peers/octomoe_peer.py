@@ -1,6 +1,7 @@
 """OctoMoE itself, through its Python package: one contender for each integer scheme.
 
-A scheme's name that ends with _prepacked: its weights are copied into panels beforehand.
+A scheme's name that ends with _prepacked: its weights are copied into panels beforehand. With
+_any_order: a layer's rows are added up as they come.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ except ImportError as error:
     raise PeerMissing(f"octomoe: {error}") from error
 
 VERSION = octomoe.__version__
-PREPACKED = "_prepacked"
+PREPACKED, ANY_ORDER = "_prepacked", "_any_order"
 
 
 class Layer:
     """One of the integer schemes on the problem's weights, where they lie."""
 
     def __init__(self, problem: LayerProblem, name: str) -> None:
-        scheme = name.removesuffix(PREPACKED)
+        scheme = name.removesuffix(PREPACKED).removesuffix(ANY_ORDER)
         form = problem.form(scheme)
         kind, block_k = parse_scheme(scheme)
         if kind == "channel":
@@ -34,7 +35,10 @@ class Layer:
             weights = octomoe.MoeWeights.from_int8_hybrid(*form, scheme=scheme)
         self.weights = weights
         self.layer = octomoe.MoeLayer(
-            weights, device=problem.device, prepack=name.endswith(PREPACKED)
+            weights,
+            device=problem.device,
+            prepack=name.endswith(PREPACKED),
+            combine_order="any" if name.endswith(ANY_ORDER) else "slots",
         )
         self.workspace = torch.empty(0, dtype=torch.uint8, device=problem.device)
 
