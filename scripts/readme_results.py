@@ -110,7 +110,7 @@ def peers_table(data: dict, name: str) -> str:
             )
             peers = [us for peer, us in at.items() if not peer.startswith("int8_")]
             rows[0].append(microseconds(at[own]))
-            for line, option in zip(with_options, options.values()):
+            for line, option in zip(with_options, options.values(), strict=True):
                 line.append(microseconds(at[option]) if option in at else "-")
             rows[1].append(microseconds(at["lmdeploy"]) if "lmdeploy" in at else "-")
             rows[2].append(microseconds(humming) if humming else "-")
