@@ -27,10 +27,11 @@ KernelFamily parse_kernel_family(const std::string& text);  // "automatic", "sm8
 // In which order a token's rows are added up.
 enum class CombineOrder : std::uint8_t {
   slots,  // that of topk_ids, in float32, rounded once: the same bits on every engine and in every batch
-  // As it comes: on SM90 GEMM2 adds its rows to a bf16 or fp16 out, whose rows begin at multiples of 16 bytes, and each
-  // sum is rounded to out's dtype. Last bits may differ from call to call and with who else is in the batch;
-  // docs/schemes.md, section 4, has the bound. Where that cannot be done, as slots: on other devices and with biases of
-  // w2, asymmetric schemes and a few tokens, for which other kernels are faster.
+  // As they come: GEMM2 adds its rows to out, and each sum is rounded to out's dtype. Last bits may differ from call to
+  // call and with who else is in the batch; docs/schemes.md, section 4, has the bound. Done where GEMM2's kernel, the
+  // shared expert's too, is one of SM90's, without biases of w2 and zero points, and out is bf16 or fp16 with rows that
+  // begin at multiples of 16 bytes; everywhere else, also with a few tokens, for which other kernels are faster, as
+  // slots.
   any,
 };
 

@@ -106,8 +106,8 @@ struct WgmmaConfig {
   OCTOMOE_HD constexpr bool gated() const { return is_gated(epilogue); }
   OCTOMOE_HD constexpr bool adds() const { return epilogue == Epilogue::add; }
   OCTOMOE_HD constexpr int features() const { return gated() ? block_m() / 2 : block_m(); }  // output columns of a tile
-  // Stages that a tile has at least, K being filled up with zeros: adding takes larger tables, and with tiles of one
-  // stage there would have to be six.
+  // Stages that a tile has at least, K being filled up with zeros: adding takes larger tables, of which tiles of one
+  // stage would need six, and shared memory has room for four with 128 tokens.
   OCTOMOE_HD constexpr int least_stages() const { return adds() ? 2 : 1; }
   // Tiles whose tables may be in use at once. The producer writes one with a tile's first stage, before which the
   // consumers have left the stage token_stages back, and so finished all tiles before that stage's.

@@ -66,7 +66,7 @@ struct GroupedGemm {
   };
   static_assert(sizeof(Shared) <= C.pipeline_bytes());
 
-  // Whether first weights are asked for before a caller's offsets are certain; a layer's own come otherwise.
+  // Whether first weights are asked for before a caller's offsets are certain. Only grouped_gemm has such, and stores.
   static constexpr bool kReadsEarly = C.cluster == 1 && C.epilogue == Epilogue::store;
 
   struct Stage {
@@ -89,6 +89,7 @@ struct GroupedGemm {
   // Columns past K arrive as zeros.
   static __device__ __forceinline__ int32_t k_tiles_of(const GemmArgs& args) {
     const int32_t tiles = (args.k + 127) / 128;
+    // A maximum with 1 would change nothing but what the compiler makes of the main loop.
     if constexpr (C.least_stages() == 1) return tiles;
     return max(tiles, C.least_stages());
   }

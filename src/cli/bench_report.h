@@ -60,11 +60,11 @@ struct BenchReport {
   Machine machine;
   std::string device = "cpu";
   nlohmann::ordered_json gpu = nullptr;
-  std::string family = "automatic";  // GPU: LayerOptions::family
-  bool graph = false;                // GPU: calls were replayed from a CUDA graph
-  bool prepack = false;              // GPU: weights in panels
-  std::string combine_order;         // octomoe::CombineOrder
-  bool replay = true;                // GPU: the layer may launch graphs of its own (LayerOptions::replays)
+  std::string family = "automatic";     // GPU: LayerOptions::family
+  bool graph = false;                   // GPU: calls were replayed from a CUDA graph
+  bool prepack = false;                 // GPU: weights in panels
+  std::string combine_order = "slots";  // GPU: LayerOptions::combine_order
+  bool replay = true;                   // GPU: the layer may launch graphs of its own (LayerOptions::replays)
   int threads = 0;
   Ceilings ceilings;
   std::string model;  // the preset, or "custom"

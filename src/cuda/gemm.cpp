@@ -351,12 +351,15 @@ const DeviceMatrix::Kernel& DeviceMatrix::by_cost(std::int64_t rows) const {
   return *best;
 }
 
-void DeviceMatrix::load_adding() {
-  if (bias_.defined() || m_.scheme.asymmetric) return;
+bool DeviceMatrix::load_adding() {
+  if (bias_.defined() || m_.scheme.asymmetric) return false;
+  bool any = false;
   for (Kernel& k : kernels_) {
-    if (k.loaded != nullptr && !k.adding.empty())
-      k.loaded_adding = &load(plan::entry(k.adding), m_.values.device().index);
+    if (k.loaded == nullptr || k.adding.empty()) continue;
+    k.loaded_adding = &load(plan::entry(k.adding), m_.values.device().index);
+    any = true;
   }
+  return any;
 }
 
 bool DeviceMatrix::can_add(std::int64_t rows) const { return choose(rows).loaded_adding != nullptr; }
@@ -369,6 +372,7 @@ void DeviceMatrix::gemm(const Launcher& launcher, const Problem& p) const {
   const std::int64_t rows = p.likely_rows > 0 ? p.likely_rows : p.rows;
   const Kernel& kernel = choose(rows);
   const Scheme& s = m_.scheme;
+  if (p.added && kernel.loaded_adding == nullptr) fail(ErrorCode::internal, "{} cannot add to rows", kernel.id);
   const kernels::GemmArgs args{
       .a = p.a.q,
       .w = m_.values.as<std::int8_t>(),

@@ -116,8 +116,9 @@ class DeviceMatrix {
   const QuantizedMatrix& matrix() const { return m_; }
   // Whether there are narrow kernels for where wgmma's tiles are too few.
   bool has_stand_ins() const;
-  // From now on gemm() can add (Problem::added) where there are kernels for that: can_add, for so many rows.
-  void load_adding();
+  // Loads the kernels that add (Problem::added), beside those that may be chosen; false: there is none. can_add: the
+  // one for `rows` rows does.
+  bool load_adding();
   bool can_add(std::int64_t rows) const;
   // Whether the kernel for `rows` rows can take a caller's scales as they lie (kernels::GemmArgs::scales_by_row).
   bool reads_scales_by_row(std::int64_t rows) const;
@@ -151,9 +152,11 @@ class DeviceMatrix {
     const float* bias = nullptr;  // null: the matrix's own
     void* out;
     std::int64_t out_stride;
-    // L2 shall keep out's lines (bf16 or fp16) longest: the launch that follows reads and drops them.
+    // L2 shall keep out's lines (bf16 or fp16) longest: the launch that follows reads and drops them, or rows are added
+    // to them again and again.
     bool keep_out = false;
-    std::optional<AddedRows> added;  // rows are added to those of out, bf16 or fp16; if can_add(likely_rows)
+    // Rows are added to those of out, bf16 or fp16, aligned to 16 bytes; if can_add, for what the kernel is chosen for.
+    std::optional<AddedRows> added;
     kernels::OutType out_type = kernels::OutType::bf16;
     float* out_scale = nullptr;  // swiglu_block: [columns / 128, rounded up, out_rows]
     std::int64_t out_rows = 0;
@@ -163,9 +166,9 @@ class DeviceMatrix {
   void gemm(const Launcher& launcher, const Problem& problem) const;
 
   struct Kernel : plan::GemmKernel {
-    bool by_model;                         // the cost model may choose it
-    const LoadedKernel* loaded = nullptr;  // those that may be chosen are
-    const LoadedKernel* loaded_adding = nullptr;
+    bool by_model;                                // the cost model may choose it
+    const LoadedKernel* loaded = nullptr;         // those that may be chosen are
+    const LoadedKernel* loaded_adding = nullptr;  // load_adding()
   };
   const std::vector<Kernel>& candidates() const { return kernels_; }
   // From now on this candidate, whatever the rows; empty: as before.

@@ -1,7 +1,6 @@
 // A layer on a GPU: sort, quantise, GEMM1 with SwiGLU, quantise, GEMM2, combine, all on the caller's stream.
 #include <algorithm>
 #include <limits>
-#include <mutex>
 #include <optional>
 #include <utility>
 
@@ -104,7 +103,6 @@ struct Plan {
   RowBuffers x, shared_x, gathered;
   ExpertBuffers routed, shared;
   FewPlan few;
-  bool adds = false;  // GEMM2 adds its rows to out, if may_add
 };
 
 class CudaLayer final : public LayerBackend {
@@ -130,10 +128,10 @@ class CudaLayer final : public LayerBackend {
     count_ = kernel("count");
     if (info_.compute_capability == 90) cluster_sort_ = kernel("sm90_sort");
     combine_ = kernel("combine");
-    if (any_order_) routed_.w2.load_adding();
     if (o.expert_map.defined()) expert_map_ = Tensor::copy_of(o.expert_map, where);
     if (o.shared_expert) shared_.emplace(*o.shared_expert, o, info_, "shared_expert.");
-    if (any_order_ && shared_) shared_->w2.load_adding();
+    // Kernels that add, if both have some: otherwise rows are added up in the order of the slots.
+    any_order_ = any_order_ && routed_.w2.load_adding() && (!shared_ || shared_->w2.load_adding());
     if (o.shared_gate.defined()) {
       const Tensor gate = to_float32(o.shared_gate, "shared_gate", {hidden_}, false);
       shared_gate_ = Tensor::copy_of(gate, where);
@@ -170,7 +168,6 @@ class CudaLayer final : public LayerBackend {
   }
   std::size_t workspace_bytes(std::int64_t tokens, int top_k) const override {
     // PyTorch's operator asks before each call: the last answer is remembered.
-    const std::lock_guard lock(size_mutex_);
     if (size_.tokens != tokens || size_.top_k != top_k) {
       size_ = {tokens, top_k, plan(tokens, top_k).memory.bytes()};
     }
@@ -316,7 +313,8 @@ class CudaLayer final : public LayerBackend {
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
     if (p.few.stages > 0) return launch_few(a, p, launcher, base);
     const std::int64_t tokens = p.tokens;
-    const bool adds = p.adds && may_add(a);
+    const bool adds =
+        may_add(a) && routed_.w2.can_add(likely_rows(p.rows)) && (!shared_ || shared_->w2.can_add(tokens));
     const auto at = [&]<class T>(int buffer, T*) -> T* {
       return buffer < 0 ? nullptr : reinterpret_cast<T*>(base + p.memory.offset(buffer));
     };
@@ -469,7 +467,6 @@ class CudaLayer final : public LayerBackend {
     }
     p.routed = add_expert(p, routed_, p.rows, experts_, id_limit_, kGemm1, kActivate, kQuantizeH, kGemm2);
     p.few = plan_few(tokens, top_k);
-    p.adds = any_order_ && routed_.w2.can_add(likely_rows(p.rows)) && (!shared_ || shared_->w2.can_add(tokens));
     // Also where this call is none for them: a caller's workspace may serve smaller ones.
     if (few_gate_up_ != nullptr) {
       const std::int64_t most = std::min<std::int64_t>(kernels::kFewTokens * top_k, kernels::kFewRoutes);
@@ -619,7 +616,6 @@ class CudaLayer final : public LayerBackend {
     int top_k = 0;
     std::size_t bytes = 0;
   };
-  mutable std::mutex size_mutex_;
   mutable Size size_;  // workspace_bytes()'s last answer
 };
 

@@ -53,6 +53,7 @@ void MoeLayer::reserve(std::int64_t max_tokens, int top_k) {
 
 std::size_t MoeLayer::workspace_bytes(std::int64_t tokens, int top_k) const {
   check_capacity(tokens, top_k, impl_->shape.id_limit);
+  const std::lock_guard lock(impl_->mutex);  // backends remember what they chose last
   return impl_->backend->workspace_bytes(tokens, top_k);
 }
 
@@ -105,6 +106,7 @@ PreparedMatrix& PreparedMatrix::operator=(PreparedMatrix&&) noexcept = default;
 
 std::size_t PreparedMatrix::workspace_bytes(std::int64_t rows) const {
   if (rows < 0) bad_argument("rows: expected at least 0, got {}", rows);
+  const std::lock_guard lock(impl_->mutex);
   return impl_->backend->workspace_bytes(rows);
 }
 

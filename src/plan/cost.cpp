@@ -15,8 +15,6 @@ using kernels::Promotion;
 using kernels::TokenMajorConfig;
 using kernels::WgmmaConfig;
 
-}  // namespace
-
 // Of the kernel that adds what this one stores.
 template <class Config>
 std::string adding_id(Config c) {
@@ -24,6 +22,8 @@ std::string adding_id(Config c) {
   c.epilogue = Epilogue::add;
   return gemm_id(c);
 }
+
+}  // namespace
 
 std::vector<GemmKernel> wgmma_kernels(Promotion promotion, Epilogue epilogue, int block_k) {
   std::vector<GemmKernel> list;

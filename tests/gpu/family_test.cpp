@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -157,6 +158,11 @@ TEST_F(Family, WhatTheSm90FamilyRefuses) {
 
 // GEMM2's rows are added to out as they come: what is launched, and what becomes of outputs that allow it and of
 // others.
+Tensor nan_of(DType type, std::int64_t rows, std::int64_t columns) {
+  const Tensor all = Tensor::empty(type, {rows, columns});
+  std::memset(all.view().data(), 0xff, all.bytes());
+  return Tensor::copy_of(all, kGpu);
+}
 TEST_F(Family, AnyOrderIsOneLaunchLess) {
   struct Stages : cuda::StageObserver {
     std::vector<std::string> names;
@@ -183,7 +189,7 @@ TEST_F(Family, AnyOrderIsOneLaunchLess) {
       const LayerInput in = make_input(c);
       const Tensor x = on(kGpu, in.x), ids = on(kGpu, in.ids), weights = on(kGpu, in.weights);
       for (const DType type : {DType::bfloat16, DType::float16, DType::float32}) {
-        const Tensor out = Tensor::empty(type, {c.tokens, c.hidden}, kGpu);
+        const Tensor out = nan_of(type, c.tokens, c.hidden);
         Stages stages;
         {
           const cuda::Observe observe(stages);
@@ -200,6 +206,76 @@ TEST_F(Family, AnyOrderIsOneLaunchLess) {
       }
     }
   }
+}
+
+// Calls follow one another without a wait, into the same memory, some of them from the layer's graphs: outputs that are
+// added to, and those for which the layer adds in the order of the slots, bit for bit.
+TEST_F(Family, AnyOrderCallAfterCall) {
+  for (const char* scheme : {"int8_channel", "int8_block", "int8_hybrid"}) {
+    SCOPED_TRACE(scheme);
+    LayerCase c;
+    c.scheme = Scheme::parse(scheme);
+    c.experts = 12;
+    c.hidden = 512;
+    c.intermediate = 384;
+    c.tokens = 700;
+    c.top_k = 3;
+    LayerOptions o;
+    o.combine_order = CombineOrder::any;
+    const MoeWeights w = make_weights(c, c.experts);
+    MoeLayer layer(kGpu, w, o);
+    LayerInput in = make_input(c);
+    const Tensor x = on(kGpu, in.x), ids = on(kGpu, in.ids), weights = on(kGpu, in.weights);
+    const Tensor want = run_layer(Device::cpu(), w, o, in),
+                 want_float = run_layer(Device::cpu(), w, o, in, DType::float32);
+    const Tensor out = nan_of(DType::bfloat16, c.tokens, c.hidden), sum = nan_of(DType::bfloat16, c.tokens, c.hidden);
+    const Tensor exact = nan_of(DType::float32, c.tokens, c.hidden);
+    const Tensor wide = nan_of(DType::bfloat16, c.tokens, c.hidden + 1);  // rows that begin anywhere
+    const auto without_last = [&](const Tensor& t) {
+      return TensorView(t.view().data(), DType::bfloat16, Shape{c.tokens, c.hidden}, Shape{c.hidden + 1, 1},
+                        t.device());
+    };
+    for (int i = 0; i < 300; ++i) {
+      layer.forward(x, ids, weights, out);
+      if (i % 10 == 0) layer.forward(x, ids, weights, exact);
+      if (i % 10 == 5) layer.forward(x, ids, weights, without_last(wide));
+      if (i % 10 == 8) layer.forward(x, ids, weights, sum);
+      if (i % 100 == 99 || i < 5) expect_any_order(Tensor::copy_of(out), w, o, in);
+    }
+    EXPECT_TRUE(same_bits(Tensor::copy_of(exact), want_float));
+    const Tensor wide_here = Tensor::copy_of(wide);
+    EXPECT_TRUE(same_bits(Tensor::copy_of(without_last(wide_here)), want));
+    const Tensor before = Tensor::copy_of(sum);
+    expect_any_order(before, w, o, in);
+    layer.forward(x, ids, weights, sum, {.accumulate = true});
+    expect_any_order(Tensor::copy_of(sum), w, o, in, before);
+
+    for (std::int64_t i = 0; i < in.ids.elems(); ++i) in.ids.as<std::int32_t>()[i] = -1;
+    const Tensor none = nan_of(DType::bfloat16, c.tokens, c.hidden);
+    layer.forward(x, on(kGpu, in.ids), weights, none);
+    EXPECT_TRUE(same_bits(Tensor::copy_of(none), Tensor::zeros(DType::bfloat16, {c.tokens, c.hidden})));
+  }
+}
+
+// What cannot be added, or is not: the bits of the slots' order.
+TEST_F(Family, AnyOrderElsewhereIsThatOfTheSlots) {
+  LayerCase c;
+  c.scheme = Scheme::parse("int8_channel");
+  c.hidden = 256;
+  c.intermediate = 192;
+  LayerOptions o;
+  o.combine_order = CombineOrder::any;
+  const auto expect_slots = [&](int tokens, bool biases, KernelFamily family) {
+    c.tokens = tokens;
+    c.biases = biases;
+    o.family = family;
+    const MoeWeights w = make_weights(c, c.experts);
+    const LayerInput in = make_input(c);
+    EXPECT_TRUE(same_bits(run_layer(kGpu, w, o, in), run_layer(Device::cpu(), w, o, in))) << tokens << biases;
+  };
+  expect_slots(2, false, KernelFamily::automatic);
+  expect_slots(300, true, KernelFamily::sm90);
+  expect_slots(300, false, KernelFamily::sm80);
 }
 
 // Many tiles a CTA, several experts that end inside tiles: what a missing fence or an early release would break.

@@ -129,7 +129,12 @@ TEST_P(Properties, AnyOrderStaysWithinItsBound) {
     if (i >= 3) o.shared_expert = testing::make_weights(other, 1);
     if (i >= 4) o.shared_gate = testing::random_tensor(DType::bfloat16, {c.hidden}, 5, 0.1f);
     const DType type = i % 2 == 0 ? DType::bfloat16 : DType::float16;
-    const testing::LayerInput in = testing::make_input(c);
+    if (i == 1) {
+      o.expert_map = Tensor::empty(DType::int32, {10});
+      for (int e = 0; e < 10; ++e) o.expert_map.as<std::int32_t>()[e] = e % 3 == 0 ? -1 : e % 6;
+    }
+    testing::LayerInput in = testing::make_input(c);
+    if (i == 1) in.ids = testing::random_ids(c.tokens, c.top_k, 10, 3, true);
     const Tensor got = run_layer(device, w, o, in, type);
     if (device.type == DeviceType::cpu) {
       LayerOptions slots = o;

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "plan/cost.h"
+
 namespace octomoe::plan {
 namespace {
 
@@ -37,6 +39,23 @@ TEST(Catalogue, WgmmaKernelsFitSm90AndStandInIt) {
   };
   check(wgmma_configs());
   check(token_major_configs());
+}
+
+// LayerOptions::combine_order: whichever of SM90's kernels is chosen, there is one with the same tiles that adds.
+TEST(Catalogue, WhatStoresOnSm90CanAdd) {
+  for (int p = 0; p < 4; ++p) {
+    for (const int block_k : {0, 128, 256}) {
+      for (const GemmKernel& k : wgmma_kernels(static_cast<kernels::Promotion>(p), kernels::Epilogue::store, block_k)) {
+        EXPECT_EQ(entry(k.adding).shared_bytes > 0, true) << k.id;
+        EXPECT_EQ(entry(k.adding).cluster, entry(k.id).cluster) << k.id;
+        EXPECT_EQ(entry(k.adding).threads, entry(k.id).threads) << k.id;
+      }
+      for (const GemmKernel& k :
+           wgmma_kernels(static_cast<kernels::Promotion>(p), kernels::Epilogue::swiglu, block_k)) {
+        EXPECT_EQ(k.adding, "") << k.id;
+      }
+    }
+  }
 }
 
 }  // namespace

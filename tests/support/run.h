@@ -113,18 +113,16 @@ class GuardedOutput {
  public:
   GuardedOutput(DType dtype, std::int64_t rows, std::int64_t columns, Device device = {})
       : dtype_(dtype), rows_(rows), columns_(columns), pad_(32), raw_(Tensor::empty(DType::uint8, {bytes_in_all()})) {
-    for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = 0xA5;
+    // Outside of the rows canaries, inside NaN of every type: what is added to must have been written before.
+    for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = inside(i) ? 0xFF : 0xA5;
     there_ = on(device, raw_);
   }
   TensorView view() { return view_of(there_); }
   Tensor dense() { return Tensor::copy_of(view_of(Tensor::copy_of(there_))); }
   bool intact() const {
     const Tensor raw = Tensor::copy_of(there_);
-    const std::int64_t step = (columns_ + pad_) * size();
     for (std::int64_t i = 0; i < raw.elems(); ++i) {
-      const std::int64_t j = i - pad_ * size();
-      const bool inside = j >= 0 && j / step < rows_ && j % step < columns_ * size();
-      if (!inside && raw.as<std::uint8_t>()[i] != 0xA5) return false;
+      if (!inside(i) && raw.as<std::uint8_t>()[i] != 0xA5) return false;
     }
     return true;
   }
@@ -135,6 +133,10 @@ class GuardedOutput {
                       raw.device());
   }
   std::int64_t size() const { return static_cast<std::int64_t>(size_bytes(dtype_)); }
+  bool inside(std::int64_t byte) const {
+    const std::int64_t at = byte - pad_ * size(), step = (columns_ + pad_) * size();
+    return at >= 0 && at / step < rows_ && at % step < columns_ * size();
+  }
   std::int64_t bytes_in_all() const { return (pad_ + rows_ * (columns_ + pad_)) * size(); }
   DType dtype_;
   std::int64_t rows_, columns_, pad_;
