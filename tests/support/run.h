@@ -111,10 +111,11 @@ inline LayerInput make_input(const LayerCase& c, DType dtype = DType::bfloat16, 
 // Canaries before and after every output row's memory: a write outside is seen.
 class GuardedOutput {
  public:
+  static constexpr std::uint8_t kInside = 0xFF;
   GuardedOutput(DType dtype, std::int64_t rows, std::int64_t columns, Device device = {})
       : dtype_(dtype), rows_(rows), columns_(columns), pad_(32), raw_(Tensor::empty(DType::uint8, {bytes_in_all()})) {
     // Outside of the rows canaries, inside NaN of every type: what is added to must have been written before.
-    for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = inside(i) ? 0xFF : 0xA5;
+    for (std::int64_t i = 0; i < raw_.elems(); ++i) raw_.as<std::uint8_t>()[i] = inside(i) ? kInside : 0xA5;
     there_ = on(device, raw_);
   }
   TensorView view() { return view_of(there_); }
