@@ -1,5 +1,7 @@
 // kernels/sm90/few_tokens.cuh: both kernels after another against the CPU engine's layer, bit for bit.
+#include "emulator/kernel_table.h"
 #include "emulator/kernels.h"
+#include "plan/catalogue.h"
 #include "quant/matrix.h"
 #include "support/run.h"
 
@@ -396,5 +398,27 @@ TEST(FewTokens, NonFiniteRow) {
   }
 }
 
+template <Promotion kPromotion>
+void add_to(KernelTable& table) {
+  table[plan::few_id("gate_up", kPromotion)] = [](const void* args) {
+    gate_up_kernel(kPromotion, *static_cast<const kernels::FewGateUpArgs*>(args));
+  };
+  table[plan::few_id("down", kPromotion)] = [](const void* args) {
+    down_kernel(kPromotion, *static_cast<const kernels::FewDownArgs*>(args));
+  };
+}
+
 }  // namespace
+
+const KernelTable& few_tokens_kernels() {
+  static const KernelTable table = [] {
+    KernelTable t;
+    add_to<Promotion::channel>(t);
+    add_to<Promotion::block>(t);
+    add_to<Promotion::hybrid>(t);
+    return t;
+  }();
+  return table;
+}
+
 }  // namespace octomoe::emulator

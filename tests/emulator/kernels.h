@@ -20,6 +20,7 @@
 // The host's float steps (src/quant/numerics.h) live in octomoe::num as well, and tests compare the two.
 #define num device_num
 #include "quant/activate_rows.cuh"
+#include "quant/panels.cuh"
 #include "quant/quantize_rows.cuh"
 #include "route/combine.cuh"
 #include "route/group_index.cuh"

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include "cpu/ops.h"
+#include "emulator/kernel_table.h"
 #include "emulator/problem.h"
 #include "octomoe/layer.h"
+#include "plan/catalogue.h"
 #include "quant/reference.h"
 #include "support/random.h"
 
@@ -516,5 +518,39 @@ TEST(GatherRows, RowsAndTheirScales) {
   }
 }
 
+template <RowScheme S>
+void add_quantizer_to(KernelTable& table, int scheme) {
+  table[plan::quantize_id(scheme, plan::quantize_kernel(1024))] = [](const void* args) {
+    kernels::quantize_rows<S, 32, 4>(*static_cast<const kernels::QuantizeArgs*>(args));
+  };
+}
+template <class Args, void (*kKernel)(const Args&)>
+void run_with(const void* args) {
+  kKernel(*static_cast<const Args*>(args));
+}
+
 }  // namespace
+
+const KernelTable& row_kernels() {
+  static const KernelTable table = [] {
+    KernelTable t = {
+        {"activate", run_with<kernels::ActivateArgs, kernels::activate_rows>},
+        {"combine", run_with<kernels::CombineArgs, kernels::combine>},
+        {"count", run_with<kernels::SortArgs, kernels::count_routes>},
+        {"gather_rows", run_with<kernels::GatherRowsArgs, kernels::gather_rows>},
+        {"panels", run_with<kernels::PanelArgs, kernels::make_panels>},
+        {"shared_gate", run_with<kernels::SharedGateArgs, kernels::shared_gate>},
+        {"sm90_sort", run_with<kernels::SortArgs, sm90::sort_routes<2>>},  // the emulator's clusters have two CTAs
+        {"sort", run_with<kernels::SortArgs, kernels::sort_routes>},
+    };
+    add_quantizer_to<RowScheme::channel>(t, 0);
+    add_quantizer_to<RowScheme::static_scale>(t, 1);
+    add_quantizer_to<RowScheme::asymmetric>(t, 2);
+    add_quantizer_to<RowScheme::block>(t, 3);
+    add_quantizer_to<RowScheme::hybrid>(t, 4);
+    return t;
+  }();
+  return table;
+}
+
 }  // namespace octomoe::emulator

@@ -1,6 +1,8 @@
 // kernels/sm90/grouped_gemm.cuh and token_major.cuh against docs/schemes.md section 3 as plain loops, bit for bit.
 #include "cuda/tensor_map.h"
+#include "emulator/kernel_table.h"
 #include "emulator/problem.h"
+#include "plan/catalogue.h"
 
 namespace octomoe::emulator {
 namespace {
@@ -64,6 +66,16 @@ void check_launch(GemmProblem& problem, const GemmCase& c, const Shape& how,
 std::int64_t stacks(const GemmCase& c) { return static_cast<std::int64_t>(c.rows.size()) * (c.panels ? c.k / 128 : 1); }
 std::int64_t columns(const GemmCase& c) { return c.panels ? 128 : c.k; }
 
+// One copy of each: other tests launch them too.
+template <WgmmaConfig C>
+[[gnu::noinline]] void kernel(const WgmmaArgs& all) {
+  sm90::grouped_gemm<C>(all);
+}
+template <TokenMajorConfig C>
+[[gnu::noinline]] void kernel(const WgmmaArgs& all) {
+  sm90::token_major_gemm<C>(all);
+}
+
 template <WgmmaConfig C>
 void check(GemmCase c, int ctas = 2) {
   c.promotion = Promotion::channel;
@@ -73,7 +85,7 @@ void check(GemmCase c, int ctas = 2) {
   check_launch(problem, c,
                {ctas, C.threads(), C.pipeline_bytes(), C.cluster, WgmmaConfig::kTokenBox,
                 cuda::weight_boxes(stacks(c), c.n, columns(c), c.gated)},
-               [](const WgmmaArgs& all) { sm90::grouped_gemm<C>(all); });
+               kernel<C>);
 }
 
 template <TokenMajorConfig C>
@@ -87,7 +99,7 @@ void check(GemmCase c, int ctas = 2) {
   check_launch(problem, c,
                {ctas, C.threads(), C.pipeline_bytes(), 1, TokenMajorConfig::kTokenBox,
                 cuda::token_major_weight_boxes(stacks(c), c.n, columns(c), C.box_rows())},
-               [](const WgmmaArgs& all) { sm90::token_major_gemm<C>(all); });
+               kernel<C>);
 }
 
 constexpr WgmmaConfig config(Epilogue epilogue, int block_n = 128, int cluster = 1) {
@@ -372,5 +384,40 @@ TEST(Sm90Gemm, Panels) {
   }
 }
 
+template <auto C>
+void add_to(KernelTable& table) {
+  table[plan::gemm_id(C)] = [](const void* args) { kernel<C>(*static_cast<const WgmmaArgs*>(args)); };
+}
+
+template <Promotion kPromotion>
+void add_blocks_to(KernelTable& table) {
+  add_to<blocks(kPromotion, Epilogue::store)>(table);
+  add_to<blocks(kPromotion, Epilogue::store, 2)>(table);
+  add_to<blocks(kPromotion, Epilogue::swiglu)>(table);
+  add_to<blocks(kPromotion, Epilogue::swiglu, 2)>(table);
+  add_to<blocks(kPromotion, Epilogue::add)>(table);
+  add_to<blocks(kPromotion, Epilogue::add, 2)>(table);
+}
+
 }  // namespace
+
+const KernelTable& sm90_gemms() {
+  static const KernelTable table = [] {
+    KernelTable t;
+    add_to<kStore>(t);
+    add_to<kSwiglu>(t);
+    add_to<config(Epilogue::add)>(t);
+    add_to<config(Epilogue::store, 160)>(t);
+    add_to<config(Epilogue::add, 160)>(t);
+    add_to<config(Epilogue::store, 160, 2)>(t);
+    add_to<config(Epilogue::add, 160, 2)>(t);
+    add_to<blocks(Promotion::block, Epilogue::swiglu_block)>(t);
+    add_blocks_to<Promotion::block>(t);
+    add_blocks_to<Promotion::hybrid>(t);
+    add_blocks_to<Promotion::hybrid_flush>(t);
+    return t;
+  }();
+  return table;
+}
+
 }  // namespace octomoe::emulator

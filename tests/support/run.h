@@ -102,8 +102,10 @@ struct LayerInput {
   Tensor x, ids, weights;
 };
 
-inline LayerInput make_input(const LayerCase& c, DType dtype = DType::bfloat16, bool holes = true) {
-  return {random_tensor(dtype, {c.tokens, c.hidden}, c.seed * 10 + 5, amplitude(c)),
+// x's values grow with `scale`, out's as well: 1 passes fp16's range here and there, kSmall does not.
+inline constexpr float kSmall = 0.002f;
+inline LayerInput make_input(const LayerCase& c, DType dtype = DType::bfloat16, bool holes = true, float scale = 1.0f) {
+  return {random_tensor(dtype, {c.tokens, c.hidden}, c.seed * 10 + 5, scale * amplitude(c)),
           random_ids(c.tokens, c.top_k, c.experts, c.seed * 10 + 6, holes),
           random_topk_weights(c.tokens, c.top_k, c.seed * 10 + 7)};
 }
@@ -189,13 +191,17 @@ inline void expect_any_order(const Tensor& out, const MoeWeights& weights, const
   const bool half = out.dtype() == DType::float16;
   const double u = std::ldexp(1.0, half ? -11 : -8), least = std::ldexp(1.0, half ? -25 : -134);
   const auto n = static_cast<double>(top_k + 2);
+  std::int64_t checked = 0;
   for (std::int64_t i = 0; i < elems; ++i) {
     const auto at = static_cast<std::size_t>(i);
+    if (half && size[at] > 65000) continue;  // may be Inf on the way
+    ++checked;
     const double got = reference::load(out.as<char>() + 2 * i, out.dtype());
     const double bound = (std::pow(1 + u, n) * (1 + y) * (1 + 1e-6) - 1) * size[at] + n * least;
     ASSERT_LE(std::abs(got - sum[at]), bound)
         << "token " << i / hidden << ", column " << i % hidden << ": " << got << " instead of " << sum[at];
   }
+  EXPECT_GE(checked, elems / 4);
 }
 
 inline bool same_bits(const Tensor& a, const Tensor& b) {
