@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "cuda/observe.h"
 #include "emulator/driver.h"
 #include "emulator/kernel_table.h"
 #include "emulator/machine.h"
@@ -16,6 +15,7 @@
 #include "jit/kernel_store.h"
 #include "jit/key.h"
 #include "support/run.h"
+#include "support/stages.h"
 
 namespace octomoe::emulator {
 namespace {
@@ -115,14 +115,6 @@ class EmulatedEngine : public ::testing::Test {
   }
 };
 
-struct Stages : cuda::StageObserver {
-  std::vector<std::string> names;
-  void on_plan(std::size_t, std::size_t) override {}
-  void on_stage(const char* name, Stream) override {
-    if (name != nullptr) names.emplace_back(name);
-  }
-};
-
 constexpr const char* kSchemes[] = {"int8_channel", "int8_block", "int8_hybrid"};
 
 void expect_cpu_bits(const LayerCase& c, const LayerOptions& o, DType out = DType::bfloat16) {
@@ -209,13 +201,13 @@ TEST_F(EmulatedEngine, RowsAddedInAnyOrder) {
         o.shared_expert = make_weights(other, 1);
       }
       if (i == 4) o.shared_gate = testing::random_tensor(DType::bfloat16, {c.hidden}, 5, 0.1f);
-      Stages stages;
+      testing::Stages stages;
       {
         const cuda::Observe observe(stages);
         const Tensor out = run_layer(kEmulated, w, o, in, i % 2 == 0 ? DType::bfloat16 : DType::float16);
         expect_any_order(out, w, o, in);
       }
-      EXPECT_EQ(std::count(stages.names.begin(), stages.names.end(), "combine"), 0);
+      EXPECT_EQ(stages.count("combine"), 0);
     }
   }
 }
@@ -230,8 +222,7 @@ TEST_F(EmulatedEngine, AnyOrderCallAfterCall) {
   MoeLayer layer(kEmulated, w, o);
   for (int i = 0; i < 3; ++i) {
     ++seed;
-    Tensor out = Tensor::empty(DType::bfloat16, {c.tokens, c.hidden});
-    std::memset(out.view().data(), 0xff, out.bytes());
+    const Tensor out = testing::nan_tensor(DType::bfloat16, {c.tokens, c.hidden});
     testing::forward(kEmulated, layer, in.x, in.ids, in.weights, out);
     expect_any_order(out, w, o, in);
     const Tensor before = Tensor::copy_of(out);

@@ -4,15 +4,14 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "cuda/observe.h"
 #include "quant/matrix.h"
 #include "support/errors.h"
 #include "support/run.h"
+#include "support/stages.h"
 
 namespace octomoe::testing {
 namespace {
@@ -20,6 +19,18 @@ namespace {
 const Device kGpu = Device::cuda(0);
 
 bool has_panels(const LayerCase& c) { return c.hidden % kPanelColumns == 0 && c.intermediate % kPanelColumns == 0; }
+
+// Many tiles a CTA, several experts that end inside tiles: what a missing fence or an early release would break.
+LayerCase many_tiles(const char* scheme) {
+  LayerCase c;
+  c.scheme = Scheme::parse(scheme);
+  c.experts = 12;
+  c.hidden = 512;
+  c.intermediate = 384;
+  c.tokens = 700;
+  c.top_k = 3;
+  return c;
+}
 
 class Family : public ::testing::Test {
  protected:
@@ -158,19 +169,7 @@ TEST_F(Family, WhatTheSm90FamilyRefuses) {
 
 // GEMM2's rows are added to out as they come: what is launched, and what becomes of outputs that allow it and of
 // others.
-Tensor nan_of(DType type, std::int64_t rows, std::int64_t columns) {
-  const Tensor all = Tensor::empty(type, {rows, columns});
-  std::memset(all.view().data(), 0xff, all.bytes());
-  return Tensor::copy_of(all, kGpu);
-}
 TEST_F(Family, AnyOrderIsOneLaunchLess) {
-  struct Stages : cuda::StageObserver {
-    std::vector<std::string> names;
-    void on_plan(std::size_t, std::size_t) override {}
-    void on_stage(const char* name, Stream) override {
-      if (name != nullptr) names.emplace_back(name);
-    }
-  };
   for (const char* scheme : kSchemes) {
     SCOPED_TRACE(scheme);
     LayerCase c;
@@ -189,14 +188,14 @@ TEST_F(Family, AnyOrderIsOneLaunchLess) {
       const LayerInput in = make_input(c, DType::bfloat16, true, kSmall);
       const Tensor x = on(kGpu, in.x), ids = on(kGpu, in.ids), weights = on(kGpu, in.weights);
       for (const DType type : {DType::bfloat16, DType::float16, DType::float32}) {
-        const Tensor out = nan_of(type, c.tokens, c.hidden);
+        const Tensor out = nan_tensor(type, {c.tokens, c.hidden}, kGpu);
         Stages stages;
         {
           const cuda::Observe observe(stages);
           layer.forward(x, ids, weights, out);
         }
         const bool adds = type != DType::float32 && !c.scheme.asymmetric;
-        EXPECT_EQ(std::count(stages.names.begin(), stages.names.end(), "combine"), adds ? 0 : 1) << to_string(type);
+        EXPECT_EQ(stages.count("combine"), adds ? 0 : 1) << to_string(type);
         const Tensor got = Tensor::copy_of(out);
         if (adds) {
           expect_any_order(got, w, o, in);
@@ -213,13 +212,7 @@ TEST_F(Family, AnyOrderIsOneLaunchLess) {
 TEST_F(Family, AnyOrderCallAfterCall) {
   for (const char* scheme : {"int8_channel", "int8_block", "int8_hybrid"}) {
     SCOPED_TRACE(scheme);
-    LayerCase c;
-    c.scheme = Scheme::parse(scheme);
-    c.experts = 12;
-    c.hidden = 512;
-    c.intermediate = 384;
-    c.tokens = 700;
-    c.top_k = 3;
+    const LayerCase c = many_tiles(scheme);
     LayerOptions o;
     o.combine_order = CombineOrder::any;
     const MoeWeights w = make_weights(c, c.experts);
@@ -228,9 +221,10 @@ TEST_F(Family, AnyOrderCallAfterCall) {
     const Tensor x = on(kGpu, in.x), ids = on(kGpu, in.ids), weights = on(kGpu, in.weights);
     const Tensor want = run_layer(Device::cpu(), w, o, in),
                  want_float = run_layer(Device::cpu(), w, o, in, DType::float32);
-    const Tensor out = nan_of(DType::bfloat16, c.tokens, c.hidden), sum = nan_of(DType::bfloat16, c.tokens, c.hidden);
-    const Tensor exact = nan_of(DType::float32, c.tokens, c.hidden);
-    const Tensor wide = nan_of(DType::bfloat16, c.tokens, c.hidden + 1);  // rows that begin anywhere
+    const Tensor out = nan_tensor(DType::bfloat16, {c.tokens, c.hidden}, kGpu),
+                 sum = nan_tensor(DType::bfloat16, {c.tokens, c.hidden}, kGpu);
+    const Tensor exact = nan_tensor(DType::float32, {c.tokens, c.hidden}, kGpu);
+    const Tensor wide = nan_tensor(DType::bfloat16, {c.tokens, c.hidden + 1}, kGpu);  // rows that begin anywhere
     const auto without_last = [&](const Tensor& t) {
       return TensorView(t.view().data(), DType::bfloat16, Shape{c.tokens, c.hidden}, Shape{c.hidden + 1, 1},
                         t.device());
@@ -251,7 +245,7 @@ TEST_F(Family, AnyOrderCallAfterCall) {
     expect_any_order(Tensor::copy_of(sum), w, o, in, before);
 
     for (std::int64_t i = 0; i < in.ids.elems(); ++i) in.ids.as<std::int32_t>()[i] = -1;
-    const Tensor none = nan_of(DType::bfloat16, c.tokens, c.hidden);
+    const Tensor none = nan_tensor(DType::bfloat16, {c.tokens, c.hidden}, kGpu);
     layer.forward(x, on(kGpu, in.ids), weights, none);
     EXPECT_TRUE(same_bits(Tensor::copy_of(none), Tensor::zeros(DType::bfloat16, {c.tokens, c.hidden})));
   }
@@ -278,16 +272,9 @@ TEST_F(Family, AnyOrderElsewhereIsThatOfTheSlots) {
   expect_slots(300, false, KernelFamily::sm80);
 }
 
-// Many tiles a CTA, several experts that end inside tiles: what a missing fence or an early release would break.
 TEST_F(Family, ThousandRunsAreOneResult) {
   for (const char* scheme : {"int8_channel", "int8_hybrid"}) {
-    LayerCase c;
-    c.scheme = Scheme::parse(scheme);
-    c.experts = 12;
-    c.hidden = 512;
-    c.intermediate = 384;
-    c.tokens = 700;
-    c.top_k = 3;
+    const LayerCase c = many_tiles(scheme);
     LayerOptions o;
     o.family = KernelFamily::sm90;
     MoeLayer layer(kGpu, make_weights(c, c.experts), o);

@@ -46,7 +46,7 @@ TEST(Catalogue, WhatStoresOnSm90CanAdd) {
   for (int p = 0; p < 4; ++p) {
     for (const int block_k : {0, 128, 256}) {
       for (const GemmKernel& k : wgmma_kernels(static_cast<kernels::Promotion>(p), kernels::Epilogue::store, block_k)) {
-        EXPECT_EQ(entry(k.adding).shared_bytes > 0, true) << k.id;
+        EXPECT_GT(entry(k.adding).shared_bytes, 0) << k.id;
         EXPECT_EQ(entry(k.adding).cluster, entry(k.id).cluster) << k.id;
         EXPECT_EQ(entry(k.adding).threads, entry(k.id).threads) << k.id;
       }

@@ -204,6 +204,13 @@ inline void expect_any_order(const Tensor& out, const MoeWeights& weights, const
   EXPECT_GE(checked, elems / 4);
 }
 
+// NaN of every floating type, so that what is added to without having been written shows.
+inline Tensor nan_tensor(DType type, Shape shape, Device device = {}) {
+  const Tensor all = Tensor::empty(type, std::move(shape));
+  std::memset(all.view().data(), GuardedOutput::kInside, all.bytes());
+  return Tensor::copy_of(all, device);
+}
+
 inline bool same_bits(const Tensor& a, const Tensor& b) {
   return a.bytes() == b.bytes() && (a.bytes() == 0 || std::memcmp(a.view().data(), b.view().data(), a.bytes()) == 0);
 }
