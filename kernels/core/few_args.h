@@ -24,6 +24,8 @@ inline constexpr int kFewGateUpSharedBytes = 111 * 1024;  // at most: what `down
 inline constexpr int kFewGateUpStageBytes = 8192, kFewGateUpPanelStageBytes = 24576;
 // What a CTA of gate_up has not asked for when it lets `down` start, whose first copies follow its last ones then.
 inline constexpr int kFewEarlyBytes = 64 * 1024;
+// Of its part of w2 that a CTA of gate_up fetches into L2 for `down` (few_gate_up.cuh), at most.
+inline constexpr int kFewFetchBytes = 192 * 1024;
 inline constexpr int kFewMaxStages = 24;
 // Columns of out that lie in one stage of down's ring: four for each warp of a stream, but no more than this many
 // bytes.
@@ -147,6 +149,14 @@ constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int ro
   return l;
 }
 
+// How down's ring is filled: a stage has some columns of out of one entry, then those of the next entry; a set of
+// stages of all entries, then the columns behind.
+struct FewDownRing {
+  int32_t columns;        // of out that a CTA computes
+  int32_t stage_columns;  // of them in a stage: at most kFewMaxStageColumns
+  int32_t stages;         // at most kFewMaxStages; a multiple of few_streams
+};
+
 struct FewGateUpArgs {
   Routes routes;
   FewMatrix w13;
@@ -155,6 +165,8 @@ struct FewGateUpArgs {
   int32_t up_first;
   float limit;  // +Inf: none
   FewGateUpLayout layout;
+  FewMatrix w2;  // with which `down` will begin
+  FewDownRing down;
 };
 
 struct FewDownArgs {
@@ -165,9 +177,7 @@ struct FewDownArgs {
   int64_t out_stride;
   OutType out_type;
   int32_t accumulate;
-  int32_t columns;        // of out that a CTA computes
-  int32_t stage_columns;  // of them in a stage of the ring: at most kFewDownWarps
-  int32_t stages;         // at most kFewMaxStages; a multiple of few_streams
+  FewDownRing ring;
   FewDownLayout layout;
 };
 

@@ -23,26 +23,58 @@ struct NextTile {
 
 // In shared memory: exclusive prefix sums of the token tiles of each expert, and where its rows begin.
 struct TileList {
+  int4 scan[8];  // of each warp
   int32_t first_tile[kMaxExperts + 1];
   int32_t row_begin[kMaxExperts + 1];
-  int32_t scan[32];
 };
 
-// Rows of each expert -> list.row_begin.
+// Rows of each expert -> list.row_begin. Ids that follow one another come 16 bytes at a time and before anything else is
+// done: a kernel begins with this, its code comes from memory, and so do they.
 template <int kThreads>
 __device__ __forceinline__ void count_rows(TileList& list, int32_t experts, const Routes& routes) {
-  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int kVectors = 4;  // of a thread at once
+  const int32_t thread = static_cast<int32_t>(threadIdx.x), end = routes.tokens * routes.top_k;
+  const bool dense = routes.ids_stride == routes.top_k && reinterpret_cast<uint64_t>(routes.topk_ids) % 16 == 0;
+  const int32_t each = routes.ids_are_64 ? 2 : 4, vectors = dense ? end / each : 0;
+  uint4 ids[kVectors];
+  const auto load = [&](int32_t first) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (first + i * kThreads < vectors) ids[i] = static_cast<const uint4*>(routes.topk_ids)[first + i * kThreads];
+    }
+  };
+  load(thread);
   for (int e = thread; e < experts; e += kThreads) list.row_begin[e] = 0;
   __syncthreads();
-  constexpr int kCount = 8;
-  const int32_t end = routes.tokens * routes.top_k;
-  for (int32_t first = thread; first < end; first += kCount * kThreads) {
-    int32_t expert[kCount];
-    find_experts(routes, first, kThreads, end, expert);
+#pragma unroll 1
+  for (int32_t first = thread; first < vectors;) {
+    uint32_t expert[4 * kVectors];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (expert[i] >= 0) atomicAdd(&list.row_begin[expert[i]], 1);
+    for (int i = 0; i < kVectors; ++i) {
+      const bool exists = first + i * kThreads < vectors, wide = routes.ids_are_64 != 0;
+      const uint32_t none = ~0u;
+      expert[4 * i] = exists && !(wide && ids[i].y != 0) ? ids[i].x : none;
+      expert[4 * i + 1] = exists && !wide ? ids[i].y : none;
+      expert[4 * i + 2] = exists && !(wide && ids[i].w != 0) ? ids[i].z : none;
+      expert[4 * i + 3] = exists && !wide ? ids[i].w : none;
     }
+    first += kVectors * kThreads;
+    load(first);
+    const auto limit = static_cast<uint32_t>(routes.id_limit);
+    if (routes.expert_map != nullptr) {
+#pragma unroll
+      for (uint32_t& e : expert) e = e < limit ? static_cast<uint32_t>(routes.expert_map[e]) : ~0u;
+    }
+#pragma unroll
+    for (const uint32_t e : expert) {
+      if (e < (routes.expert_map != nullptr ? static_cast<uint32_t>(experts) : limit)) atomicAdd(&list.row_begin[e], 1);
+    }
+  }
+#pragma unroll 1
+  for (int32_t route = vectors * each + thread; route < end; route += kThreads) {
+    int32_t expert[1];
+    find_experts(routes, route, 0, end, expert);
+    if (expert[0] >= 0) atomicAdd(&list.row_begin[expert[0]], 1);
   }
   __syncthreads();
 }
@@ -59,12 +91,14 @@ __device__ __forceinline__ int32_t offset_of(const GemmArgs& args, int32_t e) {
 template <int kBlockN, int kThreads>
 __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& args, const Routes* routes = nullptr) {
   static_assert(kCountedRoutes < 1 << 15);
+  constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  auto* const scan = reinterpret_cast<int32_t*>(list.scan);
   if (routes != nullptr) count_rows<kThreads>(list, args.experts, *routes);
   int32_t carry = 0;  // tiles; with routes, in the upper half, and rows in the lower one
   for (int base = 0; base < args.experts; base += kThreads) {
     const int e = base + static_cast<int>(threadIdx.x);
-    int32_t begin = 0, count = 0;
+    int32_t begin = 0, end = 0, count = 0;
     if (e < args.experts) {
       if (routes != nullptr) {
         count = list.row_begin[e];
@@ -73,7 +107,8 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
         count = args.expert_offsets[e];
       } else {
         begin = offset_of(args, e);
-        count = max(offset_of(args, e + 1) - begin, 0);
+        end = offset_of(args, e + 1);
+        count = max(end - begin, 0);
       }
     }
     const int32_t tiles = (count + kBlockN - 1) / kBlockN;
@@ -84,26 +119,29 @@ __device__ __forceinline__ void build_tile_list(TileList& list, const GemmArgs& 
       const int32_t other = __shfl_up_sync(0xffffffffu, sum, d);
       if (lane >= d) sum += other;
     }
-    if (lane == 31) list.scan[warp] = sum;
+    if (base > 0) __syncthreads();  // the round before has been read
+    if (lane == 31) scan[warp] = sum;
     __syncthreads();
-    int32_t before = carry, total = carry;
-    for (int i = 0; i < kThreads / 32; ++i) {
-      if (i < warp) before += list.scan[i];
-      total += list.scan[i];
+    sum += carry;
+#pragma unroll
+    for (int i = 0; i < kWarps; i += 4) {
+      const int4 of = list.scan[i / 4];
+      const int32_t warps[4] = {of.x, of.y, of.z, of.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (i + j >= kWarps) continue;
+        if (i + j < warp) sum += warps[j];
+        carry += warps[j];
+      }
     }
-    if (e < args.experts) {
-      const int32_t at = before + sum - mine;
-      list.first_tile[e] = routes != nullptr ? at >> 16 : at;
-      list.row_begin[e] = routes != nullptr ? at & 0xffff : begin;
+    if (e >= args.experts) continue;
+    const int32_t at = sum - mine;
+    list.first_tile[e] = routes != nullptr ? at >> 16 : at;
+    list.row_begin[e] = routes != nullptr ? at & 0xffff : begin;
+    if (e == args.experts - 1) {
+      list.first_tile[e + 1] = routes != nullptr ? sum >> 16 : sum;
+      list.row_begin[e + 1] = routes != nullptr ? sum & 0xffff : end;
     }
-    carry = total;
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) {
-    list.first_tile[args.experts] = routes != nullptr ? carry >> 16 : carry;
-    list.row_begin[args.experts] = routes != nullptr      ? carry & 0xffff
-                                   : args.masked_rows > 0 ? 0
-                                                          : offset_of(args, args.experts);
   }
   __syncthreads();
 }

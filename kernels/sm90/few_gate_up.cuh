@@ -304,6 +304,20 @@ struct FewGateUp {
     }
   }
 
+  // The warp that copies: half of the weights that this CTA's number of `down` will ask for, from the first on, is
+  // fetched into L2. From when the last of w13 is asked for until `down` asks, nothing else would be.
+  __device__ __forceinline__ void fetch_down() const {
+    const FewColumns columns = FewColumns::of(args.down, args.w2);
+    if (columns.count <= 0) return;
+    const int32_t entries = shared.entries, most = kernels::kFewFetchBytes / (args.down.stage_columns * args.w2.k);
+    const int32_t stages = min(columns.sets(args.down) * entries / 2, most);
+#pragma unroll 1
+    for (int32_t i = lane; i < stages; i += 32) {
+      few_for_pieces(args.down, args.w2, columns, i / entries, shared.entry[i % entries].expert,
+                     [](const int8_t* from, uint32_t bytes) { ptx::prefetch_bulk(from, bytes); });
+    }
+  }
+
   // A warp that multiplies: of the CTA's `all` pairs, the first of which is `begin`, its own. All warps follow all stages,
   // so that a barrier's parity tells them of its turn.
   __device__ __forceinline__ void run(int32_t begin, int32_t all) const {
@@ -479,6 +493,8 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
     while (copier.left > kernels::kFewEarlyBytes / (2 * m.k)) g.copy_stage(copier);
     ptx::grid_dependency_launch();
     while (copier.left > 0) g.copy_stage(copier);
+    // With sums per K-block others are still multiplying by then: level to 3 % longer.
+    if constexpr (!Gate::kBlocks) g.fetch_down();
     return;
   }
   share();

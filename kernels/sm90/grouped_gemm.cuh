@@ -517,7 +517,7 @@ struct GroupedGemm {
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const GemmArgs& args = all.gemm;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == setup_thread<kReadsEarly, C.threads()>(all)) {
       ptx::prefetch_tensor_map(&all.weights);
       shared.head.stages = 0;
       shared.plain = args.bias == nullptr && args.row_factor == nullptr && args.a_zero == nullptr &&

@@ -267,6 +267,13 @@ __device__ __forceinline__ void read_early(Head& head, const GemmArgs& args, int
   }
 }
 
+// The thread that prepares barriers: one that has no part in what the list is made of, if there are few, except where
+// its warp uses barriers before all others do (read_early).
+template <bool kReadsEarly, int kThreads>
+__device__ __forceinline__ int32_t setup_thread(const WgmmaArgs& all) {
+  return kReadsEarly && all.offsets_late != 0 && all.routes.topk_ids == nullptr ? 0 : kThreads - 32;
+}
+
 // Where launches before this one may still be writing the offsets that the tile list is made of, waits for them.
 // kReadsEarly: asks for first weights meanwhile if the offsets are a caller's.
 template <int kBlockN, bool kReadsEarly, class Ask>

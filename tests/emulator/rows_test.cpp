@@ -286,6 +286,74 @@ TEST(Sort, RoutesByExpertThenToken) {
   }
 }
 
+// ---- the tile list that a GEMM begins with ----
+// Rows counted by the kernel itself: ids of both widths, side by side or not, aligned or not, with a map, and what is
+// no expert; then first tiles and rows.
+TEST(TileList, CountsRoutes) {
+  constexpr int kThreads = 512, kTokens = 48;
+  std::mt19937 rng(9);
+  for (const int experts : {1, 8, 513, 1024}) {
+    for (const int routes : {1, 3, 6, 2049, 2 * 4096 - 2, 2 * 4096}) {
+      for (int variant = 0; variant < 8; ++variant) {
+        const bool wide = variant % 2 != 0, mapped = variant / 2 % 2 != 0, dense = variant < 4;
+        const int top_k = routes % 2 == 0 ? 2 : 1, tokens = routes / top_k, stride = dense ? top_k : top_k + 1;
+        // Dense ids begin 16 bytes into their memory, or, in every third case, one id further.
+        const auto skip = static_cast<std::size_t>((wide ? 2 : 4) + (routes % 3 == 0 ? 1 : 0));
+        const int global = mapped ? experts + 3 : experts;
+        SCOPED_TRACE(std::to_string(experts) + " experts, " + std::to_string(routes) + " routes, variant " +
+                     std::to_string(variant));
+        const auto count = static_cast<std::size_t>(tokens * stride);
+        const Memory<std::int64_t> wide_ids(count + skip);
+        const Memory<std::int32_t> ids(count + skip);
+        for (std::size_t i = 0; i < count; ++i) {
+          std::int64_t id = static_cast<std::int64_t>(rng() % static_cast<unsigned>(global + 4)) - 2;
+          ids[skip + i] = static_cast<std::int32_t>(id);
+          if (i % 5 == 0) id += std::int64_t{1} << 32;  // an expert only if half of it is looked at
+          wide_ids[skip + i] = id;
+        }
+        std::vector<std::int32_t> map(static_cast<std::size_t>(global));
+        for (int e = 0; e < global; ++e) map[static_cast<std::size_t>(e)] = e % 3 == 0 ? -1 : e * 5 % experts;
+        std::vector<std::int32_t> rows(static_cast<std::size_t>(experts), 0), tiles{0}, begin{0};
+        for (int r = 0; r < routes; ++r) {
+          const std::size_t at = skip + static_cast<std::size_t>(r / top_k * stride + r % top_k);
+          const std::int64_t id = wide ? wide_ids[at] : ids[at];
+          if (id < 0 || id >= global) continue;
+          const int e = mapped ? map[static_cast<std::size_t>(id)] : static_cast<int>(id);
+          if (e >= 0) ++rows[static_cast<std::size_t>(e)];
+        }
+        for (const int n : rows) {
+          tiles.push_back(tiles.back() + (n + kTokens - 1) / kTokens);
+          begin.push_back(begin.back() + n);
+        }
+        const kernels::Routes all{
+            .topk_ids = wide ? static_cast<const void*>(wide_ids.data() + skip) : ids.data() + skip,
+            .ids_stride = stride,
+            .ids_are_64 = wide,
+            .tokens = tokens,
+            .top_k = top_k,
+            .expert_map = mapped ? map.data() : nullptr,
+            .id_limit = global,
+            .topk_weights = nullptr,
+            .weights_stride = 0,
+            .weight_on_input = 0};
+        kernels::GemmArgs args{};
+        args.experts = experts;
+        const Memory<std::int32_t> got_tiles(tiles.size()), got_begin(begin.size());
+        run(1, kThreads, [&] {
+          static __shared__ kernels::TileList list;
+          kernels::build_tile_list<kTokens, kThreads>(list, args, &all);
+          for (auto e = static_cast<std::size_t>(threadIdx.x); e < tiles.size(); e += kThreads) {
+            got_tiles[e] = list.first_tile[e];
+            got_begin[e] = list.row_begin[e];
+          }
+        });
+        ASSERT_TRUE(std::equal(tiles.begin(), tiles.end(), got_tiles.data()));
+        ASSERT_TRUE(std::equal(begin.begin(), begin.end(), got_begin.data()));
+      }
+    }
+  }
+}
+
 // ---- combine ----
 TEST(Combine, EqualsTheCpuEngine) {
   for (const DType type : kTypes) {

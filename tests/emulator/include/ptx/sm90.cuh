@@ -14,7 +14,13 @@ inline void barrier_init_fence() {}
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 inline void prefetch_tensor_map(const kernels::TensorMap*) {}
 
-inline void prefetch_bulk(const void*, uint32_t) {}
+// What it fetches has to be there: a byte of each page, and the last one, are read.
+inline void prefetch_bulk(const void* global, uint32_t bytes) {
+  if ((reinterpret_cast<std::uintptr_t>(global) | bytes) % 16 != 0) throw std::runtime_error("prefetch_bulk: not aligned");
+  const auto* from = static_cast<const volatile uint8_t*>(global);
+  for (uint32_t i = 0; i < bytes; i += 4096) static_cast<void>(from[i]);
+  if (bytes > 0) static_cast<void>(from[bytes - 1]);
+}
 inline void load_once(int4& to, const void* from, bool wanted) {
   if (!wanted) return;
   if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) throw std::runtime_error("load_once: not aligned");
