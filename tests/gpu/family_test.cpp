@@ -299,6 +299,7 @@ TEST_F(Family, RandomProblems) {
   const char* seed_text = std::getenv("OCTOMOE_FUZZ_SEED");
   std::mt19937 random(seed_text != nullptr ? static_cast<unsigned>(std::atoi(seed_text)) : 1);
   const auto upto = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  Checked checked;
   for (int i = 0; i < problems && !HasFailure(); ++i) {
     LayerCase c;
     c.scheme = Scheme::parse(kSchemes[upto(static_cast<int>(std::size(kSchemes)))]);
@@ -340,11 +341,11 @@ TEST_F(Family, RandomProblems) {
                                         << c.seed);
       o.combine_order = CombineOrder::any;
       const LayerInput small = make_input(c, DType::bfloat16, true, kSmall);
-      // Biases do not grow with x, and their squares leave fp16's range.
-      const bool wide = c.biases && c.activation == Activation::relu2;
-      expect_any_order(run_layer(kGpu, w, o, small, wide ? DType::bfloat16 : out), w, o, small);
+      expect_any_order(run_layer(kGpu, w, o, small, out), w, o, small, {}, &checked);
     }
   }
+  // Biases do not shrink with x: with them whole problems may leave fp16's range.
+  EXPECT_GE(checked.values, checked.all / 2);
 }
 
 }  // namespace
