@@ -149,14 +149,6 @@ constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int ro
   return l;
 }
 
-// How down's ring is filled: a stage has some columns of out of one entry, then those of the next entry; a set of
-// stages of all entries, then the columns behind.
-struct FewDownRing {
-  int32_t columns;        // of out that a CTA computes
-  int32_t stage_columns;  // of them in a stage: at most kFewMaxStageColumns
-  int32_t stages;         // at most kFewMaxStages; a multiple of few_streams
-};
-
 struct FewGateUpArgs {
   Routes routes;
   FewMatrix w13;
@@ -165,8 +157,9 @@ struct FewGateUpArgs {
   int32_t up_first;
   float limit;  // +Inf: none
   FewGateUpLayout layout;
-  FewMatrix w2;  // with which `down` will begin
-  FewDownRing down;
+  // What `down` begins with: as in FewDownArgs.
+  FewMatrix w2;
+  int32_t columns, stage_columns;
 };
 
 struct FewDownArgs {
@@ -177,7 +170,9 @@ struct FewDownArgs {
   int64_t out_stride;
   OutType out_type;
   int32_t accumulate;
-  FewDownRing ring;
+  int32_t columns;        // of out that a CTA computes
+  int32_t stage_columns;  // of them in a stage of the ring: at most kFewDownWarps
+  int32_t stages;         // at most kFewMaxStages; a multiple of few_streams
   FewDownLayout layout;
 };
 

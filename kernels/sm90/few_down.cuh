@@ -27,23 +27,29 @@ struct FewDown {
   int32_t lane, warp, first, columns;
   int32_t room;  // columns of the CTA in the first scale block that they meet
 
-  __device__ __forceinline__ FewColumns all_columns() const { return {first, columns}; }
-  __device__ __forceinline__ int32_t sets() const { return all_columns().sets(args.ring); }
-  __device__ __forceinline__ int32_t columns_of(int32_t set) const { return all_columns().count_of(args.ring, set); }
+  __device__ __forceinline__ int32_t sets() const { return (columns + args.stage_columns - 1) / args.stage_columns; }
+  __device__ __forceinline__ int32_t columns_of(int32_t set) const {
+    return min(args.stage_columns, columns - set * args.stage_columns);
+  }
 
   __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
   __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
-  __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.ring.stage_columns * m.k; }
+  __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.stage_columns * m.k; }
 
   // One thread: an entry's rows of a set's columns are one copy, or one for each panel.
   __device__ __forceinline__ void copy(int32_t slot, int32_t set, int32_t entry) const {
+    const int32_t column = first + set * args.stage_columns;
     ptx::barrier_arrive_expect(full(slot), static_cast<uint32_t>(columns_of(set) * m.k));
+    const int8_t* from = m.w + static_cast<int64_t>(shared.entry[entry].expert) * m.n * m.k +
+                         static_cast<int64_t>(column) * m.w_row;
+    const auto bytes = static_cast<uint32_t>(columns_of(set) * m.w_row);
     uint32_t to = ptx::shared_address(place(slot));
-    few_for_pieces(args.ring, m, all_columns(), set, shared.entry[entry].expert,
-                   [&](const int8_t* from, uint32_t bytes) {
-                     ptx::copy_bulk(to, from, bytes, full(slot), kernels::kEvictFirst);
-                     to += static_cast<uint32_t>(args.layout.w_panel);
-                   });
+#pragma unroll 1
+    for (int32_t k = 0; k < m.k; k += m.w_row) {
+      ptx::copy_bulk(to, from, bytes, full(slot), kernels::kEvictFirst);
+      from += m.w_panel;
+      to += static_cast<uint32_t>(args.layout.w_panel);
+    }
   }
 
   // All threads: the scales of the CTA's weight rows.
@@ -204,7 +210,7 @@ struct FewDown {
       if (lane % 8 == i) sum = total;
     }
     if (!works || lane % 8 >= entry.count) return;
-    const int32_t route = few_byte(entry.routes, lane % 8), c = set * args.ring.stage_columns + column;
+    const int32_t route = few_byte(entry.routes, lane % 8), c = set * args.stage_columns + column;
     const float v = few_value(m, static_cast<int64_t>(entry.expert) * m.n + first + c, sum,
                               num::from_bits(w_scales[at * columns + c]), shared.scale[route], shared.zero[route]);
     y[route * columns + c] = num::bf16_low(num::pack_bf16(v, 0.0f));
@@ -214,7 +220,7 @@ struct FewDown {
   __device__ __forceinline__ void multiply_blocks(const uint8_t* w, int32_t set, int32_t at, int32_t column) const {
     const FewEntry& entry = shared.entry[at];  // read again where it is needed: registers
     const bool works = column < columns_of(set);
-    const int32_t c = set * args.ring.stage_columns + (works ? column : 0), place = lane % 8;
+    const int32_t c = set * args.stage_columns + (works ? column : 0), place = lane % 8;
     const int32_t pieces = few_pieces(m), each = m.block_k / kFewPiece;
     int32_t number = 0;  // of the column's scale block among the CTA's
     for (int32_t end = room; c >= end; end += m.block_n) ++number;
@@ -330,7 +336,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   FewShared& shared = *reinterpret_cast<FewShared*>(memory);
   const FewMatrix& m = args.w2;
   const int32_t routes = args.routes.tokens * args.routes.top_k;
-  const FewColumns mine = FewColumns::of(args.ring, m);
+  const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns;
   const FewDown<P> d{args,
                      m,
                      shared,
@@ -342,11 +348,11 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
                      reinterpret_cast<uint32_t*>(memory + args.layout.top),
                      few_lane(),
                      few_warp(),
-                     mine.first,
-                     mine.count,
-                     FewDown<P>::kBlocks ? m.block_n - mine.first % m.block_n : 0};
+                     begin,
+                     min(args.columns, m.n - begin),
+                     FewDown<P>::kBlocks ? m.block_n - begin % m.block_n : 0};
   if (threadIdx.x == 0) {
-    for (int32_t i = 0; i < args.ring.stages; ++i) {
+    for (int32_t i = 0; i < args.stages; ++i) {
       ptx::barrier_init(d.full(i), 1);
       ptx::barrier_init(d.empty(i), args.layout.stream_warps);
     }
@@ -357,7 +363,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   __syncthreads();
   if (threadIdx.x == 0) {
     const int32_t count = shared.entries;
-    for (int32_t i = 0; i < min(d.sets() * count, args.ring.stages); ++i) d.copy(i, i / count, i % count);
+    for (int32_t i = 0; i < min(d.sets() * count, args.stages); ++i) d.copy(i, i / count, i % count);
   }
   // Copied, not loaded: loads would be waited for, and come behind all weights that are under way.
   d.load_scales(shared.entries);
@@ -379,7 +385,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   ptx::cp_async_wait<0>();
   __syncthreads();
 
-  // A slot of the ring serves one stream (args.ring.stages): none may wait for a slot's next content but one.
+  // A slot of the ring serves one stream (args.stages): none may wait for a slot's next content but one.
   const int32_t warps = args.layout.stream_warps, streams = args.layout.streams;
   // Read and computed again: there are no registers to keep what was known before h was quantised.
   const int32_t entries = shared.entries, all = d.sets() * entries, warp = few_warp();
@@ -396,7 +402,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
         d.multiply_sums(d.place(slot), set, entry, column);
       }
       // The stage's next content, once all its warps have read this one.
-      if (const int32_t next = i + args.ring.stages; next < all) {
+      if (const int32_t next = i + args.stages; next < all) {
         __syncwarp();
         if (d.lane == 0) {
           ptx::barrier_arrive(d.empty(slot));
@@ -408,7 +414,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
       }
       entry += streams;
       slot += streams;
-      if (slot >= args.ring.stages) {
+      if (slot >= args.stages) {
         slot = stream;
         phase ^= 1u;
       }

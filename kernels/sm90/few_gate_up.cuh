@@ -307,14 +307,19 @@ struct FewGateUp {
   // The warp that copies: half of the weights that this CTA's number of `down` will ask for, from the first on, is
   // fetched into L2. From when the last of w13 is asked for until `down` asks, nothing else would be.
   __device__ __forceinline__ void fetch_down() const {
-    const FewColumns columns = FewColumns::of(args.down, args.w2);
-    if (columns.count <= 0) return;
-    const int32_t entries = shared.entries, most = kernels::kFewFetchBytes / (args.down.stage_columns * args.w2.k);
-    const int32_t stages = min(columns.sets(args.down) * entries / 2, most);
+    const FewMatrix& w2 = args.w2;
+    const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns, columns = min(args.columns, w2.n - begin);
+    if (columns <= 0) return;
+    const int32_t entries = shared.entries, sets = (columns + args.stage_columns - 1) / args.stage_columns;
+    const int32_t stages = min(sets * entries / 2, kernels::kFewFetchBytes / (args.stage_columns * w2.k));
 #pragma unroll 1
     for (int32_t i = lane; i < stages; i += 32) {
-      few_for_pieces(args.down, args.w2, columns, i / entries, shared.entry[i % entries].expert,
-                     [](const int8_t* from, uint32_t bytes) { ptx::prefetch_bulk(from, bytes); });
+      const int32_t first = i / entries * args.stage_columns;
+      const auto bytes = static_cast<uint32_t>(min(args.stage_columns, columns - first) * w2.w_row);
+      const int8_t* from = w2.w + static_cast<int64_t>(shared.entry[i % entries].expert) * w2.n * w2.k +
+                           static_cast<int64_t>(begin + first) * w2.w_row;
+#pragma unroll 1
+      for (int32_t k = 0; k < w2.k; k += w2.w_row, from += w2.w_panel) ptx::prefetch_bulk(from, bytes);
     }
   }
 

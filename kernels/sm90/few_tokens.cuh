@@ -18,7 +18,6 @@
 namespace octomoe::sm90 {
 
 using kernels::FewDownArgs;
-using kernels::FewDownRing;
 using kernels::FewGateUpArgs;
 using kernels::FewMatrix;
 using kernels::kFewDownWarps;
@@ -107,33 +106,6 @@ __device__ __forceinline__ void few_group(FewShared& shared, const Routes& r, bo
     shared.entry[(i == 0 ? 0 : __popc(opened[0])) + __popc(opened[i] & ((1u << lane) - 1))] = entry;
   }
   if (lane == 0) shared.entries = __popc(opened[0]) + __popc(opened[1]);
-}
-
-// ---- down's ring ----
-// A CTA's columns of out.
-struct FewColumns {
-  int32_t first, count;
-  __device__ __forceinline__ static FewColumns of(const FewDownRing& ring, const FewMatrix& w2) {
-    const int32_t first = static_cast<int32_t>(blockIdx.x) * ring.columns;
-    return {first, min(ring.columns, w2.n - first)};
-  }
-  __device__ __forceinline__ int32_t sets(const FewDownRing& ring) const {
-    return (count + ring.stage_columns - 1) / ring.stage_columns;
-  }
-  // Of a set.
-  __device__ __forceinline__ int32_t count_of(const FewDownRing& ring, int32_t set) const {
-    return min(ring.stage_columns, count - set * ring.stage_columns);
-  }
-};
-// use(weights, bytes) for the pieces of a stage: all columns of an expert's set, or of each panel.
-template <class Use>
-__device__ __forceinline__ void few_for_pieces(const FewDownRing& ring, const FewMatrix& w2, const FewColumns& columns,
-                                               int32_t set, int32_t expert, const Use& use) {
-  const int8_t* from = w2.w + static_cast<int64_t>(expert) * w2.n * w2.k +
-                       static_cast<int64_t>(columns.first + set * ring.stage_columns) * w2.w_row;
-  const auto bytes = static_cast<uint32_t>(columns.count_of(ring, set) * w2.w_row);
-#pragma unroll 1
-  for (int32_t k = 0; k < w2.k; k += w2.w_row, from += w2.w_panel) use(from, bytes);
 }
 
 // ---- quantising ----

@@ -90,7 +90,7 @@ struct RowBuffers {
 struct FewPlan {
   kernels::FewGateUpLayout gate_up;
   kernels::FewDownLayout down;
-  kernels::FewDownRing ring{};
+  int columns = 0, stage_columns = 0, stages = 0;
 };
 
 struct Plan {
@@ -241,25 +241,25 @@ class CudaLayer final : public LayerBackend {
     p.gate_up = kernels::few_gate_up_layout(routed_.w13.promotion(), w13, static_cast<int>(tokens), top_k,
                                             info_.multiprocessors);
     if (p.gate_up.stages < 2) return {};
-    p.ring.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
+    p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
     const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
     if (most == 0) return {};
-    const std::int64_t sets = ceil_div(p.ring.columns, most);
-    p.ring.stage_columns = static_cast<int>(ceil_div(p.ring.columns, sets));
+    const std::int64_t sets = ceil_div(p.columns, most);
+    p.stage_columns = static_cast<int>(ceil_div(p.columns, sets));
     const auto down = [&](int stages) {
-      return kernels::few_down_layout(routed_.w2.promotion(), w2, static_cast<int>(routes), p.ring.columns,
-                                      p.ring.stage_columns, stages);
+      return kernels::few_down_layout(routed_.w2.promotion(), w2, static_cast<int>(routes), p.columns, p.stage_columns,
+                                      stages);
     };
     // Both kernels at once: besides what they ask for, a block has 1 KB of its own.
     const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up.bytes;
-    const std::int64_t stage = p.ring.stage_columns * row;
+    const std::int64_t stage = p.stage_columns * row;
     const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - down(0).bytes;
     const std::int64_t fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
     if (fit < 2) return {};
     const std::int64_t most_stages = std::min<std::int64_t>(fit, kernels::kFewMaxStages);
-    const std::int64_t streams = kernels::few_streams(p.ring.stage_columns, static_cast<int>(most_stages));
-    p.ring.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(routes * sets, streams)) * streams);
-    p.down = down(p.ring.stages);
+    const std::int64_t streams = kernels::few_streams(p.stage_columns, static_cast<int>(most_stages));
+    p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(routes * sets, streams)) * streams);
+    p.down = down(p.stages);
     return p;
   }
 
@@ -291,10 +291,11 @@ class CudaLayer final : public LayerBackend {
                                             .limit = limit_,
                                             .layout = few.gate_up,
                                             .w2 = *routed_.w2.few(),
-                                            .down = few.ring});
+                                            .columns = few.columns,
+                                            .stage_columns = few.stage_columns});
     launcher.stage("down");
     launcher.exactly(*few_down_,
-                     {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.ring.columns))},
+                     {.grid = {static_cast<unsigned>(ceil_div(hidden_, few.columns))},
                       .shared_bytes = std::max(few.down.bytes, kernels::kFewDownMinSharedBytes)},
                      kernels::FewDownArgs{.routes = routes,
                                           .w2 = *routed_.w2.few(),
@@ -303,7 +304,9 @@ class CudaLayer final : public LayerBackend {
                                           .out_stride = a.out.strides()[0],
                                           .out_type = out_type(a.out.dtype()),
                                           .accumulate = a.accumulate,
-                                          .ring = few.ring,
+                                          .columns = few.columns,
+                                          .stage_columns = few.stage_columns,
+                                          .stages = few.stages,
                                           .layout = few.down});
     launcher.stage(nullptr);
   }
@@ -311,7 +314,7 @@ class CudaLayer final : public LayerBackend {
   void launch_all(const ForwardArgs& a, const Plan& p, const Launcher& launcher) {
     auto* base = static_cast<std::uint8_t*>(workspaces_.choose(a.workspace, p.memory.bytes(), a.stream));
     if (launcher.observer() != nullptr) launcher.observer()->on_plan(p.memory.bytes(), p.memory.live_bytes());
-    if (p.few.ring.stages > 0) return launch_few(a, p, launcher, base);
+    if (p.few.stages > 0) return launch_few(a, p, launcher, base);
     const std::int64_t tokens = p.tokens;
     const bool adds =
         may_add(a) && routed_.w2.can_add(likely_rows(p.rows)) && (!shared_ || shared_->w2.can_add(tokens));

@@ -133,8 +133,6 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                  std::to_string(schedule.seed));
     const Tensor out = Tensor::copy_of(before);
     std::vector<std::uint16_t> h(static_cast<std::size_t>(count * c.intermediate), 0xa5a5);
-    const kernels::FewDownRing ring{static_cast<std::int32_t>(columns), static_cast<std::int32_t>(stage_columns),
-                                    stages};
     const kernels::FewGateUpArgs gate_up{.routes = routes,
                                          .w13 = w13,
                                          .x = {in.x.view().data(), c.hidden,
@@ -147,7 +145,8 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                                          .limit = o.limit > 0 ? o.limit : std::bit_cast<float>(0x7f800000u),
                                          .layout = gate_up_layout,
                                          .w2 = w2,
-                                         .down = ring};
+                                         .columns = static_cast<std::int32_t>(columns),
+                                         .stage_columns = static_cast<std::int32_t>(stage_columns)};
     const kernels::FewDownArgs down{
         .routes = routes,
         .w2 = w2,
@@ -158,7 +157,9 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                     : o.out == DType::float16 ? kernels::OutType::fp16
                                               : kernels::OutType::bf16,
         .accumulate = o.accumulate,
-        .ring = ring,
+        .columns = static_cast<std::int32_t>(columns),
+        .stage_columns = static_cast<std::int32_t>(stage_columns),
+        .stages = stages,
         .layout = kernels::few_down_layout(second, w2, static_cast<int>(count), static_cast<int>(columns),
                                            static_cast<int>(stage_columns), stages)};
     try {
