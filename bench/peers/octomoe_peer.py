@@ -34,9 +34,15 @@ class Layer:
         else:
             weights = octomoe.MoeWeights.from_int8_hybrid(*form, scheme=scheme)
         self.weights = weights
+        model = problem.model
+        expert_map = None
+        if model.routed > model.experts:  # one GPU of several
+            held = torch.arange(model.routed, dtype=torch.int32)
+            expert_map = torch.where(held < model.experts, held, -1)
         self.layer = octomoe.MoeLayer(
             weights,
             device=problem.device,
+            expert_map=expert_map,
             prepack=name.endswith(PREPACKED),
             combine_order="any" if name.endswith(ANY_ORDER) else "slots",
         )
@@ -52,9 +58,7 @@ class Layer:
         workspace = self.workspace
 
         def run() -> torch.Tensor:
-            self.layer.forward(
-                inputs.x, inputs.local_ids, inputs.weights, out=out, workspace=workspace
-            )
+            self.layer.forward(inputs.x, inputs.ids, inputs.weights, out=out, workspace=workspace)
             return out
 
         return run

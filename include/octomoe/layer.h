@@ -44,7 +44,9 @@ struct LayerOptions {
   CombineOrder combine_order = CombineOrder::slots;
   std::optional<MoeWeights> shared_expert;  // E = 1 weights, same H and scheme kind; I may differ
   Tensor shared_gate;                       // [H] float32/bf16/fp16: the shared expert's weight is sigmoid(x . gate)
-  Tensor expert_map;                        // int32 [global experts] -> local expert, -1 = not on this rank
+  // int32 [global experts] -> local expert, -1 = not on this rank. Its length tells the layer what share of the routes
+  // to choose kernels for; where ids are local already, a map that leaves them as they are does.
+  Tensor expert_map;
   int threads = 0;                          // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
   bool keep_weights = false;  // CPU: keep the natural layout beside the packed one (weights() stays usable)
   // CUDA: normally GEMM1 gathers quantised tokens by itself, applies SwiGLU in its epilogue and, where the scheme's

@@ -32,7 +32,10 @@ class MoeLayer:
             cannot be done, as "slots".
         shared_expert: MoeWeights with E = 1, same H and kind of scheme; it sees every token.
         shared_gate: [H]: the shared expert's weight is sigmoid(x . shared_gate), else 1.
-        expert_map: int32 [global experts] -> expert of these weights, -1 = on another rank.
+        expert_map: int32 [global experts] -> expert of these weights, -1 = on another rank. Its
+            length says what share of the routes is this rank's, for which kernels are chosen; so
+            it is worth giving also where ids are local already (-1: elsewhere), as a map of all
+            ranks' experts that leaves local ids as they are.
         threads: 0 = $OCTOMOE_NUM_THREADS, else all cores.
         fused_gather, fused_activation, fused_requantize: CUDA: False runs the step as a kernel of
             its own, with the same result, to measure what the fusion is worth. The last is about

@@ -239,8 +239,15 @@ def test_expert_map():
         mine = slice(4 * rank, 4 * rank + 4)
         expert_map = np.full(8, -1, np.int32)
         expert_map[mine] = np.arange(4)
-        layer = octomoe.MoeLayer(octomoe.quantize(w13[mine], w2[mine]), expert_map=expert_map)
+        held = octomoe.quantize(w13[mine], w2[mine])
+        layer = octomoe.MoeLayer(held, expert_map=expert_map)
         layer.forward(x, ids, topk_weights, out=total, accumulate=True)
+        y = layer(x, ids, topk_weights)
+        # Ids that are local already, with a map that leaves them so, and without one.
+        local = expert_map[ids]
+        kept = np.where(np.arange(8) < 4, np.arange(8), -1).astype(np.int32)
+        for same in (octomoe.MoeLayer(held, expert_map=kept), octomoe.MoeLayer(held)):
+            np.testing.assert_array_equal(same(x, local, topk_weights), y)
     assert reference.error(total, whole) < 1e-6
 
 
