@@ -3,7 +3,7 @@
 # preprocessed text, .clang-tidy or the tool changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-build=${BUILD:-build}
+build=build-lint # where every source has a compile command of its own
 status=0
 
 echo "== format and ruff"
@@ -11,7 +11,7 @@ scripts/format.sh --check || status=1
 
 echo "== clang-tidy"
 mkdir -p "$build"
-if ! cmake -S . -B "$build" -G Ninja >"$build/configure.log" 2>&1 </dev/null; then
+if ! cmake -S . -B "$build" -G Ninja -DCMAKE_UNITY_BUILD=OFF >"$build/configure.log" 2>&1 </dev/null; then
   cat "$build/configure.log" >&2
   exit 1
 fi

@@ -16,22 +16,38 @@ export PATH="$build:$PATH"
 
 summary=()
 status=0
-run_suite() {
-  local name=$1 closing=$2 log begin result
+log_of() { echo "$logs/${1// /-}.log"; }
+report() { # NAME RESULT SECONDS CLOSING
+  (($2 == 0)) || status=1
+  summary+=("$(printf '%-16s %-6s %4d s  %s' "$1" "$( (($2)) && echo FAILED || echo ok)" "$3" \
+    "$(grep -E "$4" "$(log_of "$1")" | tail -n 1 | sed -E 's/^=+ | =+$//g')")")
+}
+run_suite() { # NAME CLOSING COMMAND...
+  local name=$1 closing=$2 begin=$SECONDS result
   shift 2
-  log="$logs/${name// /-}.log"
   printf '\n== %s\n' "$name"
-  begin=$SECONDS
-  "$@" 2>&1 </dev/null | tee "$log"
+  "$@" 2>&1 </dev/null | tee "$(log_of "$name")"
   result=${PIPESTATUS[0]}
-  ((result == 0)) || status=1
-  summary+=("$(printf '%-16s %-6s %4d s  %s' "$name" "$( ((result)) && echo FAILED || echo ok)" $((SECONDS - begin)) \
-    "$(grep -E "$closing" "$log" | tail -n 1 | sed -E 's/^=+ | =+$//g')")")
+  report "$name" "$result" $((SECONDS - begin)) "$closing"
 }
 
 run_suite "C++" 'tests passed' ctest --test-dir "$build" -j "$jobs" --output-on-failure --no-tests=error
-run_suite "Python" '(passed|failed|error).* in ' .venv/bin/python -m pytest -q -ra tests/python
-run_suite "package, README" '(passed|failed|error).* in ' .venv/bin/python -m pytest -q -ra tests/package
+# Neither of these fills more than one core: they run side by side.
+pytest_closing='(passed|failed|error).* in '
+begin=$SECONDS
+(
+  .venv/bin/python -m pytest -q -ra tests/package >"$(log_of "package, README")" 2>&1 </dev/null
+  result=$?
+  echo $((SECONDS - begin)) >"$logs/package-seconds"
+  exit $result
+) &
+package=$!
+run_suite "Python" "$pytest_closing" .venv/bin/python -m pytest -q -ra tests/python
+wait $package
+result=$?
+printf '\n== %s\n' "package, README"
+cat "$(log_of "package, README")"
+report "package, README" $result "$(cat "$logs/package-seconds")" "$pytest_closing"
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}" | tee "$logs/summary"

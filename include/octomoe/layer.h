@@ -47,7 +47,7 @@ struct LayerOptions {
   // int32 [global experts] -> local expert, -1 = not on this rank. Its length tells the layer what share of the routes
   // to choose kernels for; where ids are local already, a map that leaves them as they are does.
   Tensor expert_map;
-  int threads = 0;                          // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
+  int threads = 0;            // CPU: 0 = OCTOMOE_NUM_THREADS, else all cores (read once, here)
   bool keep_weights = false;  // CPU: keep the natural layout beside the packed one (weights() stays usable)
   // CUDA: normally GEMM1 gathers quantised tokens by itself, applies SwiGLU in its epilogue and, where the scheme's
   // scales are known there (int8_block with block_k = 128 on SM90), quantises the result. Off: as kernels of their own,

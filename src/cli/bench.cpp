@@ -30,7 +30,7 @@ namespace {
 constexpr std::int64_t kMaxTokens = 1 << 20;
 constexpr double kBusySpread = 0.3;  // a quiet machine stays below a tenth
 
-struct Options : ShapeArguments {
+struct BenchOptions : ShapeArguments {
   std::string tokens, schemes, device = "cpu", routing = "uniform", peer = "none", family, combine_order = "slots",
                                study, json, plot;
   int threads = 0;
@@ -74,7 +74,7 @@ void check_memory(const ProblemShape& shape, const std::vector<Scheme>& schemes,
 
 class Bench {
  public:
-  explicit Bench(const Options& o) : o_(o), progress_("bench") {
+  explicit Bench(const BenchOptions& o) : o_(o), progress_("bench") {
     if (!o_.study.empty() && o_.model.empty()) o_.model = kCudaModel;
   }
 
@@ -380,7 +380,7 @@ class Bench {
     if (plot_) plot_->draw(text);
   }
 
-  Options o_;
+  BenchOptions o_;
   Progress progress_;
   BenchReport report_;
   std::vector<std::int64_t> tokens_;
@@ -401,7 +401,7 @@ class Bench {
 
 void add_bench(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("bench", "Time one MoE layer of a model's shape with random weights");
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<BenchOptions>();
   sub->add_option("--model", o->model,
                   "Shape: " + preset_names() +
                       " (default: qwen3-30b; on CUDA with neither model, sizes nor tokens given qwen3.6-35b)");

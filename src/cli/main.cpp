@@ -28,7 +28,7 @@ constexpr const char* kFooter =
     "'octomoe COMMAND --help' explains the options of a command.";
 
 // One line, whatever the exception carried.
-int fail(std::string message, int code) {
+int end_with(std::string message, int code) {
   while (!message.empty() && (message.back() == '\n' || message.back() == ' ')) message.pop_back();
   for (char& c : message) {
     if (c == '\n' || c == '\r') c = ' ';
@@ -56,13 +56,13 @@ int parse_and_run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
     const int code = app.exit(e);  // --help, --version: prints
-    return std::fflush(stdout) == 0 ? code : fail("cannot write to standard output", kFailure);
+    return std::fflush(stdout) == 0 ? code : end_with("cannot write to standard output", kFailure);
   } catch (const CLI::ParseError& e) {
-    return fail(std::string(e.what()) + " (see octomoe --help)", kUsage);
+    return end_with(std::string(e.what()) + " (see octomoe --help)", kUsage);
   }
-  if (!action) return fail("no command given: doctor, run, quantize, bench or tune (see octomoe --help)", kUsage);
+  if (!action) return end_with("no command given: doctor, run, quantize, bench or tune (see octomoe --help)", kUsage);
   const int code = action();
-  if (std::fflush(stdout) != 0 || std::ferror(stdout)) return fail("cannot write to standard output", kFailure);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) return end_with("cannot write to standard output", kFailure);
   return code;
 }
 
@@ -74,12 +74,12 @@ int main(int argc, char** argv) {
   try {
     return parse_and_run(argc, argv);
   } catch (const UsageError& e) {
-    return fail(e.what(), kUsage);
+    return end_with(e.what(), kUsage);
   } catch (const CLI::ParseError& e) {
-    return fail(e.what(), kUsage);
+    return end_with(e.what(), kUsage);
   } catch (const std::bad_alloc&) {
-    return fail("out of memory", kFailure);
+    return end_with("out of memory", kFailure);
   } catch (const std::exception& e) {
-    return fail(e.what(), kFailure);
+    return end_with(e.what(), kFailure);
   }
 }

@@ -18,7 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-[[noreturn]] void fail(const std::string& path, int error) {
+[[noreturn]] void cannot_write(const std::string& path, int error) {
   throw Error(ErrorCode::io, fmt::format("{}: cannot write: {}", path, std::strerror(error)));
 }
 
@@ -47,14 +47,14 @@ OutputFile::OutputFile(std::string path, const std::string& suffix) : path_(std:
   if (ec || target_.empty()) target_ = path_;
   struct stat info {};
   if (::stat(target_.c_str(), &info) == 0) {
-    if (S_ISDIR(info.st_mode)) fail(path_, EISDIR);
-    if (::access(target_.c_str(), W_OK) != 0) fail(path_, errno);
+    if (S_ISDIR(info.st_mode)) cannot_write(path_, EISDIR);
+    if (::access(target_.c_str(), W_OK) != 0) cannot_write(path_, errno);
     direct_ = !S_ISREG(info.st_mode);
   }
   if (direct_) return;
   temporary_ = fmt::format("{}.tmp.{}{}", target_, ::getpid(), suffix);
   const int fd = ::open(temporary_.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
-  if (fd < 0) fail(path_, errno);
+  if (fd < 0) cannot_write(path_, errno);
   ::close(fd);
   ::unlink(temporary_.c_str());  // it was only a trial: an interrupted run leaves nothing behind
 }
@@ -68,17 +68,17 @@ void OutputFile::commit(const std::string& content) {
   const std::string& name = direct_ ? target_ : temporary_;
   const int flags = O_WRONLY | O_TRUNC | O_CLOEXEC | (direct_ ? 0 : O_CREAT);
   const int fd = path_ == "-" ? ::dup(STDOUT_FILENO) : ::open(name.c_str(), flags, 0666);
-  if (fd < 0) fail(path_, errno);
+  if (fd < 0) cannot_write(path_, errno);
   int error = write_all(fd, content);
   if (!error && !direct_ && ::fsync(fd) != 0) error = errno;
   if (::close(fd) != 0 && !error) error = errno;
-  if (error) fail(path_, error);
+  if (error) cannot_write(path_, error);
   rename_only();
 }
 
 void OutputFile::rename_only() {
   if (direct_) return;
-  if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail(path_, errno);
+  if (::rename(temporary_.c_str(), target_.c_str()) != 0) cannot_write(path_, errno);
   temporary_.clear();
 }
 

@@ -30,7 +30,7 @@ constexpr const char* kNoDisassembler =
     "neither nvdisasm nor cuobjdump was found in $PATH, $CUDA_HOME/bin or a Python wheel (pip install "
     "nvidia-cuda-nvdisasm)";
 
-struct Options {
+struct PackOptions {
   std::string archs = "sm_80,sm_86,sm_89,sm_90a";
   std::string out, check, only;
   int jobs = 0;
@@ -59,7 +59,7 @@ std::vector<jit::Target> parse_targets(const std::string& list) {
 // ---- octomoe pack --out FILE ----
 
 // What the file holds already; nullptr if there is none, or one that cannot be used.
-std::shared_ptr<const jit::Pack> existing_pack(const Options& o) {
+std::shared_ptr<const jit::Pack> existing_pack(const PackOptions& o) {
   if (o.fresh || o.out == "-") return nullptr;
   try {
     return jit::Pack::open(o.out);
@@ -68,7 +68,7 @@ std::shared_ptr<const jit::Pack> existing_pack(const Options& o) {
   }
 }
 
-int build(const Options& o) {
+int build(const PackOptions& o) {
   const std::vector<jit::Target> targets = parse_targets(o.archs);
   std::vector<KernelEntry> entries;
   for (const KernelEntry& e : catalogue()) {
@@ -178,7 +178,7 @@ Json to_json(const jit::Pack& pack, const std::vector<Judged>& all) {
   return {{"file", pack.name()}, {"version", jit::kPackVersion}, {"bytes", pack.file_bytes()}, {"kernels", kernels}};
 }
 
-int check(const Options& o) {
+int check(const PackOptions& o) {
   const auto pack = jit::Pack::open(o.check);
   search_python_wheels();
   const std::string tool = jit::find_disassembler();
@@ -246,7 +246,7 @@ int check(const Options& o) {
 
 void add_pack(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("pack", "Compile the GPU kernels into a pack file, or check one");
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<PackOptions>();
   CLI::Option* out = sub->add_option("--out", o->out, "Pack file to write; - is standard output");
   sub->add_option("--arch", o->archs, "Comma-separated: sm_80, sm_86, sm_89, sm_90a, another sm_NN, compute_90 (PTX)")
       ->capture_default_str();

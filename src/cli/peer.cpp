@@ -14,8 +14,6 @@
 namespace octomoe::cli {
 namespace {
 
-using Json = nlohmann::json;
-
 constexpr double kPrepareSeconds = 600, kRunSeconds = 600;
 
 // The threads of OpenMP spin for some milliseconds after a call, ours for less: let them go to sleep before the next
@@ -44,7 +42,7 @@ Peer::Peer() : python_(find_python()) {
               fmt::format("--peer torch: peer_torch.py not found (looked at {})", fmt::join(places, ", ")));
 }
 
-nlohmann::json Peer::ask(const Json& message, double timeout_s) {
+nlohmann::json Peer::ask(const nlohmann::json& message, double timeout_s) {
   std::optional<std::string> line;
   if (child_->write_line(message.dump())) line = child_->read_line(timeout_s);
   if (!line) {
@@ -52,7 +50,7 @@ nlohmann::json Peer::ask(const Json& message, double timeout_s) {
                                             ? fmt::format("--peer torch: no answer within {:.0f} s", timeout_s)
                                             : fmt::format("--peer torch: {} ended: {}", python_, child_->error_text()));
   }
-  Json answer = Json::parse(*line, nullptr, false);
+  nlohmann::json answer = nlohmann::json::parse(*line, nullptr, false);
   if (!answer.is_object()) throw Error(ErrorCode::format, "--peer torch: not an answer: " + line->substr(0, 200));
   if (answer.contains("error")) {
     throw Error(ErrorCode::unsupported,
@@ -63,31 +61,31 @@ nlohmann::json Peer::ask(const Json& message, double timeout_s) {
 }
 
 void Peer::prepare(const ProblemShape& s, const std::vector<Routing>& routings, int threads, std::uint64_t seed) {
-  Json ids = Json::object();
+  nlohmann::json ids = nlohmann::json::object();
   for (const Routing& r : routings) {
     const Tensor& t = r.routes.ids;
     ids[std::to_string(r.tokens)] = std::span(t.as<std::int32_t>(), static_cast<std::size_t>(t.elems()));
   }
-  const Json answer = ask({{"prepare",
-                            {{"experts", s.experts},
-                             {"hidden", s.hidden},
-                             {"intermediate", s.intermediate},
-                             {"top_k", s.top_k},
-                             {"threads", threads},
-                             {"seed", seed & 0x7fffffff},
-                             {"topk_ids", ids}}}},
-                          kPrepareSeconds);
+  const nlohmann::json answer = ask({{"prepare",
+                                      {{"experts", s.experts},
+                                       {"hidden", s.hidden},
+                                       {"intermediate", s.intermediate},
+                                       {"top_k", s.top_k},
+                                       {"threads", threads},
+                                       {"seed", seed & 0x7fffffff},
+                                       {"topk_ids", ids}}}},
+                                    kPrepareSeconds);
   try {
     ways_ = answer.at("peers").get<std::vector<std::string>>();
     version_ = answer.at("torch").get<std::string>();
-  } catch (const Json::exception&) {
+  } catch (const nlohmann::json::exception&) {
     throw Error(ErrorCode::format, "--peer torch: not an answer to prepare: " + answer.dump().substr(0, 200));
   }
 }
 
 double Peer::run_us(const std::string& way, std::int64_t tokens) {
   settle();
-  const Json answer = ask({{"time", tokens}, {"peer", way}}, kRunSeconds);
+  const nlohmann::json answer = ask({{"time", tokens}, {"peer", way}}, kRunSeconds);
   settle();
   if (!answer.contains("us") || !answer["us"].is_number()) {
     throw Error(ErrorCode::format, "--peer torch: not a time: " + answer.dump().substr(0, 200));
@@ -97,7 +95,7 @@ double Peer::run_us(const std::string& way, std::int64_t tokens) {
 
 std::optional<double> Peer::python_overhead_us() {
   try {
-    const Json answer = ask({{"overhead", true}}, kRunSeconds);
+    const nlohmann::json answer = ask({{"overhead", true}}, kRunSeconds);
     if (answer.contains("call_us") && answer["call_us"].is_number()) return answer["call_us"].get<double>();
   } catch (const Error&) {  // the package is not there, or has no such function: then it is simply not reported
   }

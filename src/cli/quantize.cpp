@@ -17,7 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Options {
+struct QuantizeOptions {
   std::string in, out, scheme, calibration, max_shard_size = "5GiB";
   int threads = 0;
   bool overwrite = false;
@@ -35,7 +35,7 @@ double tensor_bytes(const std::string& path) {
   return bytes;
 }
 
-int quantize_command(const Options& o) {
+int quantize_command(const QuantizeOptions& o) {
   const Scheme scheme = parse_scheme("--scheme", o.scheme);
   QuantizeCheckpointOptions options;
   options.max_shard_bytes = parse_size("--max-shard-size", o.max_shard_size);
@@ -69,7 +69,7 @@ int quantize_command(const Options& o) {
 
 void add_quantize(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("quantize", "Write a checkpoint with quantised experts");
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<QuantizeOptions>();
   sub->add_option("IN", o->in, "Checkpoint to read: a Hugging Face folder in bf16, fp16 or float32")->required();
   sub->add_option("OUT", o->out, "Folder to write")->required();
   sub->add_option("--scheme", o->scheme,

@@ -26,7 +26,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-struct Options {
+struct RunOptions {
   std::string checkpoint, schemes = "all", activations, layers, device = "cpu", json;
   std::int64_t tokens = 0, reference_tokens = 0;
   int threads = 0, iters = 0;
@@ -38,7 +38,7 @@ struct Options {
 // Where the hidden states come from.
 class Source {
  public:
-  Source(const Options& o, const ModelConfig& config) : o_(o), config_(config) {
+  Source(const RunOptions& o, const ModelConfig& config) : o_(o), config_(config) {
     if (o.random) return;
     std::string path = o.activations;
     if (path.empty()) {
@@ -73,12 +73,12 @@ class Source {
   }
 
  private:
-  const Options& o_;
+  const RunOptions& o_;
   const ModelConfig& config_;
   std::optional<checkpoint::CapturedStates> file_;
 };
 
-std::vector<Scheme> choose_schemes(const Options& o, const ModelConfig& config, Device device) {
+std::vector<Scheme> choose_schemes(const RunOptions& o, const ModelConfig& config, Device device) {
   if (config.format == QuantFormat::none) {
     std::vector<Scheme> schemes = parse_schemes("--scheme", o.schemes);
     if (device.type == DeviceType::cpu) return schemes;
@@ -101,7 +101,7 @@ std::vector<Scheme> choose_schemes(const Options& o, const ModelConfig& config, 
   return {config.scheme};
 }
 
-std::vector<int> choose_layers(const Options& o, const Checkpoint& checkpoint) {
+std::vector<int> choose_layers(const RunOptions& o, const Checkpoint& checkpoint) {
   std::vector<int> have = checkpoint.moe_layers();
   if (have.empty()) throw Error(ErrorCode::format, o.checkpoint + ": no layer has experts");
   if (o.layers.empty()) return have;
@@ -130,7 +130,7 @@ void check_memory(const ModelConfig& config, const std::vector<Scheme>& schemes)
 }
 
 // Tokens that the slow reference judges: all, unless that would take minutes.
-std::int64_t judged_tokens(const Options& o, const ModelConfig& config, std::size_t schemes, std::int64_t tokens) {
+std::int64_t judged_tokens(const RunOptions& o, const ModelConfig& config, std::size_t schemes, std::int64_t tokens) {
   if (o.reference_tokens > 0) return std::min(o.reference_tokens, tokens);
   constexpr double kMultiplyAdds = 8e9;  // a layer; the reference does about 1e9 a second and core
   constexpr double kAtLeast = 16;
@@ -171,7 +171,7 @@ struct Report {
   Json gpu = nullptr;
 };
 
-Json to_json(const Report& r, const Options& o) {
+Json to_json(const Report& r, const RunOptions& o) {
   Json results = Json::array();
   for (const SchemeResult& s : r.results) {
     const double us = s.mean(&LayerJudgement::us);
@@ -215,7 +215,7 @@ Json to_json(const Report& r, const Options& o) {
           {"results", results}};
 }
 
-void print(const Report& r, const Options& o) {
+void print(const Report& r, const RunOptions& o) {
   const bool colour = wants_colour();
   const bool quantised = r.config.format != QuantFormat::none;
   fmt::print("{}{}: {} MoE layer{}, E {}, k {}, H {}, I {}{}\n", styled(r.config.model_type, Style::bold, colour),
@@ -263,7 +263,7 @@ void print(const Report& r, const Options& o) {
              quantised ? "the dequantised" : "the unquantised");
 }
 
-int run_command(const Options& o) {
+int run_command(const RunOptions& o) {
   const Device device = parse_device("--device", o.device);
   const Checkpoint checkpoint = Checkpoint::open(o.checkpoint);
   Report report{.config = checkpoint.config()};
@@ -335,7 +335,7 @@ int run_command(const Options& o) {
 
 void add_run(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("run", "Error and speed of every scheme on a checkpoint's MoE layers");
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<RunOptions>();
   sub->add_option("--checkpoint", o->checkpoint, "Hugging Face folder, or a .safetensors file beside a config.json")
       ->required();
   sub->add_option("--scheme", o->schemes, "all, or schemes separated by commas (docs/schemes.md)")

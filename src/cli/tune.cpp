@@ -24,7 +24,7 @@ constexpr std::int64_t kMaxTokens = 1 << 20;
 constexpr const char* kTokens = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192";
 constexpr const char* kSchemes = "int8_channel,int8_block,int8_hybrid";
 
-struct Options : ShapeArguments {
+struct TuneOptions : ShapeArguments {
   std::string tokens = kTokens, schemes = kSchemes, device = "cuda", family = "automatic", out, check, json;
   bool all_models = false;
   int rounds = 7, threads = 0;
@@ -43,7 +43,7 @@ std::string short_name(const std::string& id) {
 
 class Tune {
  public:
-  explicit Tune(const Options& o) : o_(o), progress_("tune") {}
+  explicit Tune(const TuneOptions& o) : o_(o), progress_("tune") {}
 
   int run() {
     read_arguments();
@@ -149,7 +149,7 @@ class Tune {
     found_ = {};
   }
 
-  Options o_;
+  TuneOptions o_;
   Progress progress_;
   Device device_;
   KernelFamily family_ = KernelFamily::automatic;
@@ -160,7 +160,7 @@ class Tune {
   plan::TunedTable found_;
 };
 
-int check(const Options& o) {
+int check(const TuneOptions& o) {
   std::optional<OutputFile> json;
   if (!o.json.empty()) json.emplace(o.json);
   const plan::TunedTable table = plan::TunedTable::read(o.check);
@@ -178,7 +178,7 @@ int check(const Options& o) {
 
 void add_tune(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("tune", "Measure which GEMM kernels are the fastest for a model on this GPU");
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<TuneOptions>();
   sub->add_option("--model", o->model, "Shape: " + preset_names());
   add_size_options(*sub, *o);
   sub->add_flag("--all-models", o->all_models, "Every shape that --model knows, one after another");

@@ -13,7 +13,7 @@
 namespace octomoe::cpu {
 namespace {
 
-constexpr std::int64_t kChunkRows = 32768;  // rows that are quantised before they are multiplied
+constexpr std::int64_t kQuantizedRows = 32768;  // rows that are quantised before they are multiplied
 
 std::int64_t index_at(const TensorView& t, std::int64_t i) {
   const std::int64_t offset = i * t.strides()[0];
@@ -42,7 +42,7 @@ class CpuMatrix final : public MatrixBackend {
     if (total == 0) return;
 
     const Call call{&args, masked, adopts_rows(args.a.values.dtype())};
-    const std::int64_t chunk = call.adopted ? total : std::min(total, kChunkRows);
+    const std::int64_t chunk = call.adopted ? total : std::min(total, kQuantizedRows);
     Buffers b;
     const std::size_t bytes = carve(chunk, call.adopted, nullptr, nullptr);
     if (bytes > workspace_.size()) {

@@ -18,7 +18,7 @@ namespace {
 // From there on taking them one by one is worth the launch that zeroes their counter (docs/kernels.md).
 constexpr std::int64_t kOffsetsRows = 48;
 
-struct Plan {
+struct GemmPlan {
   WorkspacePlan memory;
   int index, q, scale, block_q, zero;
 };
@@ -56,7 +56,7 @@ class CudaMatrix final : public MatrixBackend {
                    to_string(d.device()), to_string(g.a.values.strides()));
     }
     const ContextGuard context(info_);
-    const Plan p = plan(rows);
+    const GemmPlan p = plan(rows);
     auto* base = static_cast<std::uint8_t*>(workspaces_.choose(g.workspace, p.memory.bytes(), g.stream));
     const auto at = [&](int buffer) { return base + p.memory.offset(buffer); };
     const Launcher launcher(info_, g.stream);
@@ -136,9 +136,9 @@ class CudaMatrix final : public MatrixBackend {
                       t.device());
   }
 
-  Plan plan(std::int64_t rows) const {
+  GemmPlan plan(std::int64_t rows) const {
     const ScaleColumns c = matrix_.scale_columns();
-    Plan p;
+    GemmPlan p;
     p.index = p.memory.add((matrix_.experts() + 1 + kernels::kTakenWords) * 4, 0, 0);
     p.q = p.memory.add(rows * matrix_.k(), 0, 0);
     p.scale = p.memory.add(rows * c.scale * 4, 0, 0);

@@ -21,9 +21,6 @@ using kernels::Promotion;
 using kernels::TokenMajorConfig;
 using kernels::WgmmaConfig;
 
-constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
-constexpr const char* kEpilogues[] = {"store", "swiglu", "swiglu_block", "add"};
-
 struct Tile {
   int m, n, k, stages, warps_m, warps_n, min_blocks;
   Order order;
@@ -102,8 +99,8 @@ KernelEntry gemm_entry(const GemmConfig& c, std::vector<int> archs) {
   e.call = fmt::format(
       "octomoe::sm80::grouped_gemm<octomoe::kernels::GemmConfig{{octomoe::kernels::Promotion::{}, "
       "octomoe::kernels::Epilogue::{}, {}, {}, {}, {}, {}, {}, {}, {}, octomoe::kernels::Order::{}}}>",
-      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
-      c.block_k, c.stages, c.warps_m, c.warps_n, c.fine_groups, c.min_blocks,
+      kPromotionNames[static_cast<int>(c.promotion)], kEpilogueNames[static_cast<int>(c.epilogue)], c.block_m,
+      c.block_n, c.block_k, c.stages, c.warps_m, c.warps_n, c.fine_groups, c.min_blocks,
       c.order == Order::steps ? "steps" : "tiles");
   e.args_type = "octomoe::kernels::GemmArgs";
   e.threads = c.threads();
@@ -150,7 +147,7 @@ KernelEntry gemm_entry(const WgmmaConfig& c) {
   KernelEntry e = wgmma_entry(c, "sm90/grouped_gemm.cuh");
   e.call = fmt::format(
       "octomoe::sm90::grouped_gemm<octomoe::kernels::WgmmaConfig{{octomoe::kernels::Epilogue::{}, {}, {}, {}, {}}}>",
-      kEpilogues[static_cast<int>(c.epilogue)], c.block_n, c.weight_stages, c.token_stages, c.cluster);
+      kEpilogueNames[static_cast<int>(c.epilogue)], c.block_n, c.weight_stages, c.token_stages, c.cluster);
   e.cluster = c.cluster > 1;
   return e;
 }
@@ -159,7 +156,7 @@ KernelEntry gemm_entry(const TokenMajorConfig& c) {
   e.call = fmt::format(
       "octomoe::sm90::token_major_gemm<octomoe::kernels::TokenMajorConfig{{octomoe::kernels::Promotion::{}, "
       "octomoe::kernels::Epilogue::{}, {}, {}, {}}}>",
-      kPromotions[static_cast<int>(c.promotion)], kEpilogues[static_cast<int>(c.epilogue)], c.parts, c.stages,
+      kPromotionNames[static_cast<int>(c.promotion)], kEpilogueNames[static_cast<int>(c.epilogue)], c.parts, c.stages,
       c.block_stages);
   return e;
 }
@@ -231,7 +228,7 @@ std::vector<KernelEntry> make_catalogue() {
   sort.cluster = true;
   all.push_back(std::move(sort));
   const auto few = [&](const char* name, Promotion p, const char* args, int threads, int registers, int shared_bytes) {
-    const char* promotion = kPromotions[static_cast<int>(p)];
+    const char* promotion = kPromotionNames[static_cast<int>(p)];
     KernelEntry e =
         simple_entry(few_id(name, p), fmt::format("sm90/few_{}.cuh", name), "", args, threads, shared_bytes);
     e.call = fmt::format("octomoe::sm90::few_{}<octomoe::kernels::Promotion::{}>", name, promotion);
@@ -263,24 +260,24 @@ std::string quantize_id(int row_scheme, QuantizeKernel kernel) {
 
 std::string few_id(const char* name, Promotion promotion) {
   if (promotion == Promotion::hybrid_flush) promotion = Promotion::hybrid;  // one kernel serves both
-  return fmt::format("sm90_few:{}:{}", name, kPromotions[static_cast<int>(promotion)]);
+  return fmt::format("sm90_few:{}:{}", name, kPromotionNames[static_cast<int>(promotion)]);
 }
 
 std::string gemm_id(const GemmConfig& c) {
-  return fmt::format("sm80_gemm:{}{}:{}:m{}n{}k{}s{}w{}x{}o{}", kPromotions[static_cast<int>(c.promotion)],
-                     c.fine_groups ? "_fine" : "", kEpilogues[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
+  return fmt::format("sm80_gemm:{}{}:{}:m{}n{}k{}s{}w{}x{}o{}", kPromotionNames[static_cast<int>(c.promotion)],
+                     c.fine_groups ? "_fine" : "", kEpilogueNames[static_cast<int>(c.epilogue)], c.block_m, c.block_n,
                      c.block_k, c.stages, c.warps_m, c.warps_n, c.min_blocks);
 }
 
 std::string gemm_id(const WgmmaConfig& c) {
-  return fmt::format("sm90_gemm:channel:{}:m{}n{}w{}t{}c{}", kEpilogues[static_cast<int>(c.epilogue)], c.block_m(),
+  return fmt::format("sm90_gemm:channel:{}:m{}n{}w{}t{}c{}", kEpilogueNames[static_cast<int>(c.epilogue)], c.block_m(),
                      c.block_n, c.weight_stages, c.token_stages, c.cluster);
 }
 
 std::string gemm_id(const TokenMajorConfig& c) {
-  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}s{}", kPromotions[static_cast<int>(c.promotion)],
-                     c.block_stages * TokenMajorConfig::kBlockK, kEpilogues[static_cast<int>(c.epilogue)], c.block_m(),
-                     TokenMajorConfig::kBlockN, c.stages);
+  return fmt::format("sm90_gemm:{}{}:{}:m{}n{}s{}", kPromotionNames[static_cast<int>(c.promotion)],
+                     c.block_stages * TokenMajorConfig::kBlockK, kEpilogueNames[static_cast<int>(c.epilogue)],
+                     c.block_m(), TokenMajorConfig::kBlockN, c.stages);
 }
 
 std::span<const WgmmaConfig> wgmma_configs() { return kWgmma; }

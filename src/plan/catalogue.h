@@ -17,6 +17,10 @@ struct QuantizeKernel {
 QuantizeKernel quantize_kernel(std::int64_t k);  // for rows of k columns
 inline constexpr const char* kRowSchemes[] = {"channel", "static_scale", "asymmetric", "block", "hybrid"};
 std::string quantize_id(int row_scheme, QuantizeKernel kernel);
+// In kernels' ids and tuned tables, by number.
+inline constexpr const char* kPromotionNames[] = {"channel", "block", "hybrid", "hybrid_flush"};
+inline constexpr const char* kEpilogueNames[] = {"store", "swiglu", "swiglu_block", "add"};
+
 // The kernels for few tokens (kernels/core/few_args.h): "gate_up" by w13's promotion, "down" by w2's.
 std::string few_id(const char* name, kernels::Promotion promotion);
 

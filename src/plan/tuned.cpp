@@ -6,13 +6,14 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "base/log.h"
 #include "jit/cache.h"
 #include "jit/catalogue.h"
 #include "jit/kernel_store.h"
+#include "plan/catalogue.h"
 #include "tensor/check.h"
 
 namespace octomoe::plan {
@@ -21,20 +22,21 @@ namespace {
 using kernels::Epilogue;
 using kernels::Promotion;
 
-constexpr const char* kPromotions[] = {"channel", "block", "hybrid", "hybrid_flush"};
-constexpr const char* kEpilogues[] = {"store", "swiglu", "swiglu_block"};
 constexpr int kVersion = 1;
 
-template <class Enum, std::size_t kCount>
-Enum named(const std::string& text, const char* const (&names)[kCount], const std::string& where) {
-  const auto at = std::find(std::begin(names), std::end(names), text);
-  if (at == std::end(names)) fail(ErrorCode::format, "{}: \"{}\" is not known", where, text);
-  return static_cast<Enum>(at - std::begin(names));
+// Kernels that add have no entries of their own: they are chosen as those that store.
+constexpr auto kTunedEpilogues = std::span(kEpilogueNames).first<3>();
+
+template <class Enum>
+Enum named(const std::string& text, std::span<const char* const> names, const std::string& where) {
+  const auto at = std::find(names.begin(), names.end(), text);
+  if (at == names.end()) fail(ErrorCode::format, "{}: \"{}\" is not known", where, text);
+  return static_cast<Enum>(at - names.begin());
 }
 
 }  // namespace
 
-const char* to_string(Promotion promotion) { return kPromotions[static_cast<int>(promotion)]; }
+const char* to_string(Promotion promotion) { return kPromotionNames[static_cast<int>(promotion)]; }
 
 TunedTable TunedTable::parse(const std::string& text, const std::string& source) {
   TunedTable table;
@@ -46,8 +48,8 @@ TunedTable TunedTable::parse(const std::string& text, const std::string& source)
     for (const auto& e : json.at("entries")) {
       const TuneKey key{.device = e.at("device"),
                         .multiprocessors = e.at("multiprocessors"),
-                        .promotion = named<Promotion>(e.at("promotion"), kPromotions, source + ": promotion"),
-                        .epilogue = named<Epilogue>(e.at("epilogue"), kEpilogues, source + ": epilogue"),
+                        .promotion = named<Promotion>(e.at("promotion"), kPromotionNames, source + ": promotion"),
+                        .epilogue = named<Epilogue>(e.at("epilogue"), kTunedEpilogues, source + ": epilogue"),
                         .block_k = e.at("block_k"),
                         .experts = e.at("experts"),
                         .n = e.at("n"),
@@ -76,7 +78,7 @@ std::string TunedTable::text() const {
       const nlohmann::ordered_json entry{{"device", key.device},
                                          {"multiprocessors", key.multiprocessors},
                                          {"promotion", to_string(key.promotion)},
-                                         {"epilogue", kEpilogues[static_cast<int>(key.epilogue)]},
+                                         {"epilogue", kTunedEpilogues[static_cast<std::size_t>(key.epilogue)]},
                                          {"block_k", key.block_k},
                                          {"experts", key.experts},
                                          {"n", key.n},

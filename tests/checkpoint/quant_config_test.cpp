@@ -10,7 +10,9 @@ using checkpoint::make_quantization_config;
 using checkpoint::parse_quantization_config;
 using checkpoint::QuantConfig;
 
-QuantConfig parse(const Json& config) { return parse_quantization_config(JsonObject(config, "quantization_config")); }
+QuantConfig parse_quant(const Json& config) {
+  return parse_quantization_config(JsonObject(config, "quantization_config"));
+}
 
 // As llm-compressor writes it.
 Json w8a8() {
@@ -38,25 +40,25 @@ Json w4afp8_compressed() {
 }
 
 TEST(QuantConfigTest, CompressedTensorsW8A8) {
-  const QuantConfig q = parse(w8a8());
+  const QuantConfig q = parse_quant(w8a8());
   EXPECT_EQ(q.format, QuantFormat::compressed_tensors);
   EXPECT_EQ(q.scheme, Scheme::int8_channel());
   Json c = w8a8();
   c["config_groups"]["group_0"]["input_activations"]["symmetric"] = false;
-  EXPECT_EQ(parse(c).scheme, Scheme::parse("int8_channel:asymmetric"));
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::parse("int8_channel:asymmetric"));
   c["config_groups"]["group_0"]["weights"]["strategy"] = "tensor";
-  EXPECT_EQ(parse(c).scheme, Scheme::parse("int8_channel:asymmetric,per_tensor"));
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::parse("int8_channel:asymmetric,per_tensor"));
 }
 
 TEST(QuantConfigTest, CompressedTensorsW4AFp8) {
   Json c = w4afp8_compressed();
-  EXPECT_EQ(parse(c).scheme, Scheme::w4a8_fp8());
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::w4a8_fp8());
   c["config_groups"]["group_0"].erase("format");
   c["format"] = "pack-quantized";
-  EXPECT_EQ(parse(c).scheme, Scheme::w4a8_fp8());
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::w4a8_fp8());
   c["config_groups"]["group_0"]["weights"]["strategy"] = "channel";
   c["config_groups"]["group_0"]["weights"]["group_size"] = nullptr;
-  EXPECT_EQ(parse(c).scheme, Scheme::parse("w4a8_fp8:group=0"));
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::parse("w4a8_fp8:group=0"));
 }
 
 TEST(QuantConfigTest, EveryCompressedTensorsFieldIsChecked) {
@@ -70,7 +72,7 @@ TEST(QuantConfigTest, EveryCompressedTensorsFieldIsChecked) {
                          std::vector<std::string> parts, ErrorCode code = ErrorCode::unsupported) {
     Json c = base;
     c[Json::json_pointer(pointer)] = value;
-    expect_error(code, parts, [&] { parse(c); });
+    expect_error(code, parts, [&] { parse_quant(c); });
   };
   const Json base = w8a8();
   check(base, group + "/weights/num_bits", 6, {"group_0: weights", "num_bits", "8 or 4", "got 6"});
@@ -97,7 +99,7 @@ TEST(QuantConfigTest, EveryCompressedTensorsFieldIsChecked) {
   Json fixed = base;  // static: one scale, in the file
   fixed["config_groups"]["group_0"]["input_activations"]["strategy"] = "tensor";
   fixed["config_groups"]["group_0"]["input_activations"]["dynamic"] = false;
-  EXPECT_EQ(parse(fixed).scheme, Scheme::parse("int8_channel:static"));
+  EXPECT_EQ(parse_quant(fixed).scheme, Scheme::parse("int8_channel:static"));
   check(fixed, group + "/input_activations/symmetric", false, {"input_activations", "symmetric", "expected true"});
   check(fixed, group + "/input_activations/num_bits", 4, {"input_activations", "num_bits", "got 4"});
   check(fixed, group + "/input_activations/type", "float", {"input_activations", "type", "int"});
@@ -111,45 +113,45 @@ TEST(QuantConfigTest, EveryCompressedTensorsFieldIsChecked) {
 TEST(QuantConfigTest, ChoosesTheGroupForExperts) {
   Json c = w8a8();
   c["config_groups"]["attention"] = c["config_groups"]["group_0"];
-  expect_error(ErrorCode::unsupported, {"one group for the experts", "attention", "group_0"}, [&] { parse(c); });
+  expect_error(ErrorCode::unsupported, {"one group for the experts", "attention", "group_0"}, [&] { parse_quant(c); });
   c["config_groups"]["attention"]["weights"]["num_bits"] = 3;
   c["config_groups"]["attention"]["targets"] = {"re:.*self_attn.*"};
-  EXPECT_EQ(parse(c).scheme, Scheme::int8_channel());
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::int8_channel());
   c["config_groups"]["moe"] = w4afp8_compressed()["config_groups"]["group_0"];
   c["config_groups"]["moe"]["targets"] = {"re:.*mlp.experts.*"};
-  EXPECT_EQ(parse(c).scheme, Scheme::w4a8_fp8());
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::w4a8_fp8());
 }
 
 TEST(QuantConfigTest, BlockwiseInt8) {
   Json c = {{"quant_method", "blockwise_int8"}, {"activation_scheme", "dynamic"}, {"weight_block_size", {128, 128}}};
-  EXPECT_EQ(parse(c).format, QuantFormat::block_int8);
-  EXPECT_EQ(parse(c).scheme, Scheme::int8_block());
+  EXPECT_EQ(parse_quant(c).format, QuantFormat::block_int8);
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::int8_block());
   c["weight_block_size"] = {64, 32};
-  EXPECT_EQ(parse(c).scheme.block_n, 64);
-  EXPECT_EQ(parse(c).scheme.block_k, 32);
+  EXPECT_EQ(parse_quant(c).scheme.block_n, 64);
+  EXPECT_EQ(parse_quant(c).scheme.block_k, 32);
   for (const Json& bad : {Json({128}), Json({0, 128}), Json({-1, 128}), Json({128, 1 << 30}), Json("128")}) {
     c["weight_block_size"] = bad;
-    expect_error(ErrorCode::format, {"weight_block_size"}, [&] { parse(c); });
+    expect_error(ErrorCode::format, {"weight_block_size"}, [&] { parse_quant(c); });
   }
   c["weight_block_size"] = {128, 100};  // not a multiple of 32
-  expect_error(ErrorCode::unsupported, {"quantization_config", "100"}, [&] { parse(c); });
+  expect_error(ErrorCode::unsupported, {"quantization_config", "100"}, [&] { parse_quant(c); });
   c["weight_block_size"] = {128, 128};
   c["activation_scheme"] = "static";
-  expect_error(ErrorCode::unsupported, {"activation_scheme", "static"}, [&] { parse(c); });
+  expect_error(ErrorCode::unsupported, {"activation_scheme", "static"}, [&] { parse_quant(c); });
 }
 
 TEST(QuantConfigTest, W8A8Int8AndW4AFp8) {
-  EXPECT_EQ(parse({{"quant_method", "w8a8_int8"}}).format, QuantFormat::channel_int8);
+  EXPECT_EQ(parse_quant({{"quant_method", "w8a8_int8"}}).format, QuantFormat::channel_int8);
   expect_error(ErrorCode::unsupported, {"is_dynamic"}, [] {
-    parse({{"quant_method", "w8a8_int8"}, {"is_dynamic", false}});
+    parse_quant({{"quant_method", "w8a8_int8"}, {"is_dynamic", false}});
   });
   Json c = {{"quant_method", "w4afp8"}};  // the published model's config says little more
-  EXPECT_EQ(parse(c).format, QuantFormat::w4afp8);
-  EXPECT_EQ(parse(c).scheme, Scheme::parse("w4a8_fp8:static"));
+  EXPECT_EQ(parse_quant(c).format, QuantFormat::w4afp8);
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::parse("w4a8_fp8:static"));
   c["moe_activation_scheme"] = "dynamic";
-  EXPECT_EQ(parse(c).scheme, Scheme::w4a8_fp8());
+  EXPECT_EQ(parse_quant(c).scheme, Scheme::w4a8_fp8());
   c["moe_activation_scheme"] = "online";
-  expect_error(ErrorCode::unsupported, {"moe_activation_scheme", "online"}, [&] { parse(c); });
+  expect_error(ErrorCode::unsupported, {"moe_activation_scheme", "online"}, [&] { parse_quant(c); });
 }
 
 TEST(QuantConfigTest, UnknownMethodNamesItAndTheKnownOnes) {
@@ -158,10 +160,10 @@ TEST(QuantConfigTest, UnknownMethodNamesItAndTheKnownOnes) {
         ErrorCode::unsupported,
         {"quant_method", method, "compressed-tensors", "blockwise_int8", "w8a8_int8", "w4afp8", "octomoe_int8_hybrid"},
         [&] {
-          parse({{"quant_method", method}});
+          parse_quant({{"quant_method", method}});
         });
   }
-  expect_error(ErrorCode::format, {"quant_method"}, [] { parse(Json::object()); });
+  expect_error(ErrorCode::format, {"quant_method"}, [] { parse_quant(Json::object()); });
 }
 
 TEST(QuantConfigTest, OursReadsBack) {
@@ -169,7 +171,7 @@ TEST(QuantConfigTest, OursReadsBack) {
                            "int8_hybrid", "int8_hybrid:block=64,super=2,q_max=32", "w4a8_fp8", "w4a8_fp8:group=0",
                            "w4a8_fp8:none", "w4a8_fp8:group=64,static"}) {
     const Scheme scheme = Scheme::parse(text);
-    const QuantConfig q = parse(Json::parse(make_quantization_config(scheme, {"lm_head"}).dump()));
+    const QuantConfig q = parse_quant(Json::parse(make_quantization_config(scheme, {"lm_head"}).dump()));
     EXPECT_EQ(q.scheme, scheme) << text;
     EXPECT_EQ(q.format, checkpoint::format_of(scheme)) << text;
   }
@@ -178,12 +180,12 @@ TEST(QuantConfigTest, OursReadsBack) {
 TEST(QuantConfigTest, HybridFields) {
   Json c = Json::parse(make_quantization_config(Scheme::int8_hybrid(), {}).dump());
   c["version"] = 2;
-  expect_error(ErrorCode::unsupported, {"version", "got 2"}, [&] { parse(c); });
+  expect_error(ErrorCode::unsupported, {"version", "got 2"}, [&] { parse_quant(c); });
   c["version"] = 1;
   c["q_max"] = 65;
-  expect_error(ErrorCode::unsupported, {"65"}, [&] { parse(c); });
+  expect_error(ErrorCode::unsupported, {"65"}, [&] { parse_quant(c); });
   c.erase("q_max");
-  expect_error(ErrorCode::format, {"q_max"}, [&] { parse(c); });
+  expect_error(ErrorCode::format, {"q_max"}, [&] { parse_quant(c); });
 }
 
 }  // namespace

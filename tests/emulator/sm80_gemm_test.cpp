@@ -123,14 +123,20 @@ void check_widths() {
     }
   }
 }
-TEST(Sm80Gemm, Widths) {
+TEST(Sm80Gemm, WidthsOfChannel) {
   check_widths<Promotion::channel, Tile{256, 128, 128, 4, 4, 2, Order::steps}>();
   check_widths<Promotion::channel, Tile{256, 96, 128, 3, 4, 2, Order::steps}>();
   check_widths<Promotion::channel, Tile{128, 64, 128, 4, 2, 2, Order::steps}>();
+}
+TEST(Sm80Gemm, WidthsOfBlock) {
   check_widths<Promotion::block, Tile{128, 128, 128, 6, 4, 2, Order::tiles}>();
   check_widths<Promotion::block, Tile{128, 80, 128, 3, 4, 2, Order::tiles}>();
+}
+TEST(Sm80Gemm, WidthsOfHybrid) {
   check_widths<Promotion::hybrid, Tile{128, 128, 128, 6, 2, 4, Order::tiles}>();
   check_widths<Promotion::hybrid, Tile{128, 160, 128, 5, 2, 4, Order::tiles}>();
+}
+TEST(Sm80Gemm, WidthsOfHybridFlush) {
   check_widths<Promotion::hybrid_flush, Tile{128, 96, 128, 6, 4, 2, Order::tiles}>();
   check_widths<Promotion::hybrid_flush, Tile{128, 64, 128, 5, 4, 2, Order::tiles}>();
 }

@@ -14,8 +14,6 @@
 namespace octomoe::testing {
 namespace {
 
-const Device kGpu = Device::cuda(0);
-
 class Gpu : public ::testing::Test {
  protected:
   void SetUp() override {

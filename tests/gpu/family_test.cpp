@@ -16,8 +16,6 @@
 namespace octomoe::testing {
 namespace {
 
-const Device kGpu = Device::cuda(0);
-
 bool has_panels(const LayerCase& c) { return c.hidden % kPanelColumns == 0 && c.intermediate % kPanelColumns == 0; }
 
 // Many tiles a CTA, several experts that end inside tiles: what a missing fence or an early release would break.

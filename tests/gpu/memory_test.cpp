@@ -11,7 +11,6 @@
 namespace octomoe::testing {
 namespace {
 
-const Device kGpu = Device::cuda(0);
 constexpr std::uint8_t kPoison = 0xa5;
 constexpr std::int64_t kGuard = 4096;  // bytes before and behind
 

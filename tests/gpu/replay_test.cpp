@@ -15,7 +15,6 @@
 namespace octomoe::testing {
 namespace {
 
-const Device kGpu = Device::cuda(0);
 constexpr int kRepeats = 20;  // more than enough calls for a layer to make a graph
 
 // Counts the driver's launches and node updates while it lives.

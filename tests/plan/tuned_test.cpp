@@ -19,21 +19,21 @@ using testing::expect_error;
 
 std::string some_kernel(std::size_t i) { return wgmma_kernels(Promotion::channel, Epilogue::swiglu, 0)[i].id; }
 
-TuneKey key(std::int64_t k = 2048) {
+TuneKey table_key(std::int64_t k = 2048) {
   return {.device = "GPU", .multiprocessors = 132, .epilogue = Epilogue::swiglu, .experts = 128, .n = 1536, .k = k};
 }
 
 TEST(TunedTable, SurvivesItsFile) {
   TunedTable table;
-  table.set(key(), 8192, {some_kernel(0), {{some_kernel(0), 12.5}, {some_kernel(1), 13}}});
-  table.set(key(512), 64, {some_kernel(1), {{some_kernel(1), 3}}});
+  table.set(table_key(), 8192, {some_kernel(0), {{some_kernel(0), 12.5}, {some_kernel(1), 13}}});
+  table.set(table_key(512), 64, {some_kernel(1), {{some_kernel(1), 3}}});
   const TunedTable back = TunedTable::parse(table.text(), "file");
   EXPECT_EQ(back.text(), table.text());
   EXPECT_EQ(back.size(), 2u);
   EXPECT_EQ(back.count("GPU"), 2u);
   EXPECT_EQ(back.count("another"), 0u);
-  ASSERT_NE(back.find(key(), 8192), nullptr);
-  EXPECT_EQ(back.find(key(), 8192)->us.at(some_kernel(1)), 13);
+  ASSERT_NE(back.find(table_key(), 8192), nullptr);
+  EXPECT_EQ(back.find(table_key(), 8192)->us.at(some_kernel(1)), 13);
 }
 
 TEST(TuneChoice, OfKernelsThatMayBeUsed) {
@@ -66,10 +66,10 @@ TEST(TuneChoice, OfKernelsThatMayBeUsed) {
 
 TEST(TunedTable, TheNearestRowsAnswerWithinAFactorOfTwo) {
   TunedTable table;
-  table.set(key(), 100, {some_kernel(0), {}});
-  table.set(key(), 1000, {some_kernel(1), {}});
+  table.set(table_key(), 100, {some_kernel(0), {}});
+  table.set(table_key(), 1000, {some_kernel(1), {}});
   const auto kernel = [&](std::int64_t rows) {
-    const TuneChoice* c = table.find(key(), rows);
+    const TuneChoice* c = table.find(table_key(), rows);
     return c == nullptr ? "" : c->kernel;
   };
   EXPECT_EQ(kernel(100), some_kernel(0));
@@ -80,24 +80,24 @@ TEST(TunedTable, TheNearestRowsAnswerWithinAFactorOfTwo) {
   EXPECT_EQ(kernel(499), "");
   EXPECT_EQ(kernel(500), some_kernel(1));
   EXPECT_EQ(kernel(2000), some_kernel(1));
-  EXPECT_EQ(table.find(key(1024), 100), nullptr);
+  EXPECT_EQ(table.find(table_key(1024), 100), nullptr);
 }
 
 TEST(TunedTable, ANewerTableWins) {
   TunedTable shipped, user;
-  shipped.set(key(), 100, {some_kernel(0), {}});
-  shipped.set(key(), 800, {some_kernel(0), {}});
-  user.set(key(), 100, {some_kernel(1), {}});
+  shipped.set(table_key(), 100, {some_kernel(0), {}});
+  shipped.set(table_key(), 800, {some_kernel(0), {}});
+  user.set(table_key(), 100, {some_kernel(1), {}});
   shipped.merge(user);
-  EXPECT_EQ(shipped.find(key(), 100)->kernel, some_kernel(1));
-  EXPECT_EQ(shipped.find(key(), 800)->kernel, some_kernel(0));
-  EXPECT_EQ(shipped.kernels(key()).size(), 2u);
+  EXPECT_EQ(shipped.find(table_key(), 100)->kernel, some_kernel(1));
+  EXPECT_EQ(shipped.find(table_key(), 800)->kernel, some_kernel(0));
+  EXPECT_EQ(shipped.kernels(table_key()).size(), 2u);
 }
 
 TEST(TunedTable, AnotherNumberOfMultiprocessorsIsAnotherDevice) {
   TunedTable table;
-  table.set(key(), 100, {some_kernel(0), {}});
-  TuneKey part = key();
+  table.set(table_key(), 100, {some_kernel(0), {}});
+  TuneKey part = table_key();
   part.multiprocessors = 66;
   EXPECT_EQ(table.find(part, 100), nullptr);
 }
@@ -105,7 +105,7 @@ TEST(TunedTable, AnotherNumberOfMultiprocessorsIsAnotherDevice) {
 TEST(TunedTable, ItsFileHasALineForEachEntry) {
   TunedTable table;
   EXPECT_TRUE(TunedTable::parse(table.text(), "file").empty());
-  for (const int rows : {1, 10, 100}) table.set(key(), rows, {some_kernel(0), {{some_kernel(0), rows}}});
+  for (const int rows : {1, 10, 100}) table.set(table_key(), rows, {some_kernel(0), {{some_kernel(0), rows}}});
   const std::string text = table.text();
   EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 5);
   EXPECT_EQ(nlohmann::json::parse(text)["entries"].size(), 3u);
@@ -131,7 +131,7 @@ TEST(ShippedTable, IsWholeAndItsChoicesAreFast) {
 
 TEST(TunedTable, KernelsOfOtherVersionsAreLeftOut) {
   TunedTable table;
-  table.set(key(), 100, {"sm90_gemm:that_was", {}});
+  table.set(table_key(), 100, {"sm90_gemm:that_was", {}});
   EXPECT_TRUE(TunedTable::parse(table.text(), "file").empty());
 }
 

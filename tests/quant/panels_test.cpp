@@ -9,6 +9,7 @@
 #include "support/errors.h"
 #include "support/panels.h"
 #include "support/random.h"
+#include "support/run.h"
 
 namespace octomoe {
 namespace {
@@ -16,11 +17,7 @@ namespace {
 using testing::expect_error;
 using testing::random_int8;
 using testing::random_tensor;
-
-bool same(const Tensor& a, const Tensor& b) {
-  return a.shape() == b.shape() && a.bytes() == b.bytes() &&
-         (a.bytes() == 0 || std::memcmp(a.view().data(), b.view().data(), a.bytes()) == 0);
-}
+using testing::same_bits;
 
 std::vector<Scheme> integer_schemes() {
   std::vector<Scheme> s;
@@ -46,7 +43,7 @@ TEST(Panels, HoldEachValueWhereTheLayoutSays) {
         }
       }
     }
-    EXPECT_TRUE(same(from_panels(panels, threads), natural));
+    EXPECT_TRUE(same_bits(from_panels(panels, threads), natural));
   }
 }
 
@@ -89,8 +86,8 @@ TEST(Panels, AreAdoptedAndGiveTheSameMatrix) {
       EXPECT_EQ(panels.k, k);
       EXPECT_EQ(panels.bytes(), natural.bytes());
       EXPECT_EQ(panels.flush_blocks, natural.flush_blocks);
-      EXPECT_TRUE(same(panels.column_sum, natural.column_sum));
-      EXPECT_TRUE(same(dequantize(panels), dequantize(natural)));
+      EXPECT_TRUE(same_bits(panels.column_sum, natural.column_sum));
+      EXPECT_TRUE(same_bits(dequantize(panels), dequantize(natural)));
     }
   }
 }

@@ -10,21 +10,19 @@
 #include "quant/reference.h"
 #include "support/errors.h"
 #include "support/random.h"
+#include "support/run.h"
 
 namespace octomoe {
 namespace {
 
 using testing::random_tensor;
+using testing::same_bits;
 
 std::vector<float> floats(const Tensor& w) {
   std::vector<float> out(static_cast<std::size_t>(w.elems()));
   for (std::size_t i = 0; i < out.size(); ++i)
     out[i] = reference::load(w.as<char>() + i * size_bytes(w.dtype()), w.dtype());
   return out;
-}
-
-bool same(const Tensor& a, const Tensor& b) {
-  return a.bytes() == b.bytes() && (a.bytes() == 0 || std::memcmp(a.view().data(), b.view().data(), a.bytes()) == 0);
 }
 
 // A weight row is quantised by the same rule as an activation row; the reference states that rule for one row.
@@ -102,8 +100,8 @@ TEST(Quantize, SameForEveryThreadCountAndStride) {
   for (const Scheme& s : all_schemes()) {
     const QuantizedMatrix a = quantize_matrix(s, w, 2, 1), b = quantize_matrix(s, w, 2, 3),
                           c = quantize_matrix(s, strided, 2, 2);
-    EXPECT_TRUE(same(a.values, b.values) && same(a.scale, b.scale) && same(a.q, b.q)) << to_string(s);
-    EXPECT_TRUE(same(a.values, c.values) && same(a.scale, c.scale) && same(a.q, c.q)) << to_string(s);
+    EXPECT_TRUE(same_bits(a.values, b.values) && same_bits(a.scale, b.scale) && same_bits(a.q, b.q)) << to_string(s);
+    EXPECT_TRUE(same_bits(a.values, c.values) && same_bits(a.scale, c.scale) && same_bits(a.q, c.q)) << to_string(s);
   }
 }
 

@@ -15,6 +15,8 @@ namespace octomoe::testing {
 
 // Every engine's device. A test of one that is not here skips: skip_without(device).
 inline std::vector<Device> devices() { return {Device::cpu(), Device::cuda(0)}; }
+inline const Device kGpu = Device::cuda(0);
+
 inline bool is_here(Device device) { return device.type == DeviceType::cpu || cuda::driver_available(); }
 
 inline Tensor on(Device device, const TensorView& t) {
