@@ -27,9 +27,11 @@ inline constexpr int kFewEarlyBytes = 64 * 1024;
 // Of its part of w2 that a CTA of gate_up fetches into L2 for `down` (few_gate_up.cuh), at most.
 inline constexpr int kFewFetchBytes = 192 * 1024;
 inline constexpr int kFewMaxStages = 24;
+// In panels, with fewer pairs in a stage, copies are so short that other kernels are faster.
+inline constexpr int kFewMinPanelPairs = 4;
 // Columns of out that lie in one stage of down's ring: four for each warp of a stream, but no more than this many
-// bytes.
-inline constexpr int kFewMaxStageBytes = 49152, kFewMaxStageColumns = 4 * kFewDownWarps;
+// bytes. Where two such stages have no room, fewer, but no fewer than the last, since most warps would rest.
+inline constexpr int kFewMaxStageBytes = 49152, kFewMaxStageColumns = 4 * kFewDownWarps, kFewMinStageColumns = 12;
 
 // A row of x in shared memory ends with zeros up to a multiple of what a warp multiplies at once.
 inline constexpr int kFewUnit = 1024;
@@ -45,6 +47,11 @@ constexpr int few_streams(int stage_columns, int stages) {
   return stages < 2 * most && stages >= 2 * fewer ? fewer : most;  // stages may be 0
 }
 
+// 2^31 / divisor, rounded up: the upper half of its product with 2n is n / divisor while n * divisor < 2^31.
+constexpr uint32_t few_inverse(int divisor) {
+  return static_cast<uint32_t>((uint64_t{1} << 31) / static_cast<uint32_t>(divisor) + 1);
+}
+
 // One of the two matrices of every expert.
 struct FewMatrix {
   const int8_t* w;            // [E, n, k], or in panels: [E, k/128, n, 128]
@@ -56,6 +63,7 @@ struct FewMatrix {
   int32_t n, k, per_tensor;
   int32_t w_row, w_panel;                    // as in GemmArgs
   int32_t block_n, block_k;                  // scale blocks: weight rows; columns, 128 or 256
+  uint32_t block_n_inverse;                  // few_inverse(block_n)
   int32_t blocks_n, blocks_k, super_groups;  // NB, KB, SG
   int32_t super_group, flush_blocks, q_max;  // hybrid: as in GemmArgs
 };
@@ -63,24 +71,26 @@ struct FewMatrix {
 // Columns that are summed up before any scale is applied: a scale block is one or two of them.
 inline constexpr int kFewPiece = 128;
 
+// With sums per K-block: of each warp, what its lanes know of a piece, for those that add up (FewTerm).
+inline constexpr int kFewTermsBytes = 32 * 8;
+
 // Dynamic shared memory of gate_up, offsets: the header, the ring, x's quantised rows, then (not with
-// Promotion::channel) their scales, those of the scale blocks that a CTA's columns meet, and of each warp the sums of
-// results that wait for the epilogue. The host makes it, so that kernels have all of it as constants.
+// Promotion::channel) their scales, those of the scale blocks that a CTA's columns meet, and each warp's terms. The
+// host makes it, so that kernels have all of it as constants.
 struct FewGateUpLayout {
-  int32_t rows, a, w, sums, bytes;
+  int32_t rows, terms, a, w, bytes;
   int32_t stage_pairs, stages;  // pairs of a gate and an up row in a stage of the ring: gate rows, then up rows
   int32_t w_row, w_panel;       // of a stage's gate or up rows in the ring, as in GemmArgs
   // Words of the scales of a row of x: s_a; hybrid: F_a, then Q_a. Of a block of weight rows: s_w; hybrid: F_w, then
   // the words that hold Q_w.
   int32_t a_words, w_words;
-  int32_t half_blocks;  // scale blocks of gate, or up
-  int32_t slots;        // results that wait, a power of two, ...
-  int32_t slot_words;   // ... and an odd number of words for each, so that lanes read different banks
+  int32_t half_blocks;                            // scale blocks of gate, or up
+  uint32_t w_words_inverse, half_blocks_inverse;  // few_inverse
 };
-// Of down: the header, the ring, h's quantised rows, the scales of the CTA's weight rows for each entry (channel: of
-// each column), y, the scales of h's rows and the largest magnitude of each of their K-blocks.
+// Of down: the header, the ring, h's quantised rows, each warp's terms, the scales of the CTA's weight rows for each
+// entry (channel: of each column), y, the scales of h's rows and the largest magnitude of each of their K-blocks.
 struct FewDownLayout {
-  int32_t rows, w, y, a, top, bytes;
+  int32_t rows, terms, w, y, a, top, bytes;
   int32_t a_words, w_words;  // as in FewGateUpLayout
   int32_t blocks;            // scale blocks that a CTA's columns meet at most
   int32_t stream_warps, streams;
@@ -100,21 +110,21 @@ constexpr FewGateUpLayout few_gate_up_layout(Promotion p, const FewMatrix& w13, 
                                              int most_bytes = kFewGateUpSharedBytes) {
   FewGateUpLayout l{};
   const int x_bytes = tokens * few_x_stride(w13.k);
-  int a_bytes = 0, w_bytes = 0, sums_bytes = 0;
+  int a_bytes = 0, w_bytes = 0, terms_bytes = 0;
   if (p != Promotion::channel) {
     l.a_words = few_a_words(p, w13);
     l.w_words = few_w_words(p, w13);
     l.half_blocks = w13.blocks_n / 2;
-    l.slots = w13.k <= 2 * kFewUnit ? 8 : 4;
-    l.slot_words = 2 * ((w13.k + kFewPiece - 1) / kFewPiece) + 1;
+    l.w_words_inverse = few_inverse(l.w_words);
+    l.half_blocks_inverse = few_inverse(l.half_blocks);
     // Scale blocks that a CTA's columns meet: an expert's last one may be short, and both ends lie inside of one.
     const int width = w13.n / 2, columns = (tokens * top_k * width + ctas - 1) / ctas;
     const int blocks = columns * l.half_blocks / width + 3;
     a_bytes = tokens * l.a_words * 4;
     w_bytes = blocks * 2 * l.w_words * 4;
-    sums_bytes = kFewGateUpWarps * l.slots * l.slot_words * 4;
+    terms_bytes = kFewGateUpWarps * kFewTermsBytes;
   }
-  const int beside = kFewHeaderBytes + x_bytes + a_bytes + w_bytes + sums_bytes;
+  const int beside = kFewHeaderBytes + x_bytes + terms_bytes + a_bytes + w_bytes;
   const bool panels = w13.w_panel != kFewPiece;
   const int pairs = (panels ? kFewGateUpPanelStageBytes : kFewGateUpStageBytes) / w13.k;
   const int of_two_stages = (most_bytes - beside) / 2 / (2 * w13.k);
@@ -124,10 +134,10 @@ constexpr FewGateUpLayout few_gate_up_layout(Promotion p, const FewMatrix& w13, 
   const int stage = 2 * l.stage_pairs * w13.k;
   l.stages = few_min((most_bytes - beside) / stage, kFewMaxStages);
   l.rows = kFewHeaderBytes + l.stages * stage;
-  l.a = l.rows + x_bytes;
+  l.terms = l.rows + x_bytes;
+  l.a = l.terms + terms_bytes;
   l.w = l.a + a_bytes;
-  l.sums = l.w + w_bytes;
-  l.bytes = l.sums + sums_bytes;
+  l.bytes = l.w + w_bytes;
   return l;
 }
 constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int routes, int columns, int stage_columns,
@@ -141,7 +151,8 @@ constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int ro
   l.w_words = few_w_words(p, w2);
   l.blocks = p == Promotion::channel ? 0 : (columns - 1) / w2.block_n + 2;
   l.rows = kFewHeaderBytes + stages * stage_columns * w2.k;
-  l.w = l.rows + routes * w2.k;
+  l.terms = l.rows + routes * w2.k;
+  l.w = l.terms + (p == Promotion::channel ? 0 : kFewDownWarps * kFewTermsBytes);
   l.y = l.w + routes * (p == Promotion::channel ? columns : l.blocks * l.w_words) * 4;
   l.a = l.y + routes * columns * 4;
   l.top = l.a + routes * l.a_words * 4;

@@ -20,12 +20,12 @@ struct FewDown {
   FewShared& shared;
   uint8_t* ring;
   int8_t* rows;        // of h, quantised
+  FewTerm* terms;      // of all warps
   uint32_t* w_scales;  // channel: s_w [entry, column]; otherwise of [entry, scale block]
   float* y;            // [route, column]
   uint32_t* a_scales;  // of each route
   uint32_t* tops;      // of each route and K-block
   int32_t lane, warp, first, columns;
-  int32_t room;  // columns of the CTA in the first scale block that they meet
 
   __device__ __forceinline__ int32_t sets() const { return (columns + args.stage_columns - 1) / args.stage_columns; }
   __device__ __forceinline__ int32_t columns_of(int32_t set) const {
@@ -58,7 +58,8 @@ struct FewDown {
     constexpr int32_t kThreads = 32 * kFewDownWarps;
     if constexpr (kBlocks) {
       const int32_t words = args.layout.w_words, room = args.layout.blocks;
-      const int32_t first_block = first / m.block_n, blocks = (first + columns - 1) / m.block_n + 1 - first_block;
+      const int32_t first_block = few_block_of_row(m, first);
+      const int32_t blocks = few_block_of_row(m, first + columns - 1) + 1 - first_block;
 #pragma unroll 1
       for (int32_t i = thread; i < entries * blocks * words; i += kThreads) {
         const int32_t part = i / words, entry = part / blocks, block = part - entry * blocks;
@@ -221,81 +222,12 @@ struct FewDown {
     const FewEntry& entry = shared.entry[at];  // read again where it is needed: registers
     const bool works = column < columns_of(set);
     const int32_t c = set * args.stage_columns + (works ? column : 0), place = lane % 8;
-    const int32_t pieces = few_pieces(m), each = m.block_k / kFewPiece;
-    int32_t number = 0;  // of the column's scale block among the CTA's
-    for (int32_t end = room; c >= end; end += m.block_n) ++number;
-    const int32_t w_words = args.layout.w_words;
-    const uint32_t* const w_scale = w_scales + (at * args.layout.blocks + number) * w_words;
-    const auto a_scale = [&](int i) {
-      return a_scales + few_byte(entry.routes, i) * args.layout.a_words;
-    };
-    float v = -0.0f;  // of this lane's route, the place-th of the entry; fma(x, p, -0) is x * p, its sign included
-    int32_t total[kFewTogether] = {};  // hybrid: this lane's of the chunk
-    int32_t chunk_begin = 0;
-    for (int32_t begin = 0; begin < pieces; begin += 8) {
-      const int32_t piece = begin + place, block = few_block_of_piece(m, min(piece, pieces - 1));
-      int32_t acc[kFewTogether] = {};
-      if (works && piece < pieces) {
-#pragma unroll 4  // registers
-        for (int j = 0; j < 8; ++j) {
-          const int32_t k = piece * kFewPiece + (j ^ place) * 16;  // the eight read different banks
-          if (k >= m.k) continue;
-          const int4 weights = *reinterpret_cast<const int4*>(w + column * args.layout.w_row + piece * args.layout.w_panel +
-                                                              (j ^ place) * 16);
-#pragma unroll
-          for (int i = 0; i < kFewTogether; ++i) {
-            if (i > 0 && i >= entry.count) break;
-            acc[i] = few_dot(weights, *reinterpret_cast<const int4*>(rows + few_byte(entry.rows, i) * m.k + k), acc[i]);
-          }
-        }
-      }
-      __syncwarp();
-      if constexpr (P == Promotion::block) {
-        const int32_t last = min(8, pieces - begin);
-#pragma unroll
-        for (int i = 0; i < kFewTogether; ++i) {
-          if (i > 0 && i >= entry.count) break;
-          if (each == 2) acc[i] += __shfl_xor_sync(kFewAll, acc[i], 1);
-          const float sum = __int2float_rn(acc[i]);
-          const float scale = __fmul_rn(num::from_bits(w_scale[block]), num::from_bits(a_scale(i)[block]));
-          float x = v;
-          for (int32_t from = lane - place; from < lane - place + last; from += each) {
-            x = __fmaf_rn(__shfl_sync(kFewAll, sum, from), __shfl_sync(kFewAll, scale, from), x);
-          }
-          if (place == i) v = x;
-        }
-      } else {
-        const int32_t w_row = entry.expert * m.blocks_n + first / m.block_n + number;
-        const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, w_row)[block]);
-#pragma unroll
-        for (int i = 0; i < kFewTogether; ++i) {
-          if (i > 0 && i >= entry.count) break;
-          acc[i] *= w_q * static_cast<int32_t>(a_scale(i)[m.super_groups + block]);
-        }
-        for (bool more = true; more;) {
-          const FewChunk chunk(m, chunk_begin);
-          const int32_t end = min(chunk.end * each, pieces);  // a last K-block may have one piece of two
-          const bool ends = end <= begin + 8;
-#pragma unroll
-          for (int i = 0; i < kFewTogether; ++i) {
-            if (i > 0 && i >= entry.count) break;
-            if (piece < end) {
-              total[i] += acc[i];
-              acc[i] = 0;
-            }
-            if (!ends) continue;
-#pragma unroll
-            for (int by = 1; by < 8; by *= 2) total[i] += __shfl_xor_sync(kFewAll, total[i], by);
-            const float scale =
-                __fmul_rn(num::from_bits(w_scale[chunk.group]), num::from_bits(a_scale(i)[chunk.group]));
-            if (place == i) v = __fmaf_rn(__int2float_rn(total[i]), scale, v);
-            total[i] = 0;
-          }
-          if (ends) chunk_begin = chunk.end;
-          more = ends && end < min(begin + 8, pieces);
-        }
-      }
-    }
+    const int32_t block = few_block_of_row(m, first + c), number = block - few_block_of_row(m, first);
+    const float v = few_multiply_blocks<P, 8>(
+        m, works, entry, w + column * args.layout.w_row, args.layout.w_panel,
+        w_scales + (at * args.layout.blocks + number) * args.layout.w_words,
+        entry.expert * m.blocks_n + block, rows, m.k, a_scales, args.layout.a_words, terms + (threadIdx.x & ~31u),
+        [](int) { return 1.0f; });
     if (!works || place >= entry.count) return;
     y[few_byte(entry.routes, place) * columns + c] = num::bf16_low(
         num::pack_bf16(few_biased(m, static_cast<int64_t>(entry.expert) * m.n + first + c, v), 0.0f));
@@ -342,6 +274,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
                      shared,
                      memory + kFewHeaderBytes,
                      reinterpret_cast<int8_t*>(memory + args.layout.rows),
+                     reinterpret_cast<FewTerm*>(memory + args.layout.terms),
                      reinterpret_cast<uint32_t*>(memory + args.layout.w),
                      reinterpret_cast<float*>(memory + args.layout.y),
                      reinterpret_cast<uint32_t*>(memory + args.layout.a),
@@ -349,8 +282,7 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
                      few_lane(),
                      few_warp(),
                      begin,
-                     min(args.columns, m.n - begin),
-                     FewDown<P>::kBlocks ? m.block_n - begin % m.block_n : 0};
+                     min(args.columns, m.n - begin)};
   if (threadIdx.x == 0) {
     for (int32_t i = 0; i < args.stages; ++i) {
       ptx::barrier_init(d.full(i), 1);

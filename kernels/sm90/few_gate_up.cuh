@@ -2,9 +2,8 @@
 //
 // All pairs of a gate and an up row are shared out evenly over the CTAs, and a CTA's over its warps in turn. One warp
 // asks for them, by bulk copies into a ring, from when the routes are known, while the others quantise x; nothing that
-// they do delays it, and no load of theirs comes behind weights. Results wait until a warp is full of them, so that the
-// epilogue's latency is paid once: in lanes, or, with sums per K-block, in shared memory, where a lane promotes those of
-// its result one after the other.
+// they do delays it, and no load of theirs comes behind weights. Results wait in lanes until a warp is full of them, so
+// that the epilogue's latency is paid once.
 #pragma once
 
 #include "sm90/few_tokens.cuh"
@@ -12,6 +11,15 @@
 namespace octomoe::sm90 {
 
 inline constexpr int kFewPieces = kFewUnit / 512;  // 16 bytes a lane
+
+template <bool kFloat>
+struct FewNumber {
+  using Type = int32_t;
+};
+template <>
+struct FewNumber<true> {
+  using Type = float;
+};
 
 template <Promotion P>
 struct FewGateUp {
@@ -21,9 +29,9 @@ struct FewGateUp {
   FewShared& shared;
   uint8_t* ring;
   int8_t* rows;        // of x, quantised
+  FewTerm* terms;      // of all warps
   uint32_t* a_scales;  // of each token
   uint32_t* w_scales;  // of each scale block of the CTA's columns, gate and up
-  int32_t* sums;       // of this warp's results, per piece of K: gate's, then up's
   int32_t lane, warp, width, stride;
   int32_t first_block, blocks;  // that the CTA's columns meet
 
@@ -140,12 +148,13 @@ struct FewGateUp {
     return {entry, pair - entry * width};
   }
 
-  // All warps that multiply: the scales of the CTA's weight rows.
+  // The warp that copies: the scales of the CTA's weight rows, before any weights, behind which they would come.
   __device__ __forceinline__ void copy_scales() const {
     const int32_t words = args.layout.w_words, half = args.layout.half_blocks;
 #pragma unroll 1
-    for (auto i = static_cast<int32_t>(threadIdx.x); i < blocks * 2 * words; i += 32 * kFewGateUpWarps) {
-      const int32_t part = i / words, block = first_block + part / 2, entry = block / half;
+    for (int32_t i = lane; i < blocks * 2 * words; i += 32) {
+      const int32_t part = few_divide(i, args.layout.w_words_inverse), block = first_block + part / 2;
+      const int32_t entry = few_divide(block, args.layout.half_blocks_inverse);
       const int32_t row = shared.entry[entry].expert * m.blocks_n + part % 2 * half + block - entry * half;
       few_copy_scale<P>(m, w_scales + part * words, row, i - part * words);
     }
@@ -153,57 +162,7 @@ struct FewGateUp {
   }
   // Scale blocks are counted through all entries.
   __device__ __forceinline__ int32_t block_of(const Place& p) const {
-    return p.entry * args.layout.half_blocks + p.column / m.block_n;
-  }
-
-  // Of a result of this warp, counted from its first: half 0: of gate, 1: of up. Slots are used in turn.
-  __device__ __forceinline__ int32_t* sums_of(int32_t result, int32_t half) const {
-    return sums + (result & (args.layout.slots - 1)) * args.layout.slot_words + half * few_pieces(m);
-  }
-  // d[j][half]: of the lane's 16 bytes of each load and row; eight lanes have a piece. Exchanging instead of adding up
-  // everywhere, four shuffles do for four sums.
-  __device__ __forceinline__ void keep_pieces(int32_t result, int32_t column, const int32_t (&d)[kFewPieces][2]) const {
-    static_assert(kFewPieces == 2);
-    const bool load = (lane & 1) != 0, half = (lane & 2) != 0;
-    int32_t mine[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      mine[i] = (load ? d[1][i] : d[0][i]) + __shfl_xor_sync(kFewAll, load ? d[0][i] : d[1][i], 1);
-    }
-    int32_t sum = (half ? mine[1] : mine[0]) + __shfl_xor_sync(kFewAll, half ? mine[0] : mine[1], 2);
-    sum += __shfl_xor_sync(kFewAll, sum, 4);
-    const int32_t piece = column / kFewPiece + (load ? 4 : 0) + lane / 8;
-    if ((lane & 4) == 0 && piece < few_pieces(m)) sums_of(result, half ? 1 : 0)[piece] = sum;
-  }
-  // Sums per piece -> v, without bias. row: of [E, NB]; factor: multiplies the token's scales.
-  __device__ __forceinline__ float promote(const int32_t* sum, const uint32_t* w, int32_t row, const uint32_t* a,
-                                           float factor) const {
-    const int32_t pieces = few_pieces(m), each = m.block_k / kFewPiece;
-    const auto sum_of = [&](int32_t block) {
-      int32_t total = sum[block * each];
-      if (each == 2 && 2 * block + 1 < pieces) total += sum[2 * block + 1];
-      return total;
-    };
-    float v = -0.0f;  // fma(x, p, -0) is x * p, its sign included
-    if constexpr (P == Promotion::block) {
-#pragma unroll 4
-      for (int32_t b = 0; b < m.blocks_k; ++b) {
-        const float scale = __fmul_rn(num::from_bits(w[b]), __fmul_rn(num::from_bits(a[b]), factor));
-        v = __fmaf_rn(__int2float_rn(sum_of(b)), scale, v);
-      }
-    } else {
-      const uint8_t* w_q = few_w_q(m, w, row);
-      const uint32_t* a_q = a + m.super_groups;
-      for (int32_t b = 0; b < m.blocks_k;) {
-        const FewChunk chunk(m, b);
-        int32_t total = 0;
-#pragma unroll 4
-        for (; b < chunk.end; ++b) total += static_cast<int32_t>(w_q[b] * a_q[b]) * sum_of(b);
-        const float by = __fmul_rn(num::from_bits(a[chunk.group]), factor);
-        v = __fmaf_rn(__int2float_rn(total), __fmul_rn(num::from_bits(w[chunk.group]), by), v);
-      }
-    }
-    return v;
+    return p.entry * args.layout.half_blocks + few_block_of_row(m, p.column);
   }
 
   // One result: v of the first and of the second half of w13, in this order.
@@ -212,51 +171,35 @@ struct FewGateUp {
     const float act = __fmul_rn(num::silu(num::min_nan(g, args.limit)), num::clamp(u, -args.limit, args.limit));
     args.h[static_cast<int64_t>(route) * width + p.column] = static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
   }
-  __device__ __forceinline__ float factor_of(int32_t token, int32_t route) const {
-    const Routes& r = args.routes;
-    return r.weight_on_input ? r.topk_weights[token * r.weights_stride + route - token * r.top_k] : 1.0f;
-  }
+  // What is known of a result before its epilogue: sums; with sums per K-block, values without bias.
+  using Value = typename FewNumber<kBlocks>::Type;
 
-  // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry; sum: its sums;
-  // scale: lane j has those of pair j's rows.
-  __device__ __forceinline__ void finish_sums(int32_t filled, const int32_t (&sum)[2], int32_t tag, int32_t first_pair,
-                                              const float (&scale)[2]) const {
+  // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry; value: of gate and
+  // up; scale (channel): lane j has those of pair j's rows.
+  __device__ __forceinline__ void finish(int32_t filled, const Value (&value)[2], int32_t tag, int32_t first_pair,
+                                         const float (&scale)[2]) const {
     const int32_t pair = tag / kFewTogether;
-    const float s0 = __shfl_sync(kFewAll, scale[0], pair), s1 = __shfl_sync(kFewAll, scale[1], pair);
+    float s[2];
+    if constexpr (!kBlocks) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) s[half] = __shfl_sync(kFewAll, scale[half], pair);
+    }
     if (lane >= filled) return;
     const Place p = place(first_pair + pair * kFewGateUpWarps);
     const FewEntry entry = shared.entry[p.entry];
     const int32_t token = few_byte(entry.rows, tag % kFewTogether), route = few_byte(entry.routes, tag % kFewTogether);
-    const float a_scale = __fmul_rn(shared.scale[token], factor_of(token, route));
     const int64_t row = static_cast<int64_t>(entry.expert) * m.n + p.column;
-    store(p, route, few_value(m, row, sum[0], s0, a_scale, shared.zero[token]),
-          few_value(m, row + width, sum[1], s1, a_scale, shared.zero[token]));
-  }
-  // The same with sums per K-block, behind `done` results that are finished already: two lanes, 16 apart, for each.
-  __device__ __forceinline__ void finish_blocks(int32_t done, int32_t filled, int32_t tags, int32_t first_pair) const {
-    ptx::barrier_wait(ptx::shared_address(&shared.scales_full), 0);
-    __syncwarp();  // other lanes wrote the sums
-    const int32_t half = lane / 16, words = args.layout.w_words;
-#pragma unroll 1
-    for (int32_t result = lane % 16; result - lane % 16 < filled; result += 16) {
-      const int32_t tag = __shfl_sync(kFewAll, tags, result);
-      const bool exists = result < filled;
-      const Place p = place(first_pair + (exists ? tag / kFewTogether * kFewGateUpWarps : 0));
-      const FewEntry entry = shared.entry[p.entry];
-      const int32_t token = few_byte(entry.rows, tag % kFewTogether), route = few_byte(entry.routes, tag % kFewTogether);
-      float v = 0.0f;
-      if (exists) {
-        const int32_t block = block_of(p);
-        const int32_t w_row =
-            entry.expert * m.blocks_n + block - p.entry * args.layout.half_blocks + half * args.layout.half_blocks;
-        v = promote(sums_of(done + result, half), w_scales + ((block - first_block) * 2 + half) * words, w_row,
-                    a_scales + token * args.layout.a_words, factor_of(token, route));
-        v = few_biased(m, static_cast<int64_t>(entry.expert) * m.n + p.column + half * width, v);
+    float v[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kBlocks) {
+        v[half] = few_biased(m, row + half * width, value[half]);
+      } else {
+        const float a_scale = __fmul_rn(shared.scale[token], shared.weight[route]);
+        v[half] = few_value(m, row + half * width, value[half], s[half], a_scale, shared.zero[token]);
       }
-      const float other = __shfl_xor_sync(kFewAll, v, 16);
-      if (exists && half == 0) store(p, route, v, other);
     }
-    __syncwarp();  // the slots may be written again
+    store(p, route, v[0], v[1]);
   }
 
   // ---- the ring ----
@@ -323,12 +266,54 @@ struct FewGateUp {
     }
   }
 
+  // The sums of a pair's rows with those of an entry's routes; a warp.
+  __device__ __forceinline__ void multiply_sums(const uint8_t* from, const FewEntry& entry,
+                                                int32_t (&sum)[kFewTogether][2]) const {
+    const int32_t count = entry.count;
+    const uint32_t entry_rows = entry.rows;
+    from += lane / 8 * args.layout.w_panel + lane % 8 * 16;
+#pragma unroll 1
+    for (int32_t column = 0; column < m.k; column += kFewUnit) {
+      int4 unit[kFewPieces][2];
+#pragma unroll
+      for (int j = 0; j < kFewPieces; ++j) {
+        const bool exists = column + 512 * j + lane * 16 < m.k;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          unit[j][half] =
+              exists ? *reinterpret_cast<const int4*>(from + j * 4 * args.layout.w_panel + half * half_bytes()) : int4{};
+        }
+      }
+      from += kFewUnit / 128 * args.layout.w_panel;
+#pragma unroll
+      for (int i = 0; i < kFewTogether; ++i) {
+        if (i > 0 && i >= count) break;
+        const int8_t* a = rows + few_byte(entry_rows, i) * stride + column + lane * 16;
+#pragma unroll
+        for (int j = 0; j < kFewPieces; ++j) {
+          const int4 v = *reinterpret_cast<const int4*>(a + 512 * j);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) sum[i][half] = few_dot(unit[j][half], v, sum[i][half]);
+        }
+      }
+    }
+  }
+  // The same with sums per K-block: lanes 0 and 16 have the first route's values of gate and up, those behind them the
+  // others'.
+  __device__ __forceinline__ float multiply_blocks(const uint8_t* from, const FewEntry& entry, const Place& p) const {
+    const int32_t half = lane / 16, block = block_of(p);
+    const int32_t row = entry.expert * m.blocks_n + block - p.entry * args.layout.half_blocks + half * args.layout.half_blocks;
+    return few_multiply_blocks<P, 16>(
+        m, true, entry, from + half * half_bytes(), args.layout.w_panel,
+        w_scales + ((block - first_block) * 2 + half) * args.layout.w_words, row, rows, stride, a_scales,
+        args.layout.a_words, terms + (threadIdx.x & ~31u),
+        [&](int i) { return shared.weight[few_byte(entry.routes, i)]; });
+  }
+
   // A warp that multiplies: of the CTA's `all` pairs, the first of which is `begin`, its own. All warps follow all stages,
   // so that a barrier's parity tells them of its turn.
   __device__ __forceinline__ void run(int32_t begin, int32_t all) const {
     const int32_t stage_pairs = args.layout.stage_pairs;
-    // Room for a pair's results.
-    const int32_t most = (kBlocks ? args.layout.slots : 32) - kFewTogether;
     int32_t first_pair = begin + warp;  // that `pair` counts from
     float scale[2] = {};                // channel: lane i: of pair i
     const auto load_scales = [&] {
@@ -340,80 +325,41 @@ struct FewGateUp {
       scale[1] = m.scale[m.per_tensor ? expert : row + width];
     };
     if constexpr (kBlocks) {
-      copy_scales();
+      ptx::barrier_wait(ptx::shared_address(&shared.scales_full), 0);
     } else {
       load_scales();
     }
-    int32_t sum[2] = {}, tag = 0, done = 0, filled = 0, pair = 0, slot = 0, mine = warp;
+    Value value[2] = {};
+    int32_t tag = 0, filled = 0, pair = 0, slot = 0, mine = warp;
     uint32_t parity = 0;
-    const auto finish = [&] {
-      if constexpr (kBlocks) {
-        finish_blocks(done, filled, tag, first_pair);
-      } else {
-        finish_sums(filled, sum, tag, first_pair, scale);
-      }
-      done += filled;
-      filled = 0;
-    };
     Place at = place(first_pair);
 #pragma unroll 1
     for (int32_t first = 0; first < all; first += stage_pairs) {
       ptx::barrier_wait(full(slot), parity);
       const bool works = mine < min(first + stage_pairs, all);
       if (works) {
-        const int32_t count = shared.entry[at.entry].count;
-        const uint32_t entry_rows = shared.entry[at.entry].rows;
-        const uint8_t* from = stage(slot) + (mine - first) * args.layout.w_row + lane / 8 * args.layout.w_panel +
-                              lane % 8 * 16;
-        int32_t acc[kFewTogether][2] = {};
+        const FewEntry& entry = shared.entry[at.entry];
+        const int32_t count = entry.count;
+        const uint8_t* const from = stage(slot) + (mine - first) * args.layout.w_row;
+        const auto keep = [&](int i, Value gate, Value up) {
+          if (lane != filled + i) return;
+          tag = pair * kFewTogether + i;
+          value[0] = gate;
+          value[1] = up;
+        };
+        if constexpr (kBlocks) {
+          const float v = multiply_blocks(from, entry, at);
 #pragma unroll 1
-        for (int32_t column = 0; column < m.k; column += kFewUnit) {
-          int4 unit[kFewPieces][2];
-#pragma unroll
-          for (int j = 0; j < kFewPieces; ++j) {
-            const bool exists = column + 512 * j + lane * 16 < m.k;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              unit[j][half] = exists ? *reinterpret_cast<const int4*>(from + j * 4 * args.layout.w_panel +
-                                                                      half * half_bytes())
-                                     : int4{};
-            }
+          for (int i = 0; i < count; ++i) {
+            keep(i, __shfl_sync(kFewAll, v, i), __shfl_sync(kFewAll, v, 16 + i));
           }
-          from += kFewUnit / 128 * args.layout.w_panel;
-          const auto dots = [&](int i, const auto& use) {
-            const int8_t* a = rows + few_byte(entry_rows, i) * stride + column + lane * 16;
+        } else {
+          int32_t sum[kFewTogether][2] = {};
+          multiply_sums(from, entry, sum);
 #pragma unroll
-            for (int j = 0; j < kFewPieces; ++j) {
-              const int4 v = *reinterpret_cast<const int4*>(a + 512 * j);
-#pragma unroll
-              for (int half = 0; half < 2; ++half) use(j, half, v);
-            }
-          };
-          if constexpr (kBlocks) {
-#pragma unroll 1
-            for (int i = 0; i < count; ++i) {
-              int32_t d[kFewPieces][2];
-              dots(i, [&](int j, int half, const int4& v) { d[j][half] = few_dot(unit[j][half], v, 0); });
-              keep_pieces(done + filled + i, column, d);
-            }
-          } else {
-#pragma unroll
-            for (int i = 0; i < kFewTogether; ++i) {
-              if (i > 0 && i >= count) break;
-              dots(i, [&](int j, int half, const int4& v) { acc[i][half] = few_dot(unit[j][half], v, acc[i][half]); });
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kFewTogether; ++i) {
-          if (i > 0 && i >= count) break;
-          if (lane == filled + i) tag = pair * kFewTogether + i;
-          if constexpr (!kBlocks) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int32_t total = few_sum(acc[i][half]);
-              if (lane == filled + i) sum[half] = total;
-            }
+          for (int i = 0; i < kFewTogether; ++i) {
+            if (i > 0 && i >= count) break;
+            keep(i, few_sum(sum[i][0]), few_sum(sum[i][1]));
           }
         }
         filled += count;
@@ -428,14 +374,17 @@ struct FewGateUp {
       ++pair;
       mine += kFewGateUpWarps;
       at.advance(width);
-      if (filled > most || pair == 32) finish();
+      if (filled > 32 - kFewTogether || pair == 32) {
+        finish(filled, value, tag, first_pair, scale);
+        filled = 0;
+      }
       if (pair == 32) {  // lanes have scales of so many
         first_pair += 32 * kFewGateUpWarps;
         pair = 0;
         if constexpr (!kBlocks) load_scales();
       }
     }
-    finish();
+    finish(filled, value, tag, first_pair, scale);
   }
 };
 
@@ -451,9 +400,9 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
          shared,
          memory + kFewHeaderBytes,
          reinterpret_cast<int8_t*>(memory + args.layout.rows),
+         reinterpret_cast<FewTerm*>(memory + args.layout.terms),
          reinterpret_cast<uint32_t*>(memory + args.layout.a),
          reinterpret_cast<uint32_t*>(memory + args.layout.w),
-         reinterpret_cast<int32_t*>(memory + args.layout.sums) + warp * args.layout.slots * args.layout.slot_words,
          few_lane(),
          warp,
          m.n / 2,
@@ -466,7 +415,7 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
       ptx::barrier_init(g.full(i), 1);
       ptx::barrier_init(g.empty(i), kFewGateUpWarps);
     }
-    if (Gate::kBlocks) ptx::barrier_init(ptx::shared_address(&shared.scales_full), 32 * kFewGateUpWarps);
+    if (Gate::kBlocks) ptx::barrier_init(ptx::shared_address(&shared.scales_full), 32);
     ptx::barrier_init_fence();
   }
   // Whoever wrote x and the routes has ended from here on. It has for `down` as well, since no CTA lets that start
@@ -487,8 +436,20 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
     share();
     copier.at = g.place(begin);
     copier.left = pairs;
+    if constexpr (Gate::kBlocks) {
+      g.first_block = g.block_of(copier.at);
+      g.blocks = pairs > 0 ? g.block_of(g.place(begin + pairs - 1)) - g.first_block + 1 : 0;
+      g.copy_scales();
+    }
     for (int32_t i = 0; i < args.layout.stages && copier.left > 0; ++i) g.copy_stage(copier);
   } else {
+    if (threadIdx.x < args.routes.tokens * args.routes.top_k) {
+      const auto route = static_cast<int32_t>(threadIdx.x), token = route / args.routes.top_k;
+      shared.weight[route] =
+          args.routes.weight_on_input
+              ? args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k]
+              : 1.0f;
+    }
     g.measure(kept);
   }
   __syncthreads();
@@ -498,15 +459,11 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
     while (copier.left > kernels::kFewEarlyBytes / (2 * m.k)) g.copy_stage(copier);
     ptx::grid_dependency_launch();
     while (copier.left > 0) g.copy_stage(copier);
-    // With sums per K-block others are still multiplying by then: level to 3 % longer.
-    if constexpr (!Gate::kBlocks) g.fetch_down();
+    g.fetch_down();
     return;
   }
-  share();
-  if constexpr (Gate::kBlocks) {
-    g.first_block = g.block_of(g.place(begin));
-    g.blocks = pairs > 0 ? g.block_of(g.place(begin + pairs - 1)) - g.first_block + 1 : 0;
-  }
+  share();  // not before: registers
+  if constexpr (Gate::kBlocks) g.first_block = g.block_of(g.place(begin));
   g.run(begin, pairs);
 }
 

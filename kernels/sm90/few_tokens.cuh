@@ -47,7 +47,7 @@ struct FewShared {
   FewEntry entry[kFewRoutes];
   int32_t entries;
   int32_t expert[kFewRoutes];  // of a route; -1: none
-  float weight[kFewRoutes];    // down: the router's, of a route
+  float weight[kFewRoutes];    // of a route, the router's: gate_up has it with weight_on_input, else 1; down the other way
   // channel: of quantised rows.
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
@@ -60,6 +60,9 @@ struct FewShared {
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
 
 __device__ __forceinline__ int few_lane() { return static_cast<int>(threadIdx.x) & 31; }
+__device__ __forceinline__ int32_t few_divide(int32_t n, uint32_t inverse) {
+  return static_cast<int32_t>(__umulhi(2 * static_cast<uint32_t>(n), inverse));
+}
 // By a shuffle: so the compiler knows that a warp agrees on what follows from it.
 __device__ __forceinline__ int few_warp() { return __shfl_sync(kFewAll, static_cast<int>(threadIdx.x) >> 5, 0); }
 
@@ -182,6 +185,10 @@ __device__ __forceinline__ int32_t few_block_of_piece(const FewMatrix& m, int32_
 __device__ __forceinline__ int32_t few_block_of(const FewMatrix& m, int32_t column) {
   return few_block_of_piece(m, column / kFewPiece);
 }
+// The scale block of a weight row of [E, n]'s n; of w13's, among gate's or up's.
+__device__ __forceinline__ int32_t few_block_of_row(const FewMatrix& m, int32_t row) {
+  return few_divide(row, m.block_n_inverse);
+}
 __device__ __forceinline__ bool few_begins_block(const FewMatrix& m, int32_t column) {
   return column < m.k && (column & (m.block_k - 1)) == 0;
 }
@@ -213,6 +220,7 @@ struct FewGroup {
 // or of the one that a K-block is in.
 __device__ __forceinline__ num::SuperScale few_row_super(const FewMatrix& m, const uint32_t* tops) {
   uint32_t top = 0;
+#pragma unroll 1
   for (int32_t i = few_lane(); i < m.blocks_k; i += 32) top = max(top, tops[i]);
   return num::super_scale(__reduce_max_sync(kFewAll, top), m.q_max);
 }
@@ -308,5 +316,121 @@ struct FewChunk {
       : group(m.super_groups > 1 ? begin / m.super_group : 0),
         end(min(min((group + 1) * m.super_group, begin + m.flush_blocks), m.blocks_k)) {}
 };
+
+// Of a K-block, for int8_block's chain: its sum, and the product of its scales. {-0, 0} changes no value.
+struct alignas(8) FewTerm {
+  float sum, scale;
+};
+static_assert(32 * sizeof(FewTerm) == kernels::kFewTermsBytes);
+
+// The results, without bias, of up to kFewTogether routes of one expert with one weight row, by kLanes lanes of a warp,
+// 8 or 16: each has every kLanes-th piece for itself, so that within one nothing need be brought together; the 16 bytes
+// that eight of them read are of different banks because each begins elsewhere in its piece. Returns the i-th route's in
+// lane i of them.
+// w: the weight row, panels w_panel apart; w_scale: of its scale block, the w_row-th of [E, NB], as few_copy_scale left
+// it; a_scales: of all rows; factor(i) multiplies those of the i-th route; terms: this warp's.
+template <Promotion P, int kLanes, typename Factor>
+__device__ __forceinline__ float few_multiply_blocks(const FewMatrix& m, bool works, const FewEntry& entry,
+                                                     const uint8_t* w, int32_t w_panel, const uint32_t* w_scale,
+                                                     int32_t w_row, const int8_t* rows, int32_t stride,
+                                                     const uint32_t* a_scales, int32_t a_words, FewTerm* terms,
+                                                     const Factor& factor) {
+  static_assert(kLanes == 8 || kLanes == 16);
+  const int32_t lane = few_lane(), place = lane % kLanes, turn = place % 8 * 16;
+  const int32_t pieces = few_pieces(m), two = m.block_k >> 8;  // whether a K-block is two pieces
+  const auto load = [](const void* from) { return *static_cast<const int4*>(from); };
+  float v = -0.0f;  // of this lane's route; fma(x, p, -0) is x * p, its sign included
+  int32_t total[kFewTogether] = {};  // hybrid: this lane's of the chunk
+  int32_t chunk_begin = 0;
+#pragma unroll 1
+  for (int32_t begin = 0; begin < pieces; begin += kLanes) {
+    const int32_t piece = begin + place, block = few_block_of_piece(m, min(piece, pieces - 1));
+    const bool exists = works && piece < pieces;
+    int32_t acc[kFewTogether] = {};
+    if (exists) {
+      const uint8_t* const w_piece = w + piece * w_panel;
+      const int8_t* const a_piece = rows + piece * kFewPiece;
+      const int32_t bytes = m.k - piece * kFewPiece;
+      if (entry.count == 1 && bytes >= kFewPiece) {
+        const int8_t* const a = a_piece + few_byte(entry.rows, 0) * stride;
+        int32_t odd = 0;
+#pragma unroll 2  // registers
+        for (int j = 0; j < kFewPiece / 16; j += 2) {
+          const int32_t at = turn ^ (j * 16), next = turn ^ (j * 16 + 16);
+          const int4 w0 = load(w_piece + at), a0 = load(a + at), w1 = load(w_piece + next), a1 = load(a + next);
+          acc[0] = few_dot(w0, a0, acc[0]);
+          odd = few_dot(w1, a1, odd);
+        }
+        acc[0] += odd;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kFewTogether; i += 2) {  // two routes at a time, or one twice
+          if (i > 0 && i >= entry.count) break;
+          const int8_t* const a0 = a_piece + few_byte(entry.rows, i) * stride;
+          const int8_t* const a1 = a_piece + few_byte(entry.rows, min(i + 1, entry.count - 1)) * stride;
+#pragma unroll 2
+          for (int j = 0; j < kFewPiece / 16; ++j) {
+            const int32_t at = turn ^ (j * 16);
+            if (at >= bytes) continue;
+            const int4 weights = load(w_piece + at);
+            acc[i] = few_dot(weights, load(a0 + at), acc[i]);
+            acc[i + 1] = few_dot(weights, load(a1 + at), acc[i + 1]);
+          }
+        }
+      }
+    }
+    __syncwarp();
+    if constexpr (P == Promotion::block) {
+      const float w_s = num::from_bits(w_scale[block]);
+#pragma unroll
+      for (int i = 0; i < kFewTogether; ++i) {
+        if (i > 0 && i >= entry.count) break;
+        if (two != 0) acc[i] += __shfl_xor_sync(kFewAll, acc[i], 1);
+        const float a_s = num::from_bits(a_scales[few_byte(entry.rows, i) * a_words + block]);
+        const float scale = __fmul_rn(w_s, __fmul_rn(a_s, factor(i)));
+        // Those of K-blocks first, in order.
+        const int32_t at = two != 0 ? place / 2 + place % 2 * (kLanes / 2) : place;
+        const bool first = exists && (two == 0 || place % 2 == 0);
+        __syncwarp();  // the terms before were read
+        terms[lane - place + at] = first ? FewTerm{__int2float_rn(acc[i]), scale} : FewTerm{-0.0f, 0.0f};
+        __syncwarp();
+        if (place != i) continue;
+        const auto* pair = reinterpret_cast<const float4*>(terms + lane - place);
+#pragma unroll
+        for (int n = 0; n < kLanes / 2; ++n) {
+          const float4 t = pair[n];
+          v = __fmaf_rn(t.z, t.w, __fmaf_rn(t.x, t.y, v));
+        }
+      }
+    } else {
+      const auto w_q = static_cast<int32_t>(few_w_q(m, w_scale, w_row)[block]);
+#pragma unroll
+      for (int i = 0; i < kFewTogether; ++i) {
+        if (i > 0 && i >= entry.count) break;
+        acc[i] *= w_q * static_cast<int32_t>(a_scales[few_byte(entry.rows, i) * a_words + m.super_groups + block]);
+      }
+      for (bool more = true; more;) {
+        const FewChunk chunk(m, chunk_begin);
+        const int32_t end = min(chunk.end << two, pieces);  // a last K-block may have one piece of two
+        const bool ends = end <= begin + kLanes;
+#pragma unroll
+        for (int i = 0; i < kFewTogether; ++i) {
+          if (i > 0 && i >= entry.count) break;
+          if (piece >= chunk_begin << two && piece < end) total[i] += acc[i];
+          if (!ends) continue;
+#pragma unroll
+          for (int by = 1; by < kLanes; by *= 2) total[i] += __shfl_xor_sync(kFewAll, total[i], by);
+          const float a_f = num::from_bits(a_scales[few_byte(entry.rows, i) * a_words + chunk.group]);
+          const float scale = __fmul_rn(num::from_bits(w_scale[chunk.group]), __fmul_rn(a_f, factor(i)));
+          if (place == i) v = __fmaf_rn(__int2float_rn(total[i]), scale, v);
+          total[i] = 0;
+        }
+        if (ends) chunk_begin = chunk.end;
+        more = ends && end < min(begin + kLanes, pieces);
+      }
+    }
+  }
+  return v;
+}
 
 }  // namespace octomoe::sm90

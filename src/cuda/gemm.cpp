@@ -256,6 +256,7 @@ std::optional<kernels::FewMatrix> DeviceMatrix::few() const {
                             .w_panel = w_panel(),
                             .block_n = s.block_n,
                             .block_k = s.block_k,
+                            .block_n_inverse = kernels::few_inverse(s.block_n),
                             .blocks_n = static_cast<std::int32_t>(blocks_n_),
                             .blocks_k = static_cast<std::int32_t>(blocks_k_),
                             .super_groups = static_cast<std::int32_t>(super_groups_),

@@ -32,8 +32,8 @@ std::int64_t few_most_bytes(const DeviceMatrix& m, std::int64_t tokens) {
   return m.promotion() == kernels::Promotion::channel ? (panels        ? 152'000'000
                                                          : tokens == 1 ? 400'000'000
                                                                        : 270'000'000)
-         : m.promotion() == kernels::Promotion::block ? (panels ? 60'000'000 : 152'000'000)
-                                                      : (panels ? 40'000'000 : 80'000'000);
+         : m.promotion() == kernels::Promotion::block ? (panels ? 130'000'000 : 190'000'000)
+                                                      : (panels ? 80'000'000 : 130'000'000);
 }
 
 // The steps of a layer, for the lifetimes of its buffers.
@@ -230,10 +230,10 @@ class CudaLayer final : public LayerBackend {
   bool drops_y(std::int64_t routes) const { return hidden_ % 256 == 0 && stays_in_l2(likely_rows(routes) * hidden_); }
 
   FewPlan plan_few(std::int64_t tokens, int top_k) const {
-    const std::int64_t routes = tokens * top_k, row = routed_.intermediate;
-    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes ||
-        likely_rows(routes) * 3 * hidden_ * row >
-            std::min(few_most_bytes(routed_.w13, tokens), few_most_bytes(routed_.w2, tokens))) {
+    const std::int64_t routes = tokens * top_k, row = routed_.intermediate,
+                       bytes = likely_rows(routes) * 3 * hidden_ * row;
+    const std::int64_t most_bytes = std::min(few_most_bytes(routed_.w13, tokens), few_most_bytes(routed_.w2, tokens));
+    if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes || bytes > most_bytes) {
       return {};
     }
     const kernels::FewMatrix w13 = *routed_.w13.few(), w2 = *routed_.w2.few();
@@ -241,24 +241,35 @@ class CudaLayer final : public LayerBackend {
     p.gate_up = kernels::few_gate_up_layout(routed_.w13.promotion(), w13, static_cast<int>(tokens), top_k,
                                             info_.multiprocessors);
     if (p.gate_up.stages < 2) return {};
+    // Rows so long that a stage has one pair, or in panels a copy few bytes: slower, and from fewer bytes on.
+    if (p.gate_up.stage_pairs == 1 && routed_.w13.promotion() != kernels::Promotion::channel &&
+        2 * bytes > most_bytes) {
+      return {};
+    }
+    if (routed_.w13.in_panels() && p.gate_up.stage_pairs < kernels::kFewMinPanelPairs) return {};
     p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
     const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
     if (most == 0) return {};
-    const std::int64_t sets = ceil_div(p.columns, most);
-    p.stage_columns = static_cast<int>(ceil_div(p.columns, sets));
     const auto down = [&](int stages) {
       return kernels::few_down_layout(routed_.w2.promotion(), w2, static_cast<int>(routes), p.columns, p.stage_columns,
                                       stages);
     };
     // Both kernels at once: besides what they ask for, a block has 1 KB of its own.
     const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up.bytes;
-    const std::int64_t stage = p.stage_columns * row;
-    const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - down(0).bytes;
-    const std::int64_t fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
-    if (fit < 2) return {};
+    // As many columns in a stage as two have room for.
+    const std::int64_t fewest_sets = ceil_div(p.columns, most);
+    std::int64_t fit = 0;
+    for (std::int64_t sets = fewest_sets; fit < 2; ++sets) {
+      p.stage_columns = static_cast<int>(ceil_div(p.columns, sets));
+      if (sets > fewest_sets && p.stage_columns < kernels::kFewMinStageColumns) return {};
+      const std::int64_t stage = p.stage_columns * row;
+      const std::int64_t room = std::min<std::int64_t>(both, few_down_->shared_bytes) - down(0).bytes;
+      fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
+    }
     const std::int64_t most_stages = std::min<std::int64_t>(fit, kernels::kFewMaxStages);
     const std::int64_t streams = kernels::few_streams(p.stage_columns, static_cast<int>(most_stages));
-    p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(routes * sets, streams)) * streams);
+    const std::int64_t all = routes * ceil_div(p.columns, p.stage_columns);
+    p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(all, streams)) * streams);
     p.down = down(p.stages);
     return p;
   }

@@ -41,6 +41,7 @@ FewMatrix matrix(const QuantizedMatrix& m, const Tensor& bias, const Tensor& val
           .w_panel = values.view().rank() == 4 ? i32(m.n) * 128 : 128,
           .block_n = m.scheme.block_n,
           .block_k = m.scheme.block_k,
+          .block_n_inverse = kernels::few_inverse(m.scheme.block_n),
           .blocks_n = i32(m.blocks_n()),
           .blocks_k = i32(m.blocks_k()),
           .super_groups = i32(m.super_groups()),
