@@ -33,7 +33,7 @@ std::int64_t few_most_bytes(const DeviceMatrix& m, std::int64_t tokens) {
                                                          : tokens == 1 ? 400'000'000
                                                                        : 270'000'000)
          : m.promotion() == kernels::Promotion::block ? (panels ? 130'000'000 : 190'000'000)
-                                                      : (panels ? 80'000'000 : 130'000'000);
+                                                      : (panels ? 80'000'000 : 152'000'000);
 }
 
 // The steps of a layer, for the lifetimes of its buffers.

@@ -294,7 +294,7 @@ TEST(FewTokens, BlocksOfEveryKind) {
     }
   }
 }
-// Rows longer than registers keep, and more results than there are slots; the largest q_max makes chunks of a few
+// Rows longer than registers keep, and more results than a warp has lanes; the largest q_max makes chunks of a few
 // blocks.
 TEST(FewTokens, LongRowsInBlocks) {
   for (const char* scheme : {"int8_block", "int8_hybrid", "int8_hybrid:q_max=64", "int8_hybrid:super=5,q_max=32"}) {
