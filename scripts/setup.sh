@@ -4,6 +4,7 @@
 #
 #   scripts/setup.sh          what `make demo` and `make test` need
 #   scripts/setup.sh --dev    also clang, clang-tidy and libFuzzer's run time, for `make lint` and `make fuzz`
+#   scripts/setup.sh --dev --packages    the Debian packages alone
 #
 # PYTHON=/path/to/python3 chooses the interpreter that .venv is made from: 3.11 or newer, which the pinned packages of
 # demo and tests ask for. The package itself runs on 3.10.
@@ -102,4 +103,4 @@ install_python_packages() {
 }
 
 install_packages
-install_python_packages
+[[ ${2:-} == --packages ]] || install_python_packages
