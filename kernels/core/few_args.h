@@ -19,6 +19,9 @@ inline constexpr int kFewDownMinSharedBytes = 115 * 1024;
 inline constexpr int kFewHeaderBytes = 6144;  // shared memory before anything whose size depends on the shape
 inline constexpr int kFewMaxHidden = 8192;
 inline constexpr int kFewGateUpSharedBytes = 111 * 1024;  // at most: what `down` leaves
+// What a multiprocessor gives is whole ones of these: what both kernels ask for has to fit as that.
+inline constexpr int kFewSharedUnit = 128;
+constexpr int few_shared(int bytes) { return (bytes + kFewSharedUnit - 1) / kFewSharedUnit * kFewSharedUnit; }
 // Of the gate rows in a stage of gate_up's ring, and of the up rows: no more than this, or one row. In panels more,
 // since a copy has 128 bytes of each row only, and its size decides.
 inline constexpr int kFewGateUpStageBytes = 8192, kFewGateUpPanelStageBytes = 24576;
@@ -27,20 +30,21 @@ inline constexpr int kFewEarlyBytes = 64 * 1024;
 // Of its part of w2 that a CTA of gate_up fetches into L2 for `down` (few_gate_up.cuh), at most.
 inline constexpr int kFewFetchBytes = 192 * 1024;
 inline constexpr int kFewMaxStages = 24;
+inline constexpr int kFewManyStages = 6;  // of gate_up: one more than its copies need
 // In panels, with fewer pairs in a stage, copies are so short that other kernels are faster.
 inline constexpr int kFewMinPanelPairs = 4;
-// Columns of out that lie in one stage of down's ring: four for each warp of a stream, but no more than this many
+// Columns of out that lie in one stage of down's ring, no more than all warps multiply and no more than this many
 // bytes. Where two such stages have no room, fewer, but no fewer than the last, since most warps would rest.
-inline constexpr int kFewMaxStageBytes = 49152, kFewMaxStageColumns = 4 * kFewDownWarps, kFewMinStageColumns = 12;
+inline constexpr int kFewMaxStageBytes = 49152, kFewMaxStageColumns = 32 / 8 * kFewDownWarps, kFewMinStageColumns = 12;
 
 // A row of x in shared memory ends with zeros up to a multiple of what a warp multiplies at once.
 inline constexpr int kFewUnit = 1024;
 constexpr int few_x_stride(int hidden) { return (hidden + kFewUnit - 1) / kFewUnit * kFewUnit; }
 
-// Four columns to a warp: how many warps work on a stage, and on how many stages at once.
-constexpr int few_stream_warps(int stage_columns) { return (stage_columns + 3) / 4; }
-constexpr int few_streams(int stage_columns, int stages) {
-  const int all = kFewDownWarps / few_stream_warps(stage_columns), most = all < stages ? all : stages;
+// So many lanes multiply a column in down: how many warps work on a stage, and on how many stages at once.
+constexpr int few_stream_warps(int stage_columns, int lanes) { return (stage_columns * lanes + 31) / 32; }
+constexpr int few_streams(int stage_columns, int lanes, int stages) {
+  const int all = kFewDownWarps / few_stream_warps(stage_columns, lanes), most = all < stages ? all : stages;
   // With one slot each, nothing is under way to a stream while it multiplies: then rather three quarters of the streams
   // with two, if there are as many.
   const int fewer = most - most / 4;
@@ -70,6 +74,8 @@ struct FewMatrix {
 
 // Columns that are summed up before any scale is applied: a scale block is one or two of them.
 inline constexpr int kFewPiece = 128;
+// Lanes of down for each column. With sums per K-block they have pieces: where two of eight would rest, four do it.
+constexpr int few_column_lanes(Promotion p, int k) { return p == Promotion::channel || k > 6 * kFewPiece ? 8 : 4; }
 
 // With sums per K-block: of each warp, what its lanes know of a piece, for those that add up (FewTerm).
 inline constexpr int kFewTermsBytes = 32 * 8;
@@ -137,14 +143,15 @@ constexpr FewGateUpLayout few_gate_up_layout(Promotion p, const FewMatrix& w13, 
   l.terms = l.rows + x_bytes;
   l.a = l.terms + terms_bytes;
   l.w = l.a + a_bytes;
-  l.bytes = l.w + w_bytes;
+  l.bytes = few_shared(l.w + w_bytes);
   return l;
 }
 constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int routes, int columns, int stage_columns,
                                         int stages) {
   FewDownLayout l{};
-  l.stream_warps = few_stream_warps(stage_columns);
-  l.streams = few_streams(stage_columns, stages);
+  const int lanes = few_column_lanes(p, w2.k);
+  l.stream_warps = few_stream_warps(stage_columns, lanes);
+  l.streams = few_streams(stage_columns, lanes, stages);
   l.w_row = w2.w_row;
   l.w_panel = w2.w_panel == kFewPiece ? kFewPiece : stage_columns * kFewPiece;
   l.a_words = few_a_words(p, w2);
@@ -156,7 +163,7 @@ constexpr FewDownLayout few_down_layout(Promotion p, const FewMatrix& w2, int ro
   l.y = l.w + routes * (p == Promotion::channel ? columns : l.blocks * l.w_words) * 4;
   l.a = l.y + routes * columns * 4;
   l.top = l.a + routes * l.a_words * 4;
-  l.bytes = l.top + (p == Promotion::channel ? 0 : routes * w2.blocks_k * 4);
+  l.bytes = few_shared(l.top + (p == Promotion::channel ? 0 : routes * w2.blocks_k * 4));
   return l;
 }
 

@@ -31,3 +31,17 @@ using std::uint64_t;
 using std::uint8_t;
 }  // namespace octomoe
 #endif
+
+namespace octomoe::kernels {
+// A if kFirst, else B: NVRTC has no <type_traits> either.
+template <bool kFirst, typename A, typename B>
+struct EitherOf {
+  using Type = A;
+};
+template <typename A, typename B>
+struct EitherOf<false, A, B> {
+  using Type = B;
+};
+template <bool kFirst, typename A, typename B>
+using Either = typename EitherOf<kFirst, A, B>::Type;
+}  // namespace octomoe::kernels

@@ -43,15 +43,6 @@ using kernels::Promotion;
 using kernels::Tile;
 using kernels::TileList;
 
-template <bool kFloat>
-struct ScaleElement {
-  using Type = float;
-};
-template <>
-struct ScaleElement<false> {
-  using Type = uint8_t;
-};
-
 template <GemmConfig C>
 struct GroupedGemm {
   static constexpr int kThreads = C.threads(), kWarps = C.warps_m * C.warps_n;  // kWarps: those that multiply
@@ -671,7 +662,7 @@ struct GroupedGemm {
   };
   // Walks along K.
   struct WeightScaleCursor {
-    using Element = typename ScaleElement<kFloatTotals>::Type;
+    using Element = kernels::Either<kFloatTotals, float, uint8_t>;
     const Element* at[kHalves];
     __device__ __forceinline__ void open(const GemmArgs& args, const int32_t (&rows)[kHalves]) {
 #pragma unroll

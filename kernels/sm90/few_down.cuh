@@ -1,19 +1,21 @@
 // The second kernel of a layer of a few tokens (few_tokens.cuh): h -> int8 -> w2 -> y -> combine -> out.
 //
-// A CTA has some columns of out with all experts, so that it combines them alone. Its weights come by bulk copies into a
-// ring as long as shared memory has room: the last of gate_up, the quantising of h and the streaming of w2 go on at once.
+// A CTA has some columns of out with all experts, so that it combines them alone. Its weights come by bulk copies into
+// a ring as long as shared memory has room: the last of gate_up, the quantising of h and the streaming of w2 go on at
+// once.
 //
-// Eight lanes multiply a column: a warp has four of them, of one entry. With sums per K-block a lane has a piece of 128
-// bytes for itself, and the eight bring theirs together in order. The warps of an entry's columns are a stream; streams
-// take turns.
+// Eight lanes multiply a column. With sums per K-block a lane has a piece of 128 bytes for itself, and they bring
+// theirs together in order; short rows have four lanes. A warp has columns of one entry; the warps of an
+// entry's columns are a stream; streams take turns.
 #pragma once
 
 #include "sm90/few_tokens.cuh"
 
 namespace octomoe::sm90 {
 
-template <Promotion P>
+template <Promotion P, int kLanes>
 struct FewDown {
+  static_assert(P != Promotion::channel || kLanes == 8);
   static constexpr bool kBlocks = P != Promotion::channel;
   const FewDownArgs& args;
   const FewMatrix& m;
@@ -116,7 +118,10 @@ struct FewDown {
       // use(column, values) for all of the row; zeros behind its end.
       const auto for_all = [&](const auto& use) {
 #pragma unroll(kRolled ? 1 : kKept)
-        for (int i = 0; i < kKept; ++i) use(i * kFewColumns + lane * 8, value(i));
+        for (int i = 0; i < kKept; ++i) {
+          if (kRolled && i * kFewColumns >= m.k) break;
+          use(i * kFewColumns + lane * 8, value(i));
+        }
 #pragma unroll 1
         for (int32_t piece = kKept * kFewColumns; piece < m.k; piece += kFewColumns) {
           const int32_t column = piece + lane * 8;
@@ -152,8 +157,9 @@ struct FewDown {
           super = few_row_super(m, top);
         }
         for_all([&](int32_t column, const uint4& raw) {
-          const uint32_t most = few_block_top(few_top_of(raw), m.block_k);
-          if (column < m.k) scale_and_store(column, raw, most);
+          uint32_t most = 0;
+          if constexpr (P == Promotion::block) most = few_block_top(few_top_of(raw), m.block_k);
+          if (column < m.k) scale_and_store(column, raw, P == Promotion::block ? most : top[few_block_of(m, column)]);
         });
       } else {
         FewRange range;
@@ -221,9 +227,9 @@ struct FewDown {
   __device__ __forceinline__ void multiply_blocks(const uint8_t* w, int32_t set, int32_t at, int32_t column) const {
     const FewEntry& entry = shared.entry[at];  // read again where it is needed: registers
     const bool works = column < columns_of(set);
-    const int32_t c = set * args.stage_columns + (works ? column : 0), place = lane % 8;
+    const int32_t c = set * args.stage_columns + (works ? column : 0), place = lane % kLanes;
     const int32_t block = few_block_of_row(m, first + c), number = block - few_block_of_row(m, first);
-    const float v = few_multiply_blocks<P, 8>(
+    const float v = few_multiply_blocks<P, kLanes>(
         m, works, entry, w + column * args.layout.w_row, args.layout.w_panel,
         w_scales + (at * args.layout.blocks + number) * args.layout.w_words,
         entry.expert * m.blocks_n + block, rows, m.k, a_scales, args.layout.a_words, terms + (threadIdx.x & ~31u),
@@ -262,14 +268,14 @@ struct FewDown {
   }
 };
 
-template <Promotion P>
+template <Promotion P, int kLanes>
 __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   extern __shared__ __align__(128) uint8_t memory[];
   FewShared& shared = *reinterpret_cast<FewShared*>(memory);
   const FewMatrix& m = args.w2;
   const int32_t routes = args.routes.tokens * args.routes.top_k;
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns;
-  const FewDown<P> d{args,
+  const FewDown<P, kLanes> d{args,
                      m,
                      shared,
                      memory + kFewHeaderBytes,
@@ -321,14 +327,14 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   const int32_t warps = args.layout.stream_warps, streams = args.layout.streams;
   // Read and computed again: there are no registers to keep what was known before h was quantised.
   const int32_t entries = shared.entries, all = d.sets() * entries, warp = few_warp();
-  const int32_t stream = warp / warps, column = (warp - stream * warps) * 4 + d.lane / 8;
+  const int32_t stream = warp / warps, column = ((warp - stream * warps) * 32 + d.lane) / kLanes;
   if (stream < streams) {
     int32_t set = 0, entry = stream, slot = stream;
     uint32_t phase = 0;
     for (int32_t i = stream; i < all; i += streams) {
       for (; entry >= entries; entry -= entries) ++set;
       ptx::barrier_wait(d.full(slot), phase);
-      if constexpr (FewDown<P>::kBlocks) {
+      if constexpr (P != Promotion::channel) {
         d.multiply_blocks(d.place(slot), set, entry, column);
       } else {
         d.multiply_sums(d.place(slot), set, entry, column);

@@ -12,15 +12,6 @@ namespace octomoe::sm90 {
 
 inline constexpr int kFewPieces = kFewUnit / 512;  // 16 bytes a lane
 
-template <bool kFloat>
-struct FewNumber {
-  using Type = int32_t;
-};
-template <>
-struct FewNumber<true> {
-  using Type = float;
-};
-
 template <Promotion P>
 struct FewGateUp {
   static constexpr bool kBlocks = P != Promotion::channel;
@@ -172,7 +163,7 @@ struct FewGateUp {
     args.h[static_cast<int64_t>(route) * width + p.column] = static_cast<uint16_t>(num::pack_bf16(act, 0.0f));
   }
   // What is known of a result before its epilogue: sums; with sums per K-block, values without bias.
-  using Value = typename FewNumber<kBlocks>::Type;
+  using Value = kernels::Either<kBlocks, float, int32_t>;
 
   // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry; value: of gate and
   // up; scale (channel): lane j has those of pair j's rows.
@@ -445,12 +436,14 @@ __device__ __forceinline__ void few_gate_up(const FewGateUpArgs& args) {
   } else {
     if (threadIdx.x < args.routes.tokens * args.routes.top_k) {
       const auto route = static_cast<int32_t>(threadIdx.x), token = route / args.routes.top_k;
-      shared.weight[route] =
-          args.routes.weight_on_input
-              ? args.routes.topk_weights[token * args.routes.weights_stride + route - token * args.routes.top_k]
-              : 1.0f;
+      if (!args.routes.weight_on_input) shared.weight[route] = 1.0f;
+      ptx::cp_async_4_if(
+          args.routes.weight_on_input, ptx::shared_address(shared.weight + route),
+          args.routes.topk_weights + token * args.routes.weights_stride + route - token * args.routes.top_k);
     }
+    ptx::cp_async_commit();
     g.measure(kept);
+    ptx::cp_async_wait<0>();
   }
   __syncthreads();
   if (!copies) g.quantize(kept);

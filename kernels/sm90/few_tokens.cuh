@@ -47,7 +47,8 @@ struct FewShared {
   FewEntry entry[kFewRoutes];
   int32_t entries;
   int32_t expert[kFewRoutes];  // of a route; -1: none
-  float weight[kFewRoutes];    // of a route, the router's: gate_up has it with weight_on_input, else 1; down the other way
+  // Of a route, what multiplies it: the router's weight in gate_up with weight_on_input and otherwise in down; else 1.
+  float weight[kFewRoutes];
   // channel: of quantised rows.
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
@@ -60,6 +61,7 @@ struct FewShared {
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
 
 __device__ __forceinline__ int few_lane() { return static_cast<int>(threadIdx.x) & 31; }
+// n / divisor, of which `inverse` is few_inverse.
 __device__ __forceinline__ int32_t few_divide(int32_t n, uint32_t inverse) {
   return static_cast<int32_t>(__umulhi(2 * static_cast<uint32_t>(n), inverse));
 }
@@ -324,9 +326,9 @@ struct alignas(8) FewTerm {
 static_assert(32 * sizeof(FewTerm) == kernels::kFewTermsBytes);
 
 // The results, without bias, of up to kFewTogether routes of one expert with one weight row, by kLanes lanes of a warp,
-// 8 or 16: each has every kLanes-th piece for itself, so that within one nothing need be brought together; the 16 bytes
-// that eight of them read are of different banks because each begins elsewhere in its piece. Returns the i-th route's in
-// lane i of them.
+// 4, 8 or 16: each has every kLanes-th piece for itself, so that within one nothing need be brought together; the 16
+// bytes that eight lanes read are of different banks because each begins elsewhere in its piece. Returns the i-th
+// route's in lane i of them.
 // w: the weight row, panels w_panel apart; w_scale: of its scale block, the w_row-th of [E, NB], as few_copy_scale left
 // it; a_scales: of all rows; factor(i) multiplies those of the i-th route; terms: this warp's.
 template <Promotion P, int kLanes, typename Factor>
@@ -335,8 +337,8 @@ __device__ __forceinline__ float few_multiply_blocks(const FewMatrix& m, bool wo
                                                      int32_t w_row, const int8_t* rows, int32_t stride,
                                                      const uint32_t* a_scales, int32_t a_words, FewTerm* terms,
                                                      const Factor& factor) {
-  static_assert(kLanes == 8 || kLanes == 16);
-  const int32_t lane = few_lane(), place = lane % kLanes, turn = place % 8 * 16;
+  static_assert(kLanes >= kFewTogether);
+  const int32_t lane = few_lane(), place = lane % kLanes, turn = lane % 8 * 16;
   const int32_t pieces = few_pieces(m), two = m.block_k >> 8;  // whether a K-block is two pieces
   const auto load = [](const void* from) { return *static_cast<const int4*>(from); };
   float v = -0.0f;  // of this lane's route; fma(x, p, -0) is x * p, its sign included

@@ -88,8 +88,8 @@ struct RowBuffers {
 
 // How the kernels for few tokens run; stages 0: the call is none for them.
 struct FewPlan {
-  kernels::FewGateUpLayout gate_up;
-  kernels::FewDownLayout down;
+  kernels::FewGateUpLayout gate_up{};
+  kernels::FewDownLayout down{};
   int columns = 0, stage_columns = 0, stages = 0;
 };
 
@@ -142,8 +142,10 @@ class CudaLayer final : public LayerBackend {
     const KernelFamily family = o.family == KernelFamily::automatic ? default_family() : o.family;
     if (info_.compute_capability == 90 && family != KernelFamily::sm80 && routed_.fused && fused_gather_ && !shared_ &&
         routed_.w13.few() && routed_.w2.few() && hidden_ <= kernels::kFewMaxHidden) {
-      few_gate_up_ = kernel(plan::few_id("gate_up", routed_.w13.promotion()).c_str());
-      few_down_ = kernel(plan::few_id("down", routed_.w2.promotion()).c_str());
+      const kernels::Promotion second = routed_.w2.promotion();
+      const int lanes = kernels::few_column_lanes(second, static_cast<int>(routed_.intermediate));
+      few_gate_up_ = kernel(plan::few_gate_up_id(routed_.w13.promotion()).c_str());
+      few_down_ = kernel(plan::few_down_id(second, lanes).c_str());
       // A multiprocessor runs kernels beside each other only if they divide its L1 alike.
       const ContextGuard context(info_);
       for (const LoadedKernel* k : {few_gate_up_, few_down_}) {
@@ -236,23 +238,37 @@ class CudaLayer final : public LayerBackend {
     if (few_gate_up_ == nullptr || tokens > kernels::kFewTokens || routes > kernels::kFewRoutes || bytes > most_bytes) {
       return {};
     }
-    const kernels::FewMatrix w13 = *routed_.w13.few(), w2 = *routed_.w2.few();
-    FewPlan p;
-    p.gate_up = kernels::few_gate_up_layout(routed_.w13.promotion(), w13, static_cast<int>(tokens), top_k,
-                                            info_.multiprocessors);
-    if (p.gate_up.stages < 2) return {};
+    const kernels::FewMatrix w13 = *routed_.w13.few();
+    const auto with = [&](int gate_up_bytes) {
+      return plan_few_down(kernels::few_gate_up_layout(routed_.w13.promotion(), w13, static_cast<int>(tokens), top_k,
+                                                       info_.multiprocessors, gate_up_bytes),
+                           static_cast<int>(routes));
+    };
+    const FewPlan p = with(kernels::kFewGateUpSharedBytes);
+    if (p.stages == 0) return {};
     // Rows so long that a stage has one pair, or in panels a copy few bytes: slower, and from fewer bytes on.
     if (p.gate_up.stage_pairs == 1 && routed_.w13.promotion() != kernels::Promotion::channel &&
         2 * bytes > most_bytes) {
       return {};
     }
     if (routed_.w13.in_panels() && p.gate_up.stage_pairs < kernels::kFewMinPanelPairs) return {};
+    // Where sums per K-block take time, a slot of down's ring is worth more than the last of many stages of gate_up's.
+    if (routed_.w2.promotion() == kernels::Promotion::channel || p.gate_up.stages < kernels::kFewManyStages) return p;
+    const FewPlan fewer = with(p.gate_up.bytes - kernels::kFewSharedUnit);
+    return fewer.stages > p.stages ? fewer : p;
+  }
+
+  // `down` beside gate_up; no stages: there is no room.
+  FewPlan plan_few_down(const kernels::FewGateUpLayout& gate_up, int routes) const {
+    if (gate_up.stages < 2) return {};
+    const kernels::FewMatrix w2 = *routed_.w2.few();
+    const std::int64_t row = routed_.intermediate;
+    FewPlan p{.gate_up = gate_up};
     p.columns = static_cast<int>(ceil_div(hidden_, info_.multiprocessors));
     const std::int64_t most = std::min<std::int64_t>(kernels::kFewMaxStageColumns, kernels::kFewMaxStageBytes / row);
     if (most == 0) return {};
     const auto down = [&](int stages) {
-      return kernels::few_down_layout(routed_.w2.promotion(), w2, static_cast<int>(routes), p.columns, p.stage_columns,
-                                      stages);
+      return kernels::few_down_layout(routed_.w2.promotion(), w2, routes, p.columns, p.stage_columns, stages);
     };
     // Both kernels at once: besides what they ask for, a block has 1 KB of its own.
     const std::int64_t both = info_.shared_per_multiprocessor - 2 * 1024 - p.gate_up.bytes;
@@ -267,8 +283,9 @@ class CudaLayer final : public LayerBackend {
       fit = std::min(room, std::max<std::int64_t>(kernels::kFewRingBytes, 2 * stage)) / stage;
     }
     const std::int64_t most_stages = std::min<std::int64_t>(fit, kernels::kFewMaxStages);
-    const std::int64_t streams = kernels::few_streams(p.stage_columns, static_cast<int>(most_stages));
-    const std::int64_t all = routes * ceil_div(p.columns, p.stage_columns);
+    const int lanes = kernels::few_column_lanes(routed_.w2.promotion(), static_cast<int>(row));
+    const std::int64_t streams = kernels::few_streams(p.stage_columns, lanes, static_cast<int>(most_stages));
+    const std::int64_t all = std::int64_t{routes} * ceil_div(p.columns, p.stage_columns);
     p.stages = static_cast<int>(std::min(most_stages / streams, ceil_div(all, streams)) * streams);
     p.down = down(p.stages);
     return p;

@@ -161,6 +161,10 @@ KernelEntry gemm_entry(const TokenMajorConfig& c) {
   return e;
 }
 
+const char* few_name(Promotion p) {
+  return kPromotionNames[static_cast<int>(p == Promotion::hybrid_flush ? Promotion::hybrid : p)];  // one serves both
+}
+
 KernelEntry simple_entry(std::string id, std::string header, const std::string& call, const std::string& args,
                          int threads, int shared_bytes = 0) {
   KernelEntry e;
@@ -227,20 +231,25 @@ std::vector<KernelEntry> make_catalogue() {
   sort.archs = {90};
   sort.cluster = true;
   all.push_back(std::move(sort));
-  const auto few = [&](const char* name, Promotion p, const char* args, int threads, int registers, int shared_bytes) {
-    const char* promotion = kPromotionNames[static_cast<int>(p)];
-    KernelEntry e =
-        simple_entry(few_id(name, p), fmt::format("sm90/few_{}.cuh", name), "", args, threads, shared_bytes);
-    e.call = fmt::format("octomoe::sm90::few_{}<octomoe::kernels::Promotion::{}>", name, promotion);
+  const auto few = [&](KernelEntry e, std::string call, int registers) {
+    e.call = std::move(call);
     e.max_registers = registers;
     e.archs = {90};
     e.expect = "IDP.4A";
     all.push_back(std::move(e));
   };
   for (const Promotion p : {Promotion::channel, Promotion::block, Promotion::hybrid}) {
-    few("gate_up", p, "FewGateUpArgs", kernels::kFewGateUpThreads, kernels::kFewGateUpRegisters,
-        kernels::kFewGateUpSharedBytes);
-    few("down", p, "FewDownArgs", kernels::kFewDownThreads, kernels::kFewDownRegisters, 220 * 1024);
+    few(simple_entry(few_gate_up_id(p), "sm90/few_gate_up.cuh", "", "FewGateUpArgs", kernels::kFewGateUpThreads,
+                     kernels::kFewGateUpSharedBytes),
+        fmt::format("octomoe::sm90::few_gate_up<octomoe::kernels::Promotion::{}>", few_name(p)),
+        kernels::kFewGateUpRegisters);
+    for (const int lanes : {8, 4}) {
+      if (p == Promotion::channel && lanes == 4) continue;
+      few(simple_entry(few_down_id(p, lanes), "sm90/few_down.cuh", "", "FewDownArgs", kernels::kFewDownThreads,
+                       220 * 1024),
+          fmt::format("octomoe::sm90::few_down<octomoe::kernels::Promotion::{}, {}>", few_name(p), lanes),
+          kernels::kFewDownRegisters);
+    }
   }
   return all;
 }
@@ -258,9 +267,9 @@ std::string quantize_id(int row_scheme, QuantizeKernel kernel) {
   return fmt::format("quantize:{}:t{}p{}", kRowSchemes[row_scheme], kernel.row_threads, kernel.passes);
 }
 
-std::string few_id(const char* name, Promotion promotion) {
-  if (promotion == Promotion::hybrid_flush) promotion = Promotion::hybrid;  // one kernel serves both
-  return fmt::format("sm90_few:{}:{}", name, kPromotionNames[static_cast<int>(promotion)]);
+std::string few_gate_up_id(Promotion promotion) { return fmt::format("sm90_few:gate_up:{}", few_name(promotion)); }
+std::string few_down_id(Promotion promotion, int column_lanes) {
+  return fmt::format("sm90_few:down:{}:l{}", few_name(promotion), column_lanes);
 }
 
 std::string gemm_id(const GemmConfig& c) {

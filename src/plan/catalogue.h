@@ -21,8 +21,9 @@ std::string quantize_id(int row_scheme, QuantizeKernel kernel);
 inline constexpr const char* kPromotionNames[] = {"channel", "block", "hybrid", "hybrid_flush"};
 inline constexpr const char* kEpilogueNames[] = {"store", "swiglu", "swiglu_block", "add"};
 
-// The kernels for few tokens (kernels/core/few_args.h): "gate_up" by w13's promotion, "down" by w2's.
-std::string few_id(const char* name, kernels::Promotion promotion);
+// The kernels for few tokens (kernels/core/few_args.h): by w13's promotion; by w2's and its kernels::few_column_lanes.
+std::string few_gate_up_id(kernels::Promotion promotion);
+std::string few_down_id(kernels::Promotion promotion, int column_lanes);
 
 // Of the route kernel, for each of 4 tokens: E scores, E choices and up to E groups with two numbers each.
 inline constexpr int kRouteSharedBytes = 4 * 4 * kernels::kMaxExperts * 4;

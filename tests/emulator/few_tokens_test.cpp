@@ -61,10 +61,14 @@ void gate_up_kernel(Promotion p, const kernels::FewGateUpArgs& args) {
   : p == Promotion::block ? sm90::few_gate_up<Promotion::block>(args)
                           : sm90::few_gate_up<Promotion::hybrid>(args);
 }
+template <Promotion P>
+void down_kernel(const kernels::FewDownArgs& args) {
+  kernels::few_column_lanes(P, args.w2.k) == 4 ? sm90::few_down<P, 4>(args) : sm90::few_down<P, 8>(args);
+}
 void down_kernel(Promotion p, const kernels::FewDownArgs& args) {
-  p == Promotion::channel ? sm90::few_down<Promotion::channel>(args)
-  : p == Promotion::block ? sm90::few_down<Promotion::block>(args)
-                          : sm90::few_down<Promotion::hybrid>(args);
+  p == Promotion::channel ? sm90::few_down<Promotion::channel, 8>(args)
+  : p == Promotion::block ? down_kernel<Promotion::block>(args)
+                          : down_kernel<Promotion::hybrid>(args);
 }
 
 Tensor ones(Shape shape) {
@@ -112,7 +116,8 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
                       .weight_on_input = o.weight_on_input};
   const std::int64_t count = c.tokens * c.top_k, columns = (c.hidden + o.ctas - 1) / o.ctas;
   const std::int64_t stage_columns = std::min<std::int64_t>(columns, o.stage_columns);
-  const int streams = kernels::few_streams(static_cast<int>(stage_columns), o.stages);
+  const int lanes = kernels::few_column_lanes(promotion(weights.w2), static_cast<int>(c.intermediate));
+  const int streams = kernels::few_streams(static_cast<int>(stage_columns), lanes, o.stages);
   const int stages = o.stages / streams * streams;
   const Tensor values13 = o.panels ? to_panels(weights.w13.values) : weights.w13.values;
   const Tensor values2 = o.panels ? to_panels(weights.w2.values) : weights.w2.values;
@@ -163,6 +168,7 @@ void check(LayerCase c, const Options& o, const LayerInput* given = nullptr) {
         .stages = stages,
         .layout = kernels::few_down_layout(second, w2, static_cast<int>(count), static_cast<int>(columns),
                                            static_cast<int>(stage_columns), stages)};
+    EXPECT_EQ(gate_up.layout.bytes % kernels::kFewSharedUnit + down.layout.bytes % kernels::kFewSharedUnit, 0);
     try {
       launch({.grid = o.ctas,
               .threads = kernels::kFewGateUpThreads,
@@ -194,9 +200,11 @@ TEST(FewTokens, MostRoutes) {
 }
 // down's streams of four columns a warp: as many as there are warps for, three quarters of them if each has two slots
 // then.
-static_assert(kernels::few_streams(16, 0) == 0 && kernels::few_streams(16, 2) == 2 && kernels::few_streams(16, 4) == 4);
-static_assert(kernels::few_streams(16, 5) == 4 && kernels::few_streams(16, 6) == 3 && kernels::few_streams(16, 7) == 3);
-static_assert(kernels::few_streams(16, 8) == 4 && kernels::few_streams(20, 3) == 3 && kernels::few_streams(64, 9) == 1);
+constexpr int streams_of_8(int stage_columns, int stages) { return kernels::few_streams(stage_columns, 8, stages); }
+static_assert(streams_of_8(16, 0) == 0 && streams_of_8(16, 2) == 2 && streams_of_8(16, 4) == 4);
+static_assert(streams_of_8(16, 5) == 4 && streams_of_8(16, 6) == 3 && streams_of_8(16, 7) == 3);
+static_assert(streams_of_8(16, 8) == 4 && streams_of_8(20, 3) == 3 && streams_of_8(64, 9) == 1);
+static_assert(kernels::few_streams(16, 4, 16) == 8);
 
 // The ring's slots are used again and again, and stages lie in two experts.
 TEST(FewTokens, SmallRing) {
@@ -283,13 +291,15 @@ TEST(FewTokens, BlocksOfEveryKind) {
       if (number > 2 && tokens != std::array{1, 3, 8}[static_cast<std::size_t>(number % 3)]) continue;
       check({.experts = 9,
              .hidden = tokens == 1 ? 2064 : 528,
-             .intermediate = tokens == 1 ? 144 : 304,
+             .intermediate = tokens == 1   ? 144
+                             : tokens == 3 ? 304
+                                           : 720,
              .tokens = tokens,
              .top_k = tokens == 8 ? 8 : 3,
              .scheme = Scheme::parse(scheme),
              .biases = tokens == 3,
              .seed = seed},
-            {.ctas = 2 + static_cast<int>(seed % 4), .stage_columns = tokens == 3 ? 13 : 64});
+            {.ctas = 4 + static_cast<int>(seed % 2), .stage_columns = tokens == 3 ? 13 : 24});
       ++seed;
     }
   }
@@ -404,12 +414,14 @@ TEST(FewTokens, NonFiniteRow) {
 
 template <Promotion kPromotion>
 void add_to(KernelTable& table) {
-  table[plan::few_id("gate_up", kPromotion)] = [](const void* args) {
+  table[plan::few_gate_up_id(kPromotion)] = [](const void* args) {
     gate_up_kernel(kPromotion, *static_cast<const kernels::FewGateUpArgs*>(args));
   };
-  table[plan::few_id("down", kPromotion)] = [](const void* args) {
-    down_kernel(kPromotion, *static_cast<const kernels::FewDownArgs*>(args));
-  };
+  for (const int lanes : {4, 8}) {
+    table[plan::few_down_id(kPromotion, lanes)] = [](const void* args) {
+      down_kernel(kPromotion, *static_cast<const kernels::FewDownArgs*>(args));
+    };
+  }
 }
 
 }  // namespace

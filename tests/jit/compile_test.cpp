@@ -145,13 +145,16 @@ TEST(Compile, FewTokensShareAMultiprocessor) {
   OCTOMOE_NEED_NVRTC();
   for (const kernels::Promotion p :
        {kernels::Promotion::channel, kernels::Promotion::block, kernels::Promotion::hybrid}) {
-    const auto of_a_file = [&](const char* name) {
-      const KernelEntry& entry = plan::entry(plan::few_id(name, p));
+    const auto of_a_file = [&](const std::string& id) {
+      const KernelEntry& entry = plan::entry(id);
       return (compile(entry, 90).report.registers + 7) / 8 * 8 * (entry.threads / 4);
     };
-    const int gate_up = of_a_file("gate_up"), down = of_a_file("down");
-    EXPECT_LE(gate_up + down, 16384) << static_cast<int>(p);
+    const int gate_up = of_a_file(plan::few_gate_up_id(p));
     EXPECT_GT(2 * gate_up, 16384) << static_cast<int>(p);
+    for (const int k : {512, 2048}) {
+      EXPECT_LE(gate_up + of_a_file(plan::few_down_id(p, kernels::few_column_lanes(p, k))), 16384)
+          << static_cast<int>(p) << ' ' << k;
+    }
   }
   EXPECT_GT(2 * kernels::kFewDownMinSharedBytes, 228 * 1024);
 }
