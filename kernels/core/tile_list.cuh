@@ -15,7 +15,8 @@ struct Tile {
   int32_t m_tile;     // weight tile
 };
 
-// In shared memory: the tile that all readers of a CTA, or of a pair, are told of next (GemmArgs::taken), and its barriers.
+// In shared memory: the tile that all readers of a CTA, or of a pair, are told of next (GemmArgs::taken), and its
+// barriers.
 struct NextTile {
   uint64_t full, empty;
   int32_t tile;
@@ -28,8 +29,8 @@ struct TileList {
   int32_t row_begin[kMaxExperts + 1];
 };
 
-// Rows of each expert -> list.row_begin. Ids that follow one another come 16 bytes at a time and before anything else is
-// done: a kernel begins with this, its code comes from memory, and so do they.
+// Rows of each expert -> list.row_begin. Ids that follow one another come 16 bytes at a time and before anything else
+// is done: a kernel begins with this, its code comes from memory, and so do they.
 template <int kThreads>
 __device__ __forceinline__ void count_rows(TileList& list, int32_t experts, const Routes& routes) {
   constexpr int kVectors = 4;  // of a thread at once
@@ -81,7 +82,8 @@ __device__ __forceinline__ void count_rows(TileList& list, int32_t experts, cons
 
 // Where expert e's rows begin, e = E: end. A caller's wrong offsets cost wrong rows, never one outside.
 __device__ __forceinline__ int32_t offset_of(const GemmArgs& args, int32_t e) {
-  const int32_t offset = ptx::load_relaxed(args.expert_offsets + e);  // of L2: a kernel may have read it before it was written
+  // Of L2: a kernel may have read it before it was written.
+  const int32_t offset = ptx::load_relaxed(args.expert_offsets + e);
   if (args.offsets_limit == 0) return offset;
   return e == 0 ? 0 : min(max(offset, 0), args.offsets_limit);
 }

@@ -17,7 +17,8 @@ __device__ __forceinline__ void grid_dependency_launch() {
 #endif
 }
 
-// The registers of each of a warpgroup's threads, more or fewer; all of its warps. Kernels compiled for SM90 alone have it.
+// The registers of each of a warpgroup's threads, more or fewer; all of its warps. Kernels compiled for SM90 alone have
+// it.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -106,8 +106,8 @@ __device__ __forceinline__ void store_if(bool wanted, void* global, const uint32
         : "memory");
   }
 }
-// The value, which the compiler takes for a new one: what is made of it is made here, and does not occupy registers from
-// before a loop on.
+// The value, which the compiler takes for a new one: what is made of it is made here, and does not occupy registers
+// from before a loop on.
 __device__ __forceinline__ int32_t here(int32_t value) {
   asm volatile("" : "+r"(value));
   return value;

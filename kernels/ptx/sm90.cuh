@@ -9,7 +9,8 @@ namespace octomoe::ptx {
 
 // Arrives, and tells the barrier how many bytes of bulk copies to wait for.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier), "r"(bytes)
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+               "r"(bytes)
                : "memory");
 }
 // Bytes of bulk copies to wait for, beyond those that arrivals tell of.
@@ -31,8 +32,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const kernels::TensorMap* ma
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
                                           uint64_t hint) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared),
       "l"(global), "r"(bytes), "r"(barrier), "l"(hint)
       : "memory");
 }
@@ -41,10 +42,12 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
 __device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
-// 16 bytes that are read once, kept neither in L1 nor longer than need be in L2; `to` stays where `wanted` does not hold.
+// 16 bytes that are read once, kept neither in L1 nor longer than need be in L2; `to` stays where `wanted` does not
+// hold.
 __device__ __forceinline__ void load_once(int4& to, const void* from, bool wanted) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, "
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, "
+      "%3}, "
       "[%4], %6;\n}"
       : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
       : "l"(from), "r"(static_cast<int>(wanted)), "l"(kernels::kEvictFirst));
@@ -55,10 +58,10 @@ template <int kN>
 __device__ __forceinline__ void store_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t hint) {
   static_assert(kN == 1 || kN == 2 || kN == 4);
   if constexpr (kN == 1) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.L2::cache_hint.b32 [%0], %1, %3;\n}" ::"l"(
-                     global),
-                 "r"(v[0]), "r"(static_cast<int>(wanted)), "l"(hint)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.global.L2::cache_hint.b32 [%0], %1, %3;\n}" ::"l"(global),
+        "r"(v[0]), "r"(static_cast<int>(wanted)), "l"(hint)
+        : "memory");
   } else if constexpr (kN == 2) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.global.L2::cache_hint.v2.b32 [%0], {%1, %2}, %4;\n}" ::"l"(
@@ -74,8 +77,8 @@ __device__ __forceinline__ void store_if(bool wanted, void* global, const uint32
   }
 }
 
-// Where `wanted` holds, by predicate: bf16 pairs are added to those at `global`, aligned to their size in all, by L2, in
-// whatever order; each addition rounds to nearest even.
+// Where `wanted` holds, by predicate: bf16 pairs are added to those at `global`, aligned to their size in all, by L2,
+// in whatever order; each addition rounds to nearest even.
 template <int kN>
 __device__ __forceinline__ void add_bf16_if(bool wanted, void* global, const uint32_t (&v)[kN], uint64_t hint) {
   static_assert(kN == 2 || kN == 4);
@@ -160,15 +163,14 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
 // The word that lies at `shared` in another CTA of the cluster.
 __device__ __forceinline__ int32_t load_remote(uint32_t shared, uint32_t rank) {
   int32_t d;
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.b32 %0, [remote];\n}"
-      : "=r"(d)
-      : "r"(shared), "r"(rank)
-      : "memory");
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.b32 %0, [remote];\n}"
+               : "=r"(d)
+               : "r"(shared), "r"(rank)
+               : "memory");
   return d;
 }
-// A word -> the place `to` of CTA `rank` of the cluster, and an arrival at its `barrier`, whose phase ends when both are
-// there.
+// A word -> the place `to` of CTA `rank` of the cluster, and an arrival at its `barrier`, whose phase ends when both
+// are there.
 __device__ __forceinline__ void send_word(uint32_t to, uint32_t barrier, uint32_t rank, int32_t word) {
   asm volatile(
       "{\n.reg .b32 there, at;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 at, %1, %2;\n"

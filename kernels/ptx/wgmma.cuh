@@ -19,8 +19,9 @@ __device__ __forceinline__ void wgmma_results(int32_t (&d)[kN]) {
   static_assert(kN % 8 == 0);
 #pragma unroll
   for (int i = 0; i < kN; i += 8) {
-    asm volatile("" : "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]),
-                 "+r"(d[i + 6]), "+r"(d[i + 7])::"memory");
+    asm volatile(""
+                 : "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]),
+                   "+r"(d[i + 6]), "+r"(d[i + 7])::"memory");
   }
 }
 

@@ -56,7 +56,8 @@ __device__ __forceinline__ void activate_rows(const ActivateArgs& args) {
     const float4 g = args.up_first ? second : first, u = args.up_first ? first : second;
     const float x = activate(args, g.x, u.x), y = activate(args, g.y, u.y);
     const float z = activate(args, g.z, u.z), w = activate(args, g.w, u.w);
-    *reinterpret_cast<uint2*>(args.h + row * args.width + column) = make_uint2(num::pack_bf16(x, y), num::pack_bf16(z, w));
+    *reinterpret_cast<uint2*>(args.h + row * args.width + column) =
+        make_uint2(num::pack_bf16(x, y), num::pack_bf16(z, w));
   }
 }
 

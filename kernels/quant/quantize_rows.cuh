@@ -42,7 +42,8 @@ struct RowQuantizer {
   static constexpr int kSpan = kRowThreads * kRowElems;
   static constexpr int kRows = kQuantizeThreads / kRowThreads;
   static constexpr int kWarps = kRowThreads / 32;
-  static constexpr int kMaxBlocks = kPasses == 0 ? 65536 / 32 : kSpan * kPasses / 32;  // blocks have at least 32 columns
+  // Blocks have at least 32 columns.
+  static constexpr int kMaxBlocks = kPasses == 0 ? 65536 / 32 : kSpan * kPasses / 32;
   static_assert(kRowThreads == 32 || kRowThreads == kQuantizeThreads);
 
   struct Shared {

@@ -22,13 +22,15 @@ struct CombineSlots {
     for (int j = 0; j < kCombineSlots; ++j) {
       const bool exists = first + j < args.top_k;
       row[j] = exists ? args.route_row[token * args.top_k + first + j] : -1;
-      weight[j] = exists && args.topk_weights != nullptr ? args.topk_weights[token * args.weights_stride + first + j]
-                                                         : 1.0f;
+      weight[j] =
+          exists && args.topk_weights != nullptr ? args.topk_weights[token * args.weights_stride + first + j] : 1.0f;
     }
   }
 };
 
-__device__ __forceinline__ uint4 load_y(const uint16_t* y, int64_t at) { return *reinterpret_cast<const uint4*>(y + at); }
+__device__ __forceinline__ uint4 load_y(const uint16_t* y, int64_t at) {
+  return *reinterpret_cast<const uint4*>(y + at);
+}
 
 __device__ __forceinline__ void load_out(const CombineArgs& args, int64_t at, float (&v)[8]) {
 #pragma unroll

@@ -32,7 +32,8 @@ __device__ __forceinline__ Best best_of(const float* values, int32_t count, int 
   return warp_best(b);
 }
 
-// Dynamic shared memory: for each warp score [E], choice [E] and, with groups, group scores and whether kept [2 groups].
+// Dynamic shared memory: for each warp score [E], choice [E] and, with groups, group scores and whether kept [2
+// groups].
 __device__ __forceinline__ void route_token(const RouteArgs& args, int64_t token, float* score, float* choice,
                                             float* group, float* kept, int lane) {
   const int32_t experts = args.experts;

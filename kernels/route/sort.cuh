@@ -1,9 +1,9 @@
 // topk_ids -> rows sorted by expert, then token (stable).
 //
-// A CTA places a chunk of routes: each warp owns a run of them, counts the experts in it in order, and the counts of the
-// warps before it, of the chunks before it and of lower experts say where its rows begin. Up to one chunk that is one
-// launch; for more, count_routes counts each chunk's experts first (SM90: sm90/sort.cuh does it in one). No CTA waits for
-// another, nothing goes through the host.
+// A CTA places a chunk of routes: each warp owns a run of them, counts the experts in it in order, and the counts of
+// the warps before it, of the chunks before it and of lower experts say where its rows begin. Up to one chunk that is
+// one launch; for more, count_routes counts each chunk's experts first (SM90: sm90/sort.cuh does it in one). No CTA
+// waits for another, nothing goes through the host.
 #pragma once
 
 #include "core/args.h"

@@ -3,9 +3,9 @@
 //   out[row, f] = epilogue( sum_k w[expert(row), f, k] * a[source(row), k] )
 //
 // Weights are the M operand in their natural layout [E, N, K], tokens the N operand: a tile of 8 tokens costs 8
-// columns, not 128 padded rows. CTAs are persistent: a third of the warps copies, stage after stage and tile after tile,
-// as far ahead as the ring allows, and the others multiply. So those spend no instruction on addresses, and the next
-// tile's data arrive during this tile's epilogue.
+// columns, not 128 padded rows. CTAs are persistent: a third of the warps copies, stage after stage and tile after
+// tile, as far ahead as the ring allows, and the others multiply. So those spend no instruction on addresses, and the
+// next tile's data arrive during this tile's epilogue.
 //
 //   copying warps:      global --cp.async 16 B--> shared ring [stages][block_m + block_n rows][block_k bytes]
 //   multiplying warps:  ldmatrix.x4 --> fragments --mma.sync--> int32 sums --> epilogue
@@ -54,14 +54,15 @@ struct GroupedGemm {
   static constexpr bool kBlocks = C.has_blocks();
   static constexpr bool kFlush = C.promotion == Promotion::hybrid_flush;
   static constexpr bool kFloatTotals = C.promotion == Promotion::block;
-  static constexpr int kMT = C.warp_m() / 16;                                 // m16 tiles of a warp
-  static constexpr int kNT = C.warp_n() / 8;                                  // n8 tiles of a warp
-  static constexpr int kSteps = C.block_k / 32;                               // k32 steps of a stage
-  static constexpr int kColumns = 2 * kMT;                                    // weight rows a thread owns
+  static constexpr int kMT = C.warp_m() / 16;                     // m16 tiles of a warp
+  static constexpr int kNT = C.warp_n() / 8;                      // n8 tiles of a warp
+  static constexpr int kSteps = C.block_k / 32;                   // k32 steps of a stage
+  static constexpr int kColumns = 2 * kMT;                        // weight rows a thread owns
   static constexpr int kOutColumns = C.gated() ? kMT : kColumns;  // neighbouring output columns a thread owns
   static constexpr int kHalves = C.gated() ? 2 : 1;
   static constexpr int kTables = C.stages + 1;
-  // SM90: tiles of so many tokens need more registers than each of twelve warps may have. Those that copy give up theirs.
+  // SM90: tiles of so many tokens need more registers than each of twelve warps may have. Those that copy give up
+  // theirs.
   static constexpr bool kMovesRegisters = kWarps == 8 && (C.block_n > 96 || (kFlush && C.block_n > 64));
   static constexpr int kRegisters = 208, kCopyRegisters = 88;  // 256 and 128 threads, of 168 each
   // Places of fragments stay in registers where there are enough of them: an exclusive or is an instruction beside mma.
@@ -119,7 +120,7 @@ struct GroupedGemm {
   static_assert(C.stage_bytes() % 128 == 0 && kBarriersAt % 16 == 0);
   static_assert(kBarriersAt + 16 * C.stages <= C.pipeline_bytes());
   struct alignas(16) Table {
-    Tile tile;  // rows -1: there is no further tile
+    Tile tile;                 // rows -1: there is no further tile
     float a_scale[C.block_n];  // block: unused
     float factor[C.block_n];   // row_factor
     int32_t zero[C.block_n];   // channel: a_zero; hybrid_flush with fine groups: rows of a
@@ -157,8 +158,9 @@ struct GroupedGemm {
     return expert * args.blocks_n + segment * per_segment + (C.gated() ? row : row - segment * rows) / args.block_n;
   }
 
-  // The stage at `at` of the ring that begins at `begin`, and its barriers: "full", that the stage's copies have landed,
-  // and behind it "empty", that all have read it. Addresses and no index: what follows from one is an instruction.
+  // The stage at `at` of the ring that begins at `begin`, and its barriers: "full", that the stage's copies have
+  // landed, and behind it "empty", that all have read it. Addresses and no index: what follows from one is an
+  // instruction.
   struct Slot {
     uint32_t begin, at, full, parity;
     __device__ __forceinline__ Slot(uint32_t begin, uint32_t parity)
@@ -179,9 +181,10 @@ struct GroupedGemm {
     }
   };
 
-  // A CTA's tiles, as its copying warps see them. At first one of each gridDim in turn, and of those not always the same
-  // one: otherwise a CTA would get the short last tile of every expert, and another none. After so many turns, where
-  // there is a counter, whichever is next when this CTA is about to need one, so that none ends long before another.
+  // A CTA's tiles, as its copying warps see them. At first one of each gridDim in turn, and of those not always the
+  // same one: otherwise a CTA would get the short last tile of every expert, and another none. After so many turns,
+  // where there is a counter, whichever is next when this CTA is about to need one, so that none ends long before
+  // another.
   struct Queue {
     const GemmArgs& args;
     NextTile& next;
@@ -262,8 +265,8 @@ struct GroupedGemm {
       }
     }
 
-    // What the epilogue needs of a tile, beside its first stage. Returns the block row of weight rows thread * kScaleRows
-    // and behind.
+    // What the epilogue needs of a tile, beside its first stage. Returns the block row of weight rows thread *
+    // kScaleRows and behind.
     __device__ __forceinline__ int32_t fill_table(const Tile& t, Table& to, const int32_t (&source)[kSources]) const {
       if (thread == 0) to.tile = t;
 #pragma unroll
@@ -488,8 +491,8 @@ struct GroupedGemm {
       arrive();
       ptx::cp_async_wait<0>();
     }
-    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored, behind a __syncwarp. By
-    // a shuffle the compiler knows that all lanes name the same barrier: otherwise it makes a loop over those that
+    // Of a stage: each thread arrives when its copies land; a warp once more for what it stored, behind a __syncwarp.
+    // By a shuffle the compiler knows that all lanes name the same barrier: otherwise it makes a loop over those that
     // differ.
     __device__ __forceinline__ void arrive() {
       const auto full = static_cast<uint32_t>(__shfl_sync(0xffffffffu, static_cast<int>(at.full), 0));
@@ -507,8 +510,8 @@ struct GroupedGemm {
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
 
   // ---- fragments ----
-  // The swizzle leaves 16-byte chunk c of a lane's row at (place of chunk 0) ^ c*16, whatever the row. The places of all
-  // steps are made before the main loop, where registers allow it.
+  // The swizzle leaves 16-byte chunk c of a lane's row at (place of chunk 0) ^ c*16, whatever the row. The places of
+  // all steps are made before the main loop, where registers allow it.
   static __device__ __forceinline__ uint32_t place_of_chunk(uint32_t first, int chunk) {
     const uint32_t place = first ^ static_cast<uint32_t>(chunk * 16);
     return kKeepsPlaces ? static_cast<uint32_t>(ptx::here(static_cast<int32_t>(place))) : place;
@@ -766,8 +769,7 @@ struct GroupedGemm {
           const float p = __fmul_rn(w[C.gated() && mt >= kMT / 2], a);
 #pragma unroll
           for (int i = j; i < 4; i += 2) {
-            v[mt][nt][i] =
-                __float_as_int(__fmaf_rn(__int2float_rn(total[mt][nt][i]), p, __int_as_float(v[mt][nt][i])));
+            v[mt][nt][i] = __float_as_int(__fmaf_rn(__int2float_rn(total[mt][nt][i]), p, __int_as_float(v[mt][nt][i])));
             total[mt][nt][i] = 0;
           }
         }
@@ -911,7 +913,8 @@ struct GroupedGemm {
       ptx::barrier_init(ptx::shared_address(&told.empty), C.copy_warps());
     }
     __syncthreads();
-    // By a shuffle: so the compiler knows that a warp agrees on what follows from it, and keeps that in uniform registers.
+    // By a shuffle: so the compiler knows that a warp agrees on what follows from it, and keeps that in uniform
+    // registers.
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     if constexpr (kMovesRegisters) {
       warp >= kWarps ? ptx::lower_registers<kCopyRegisters>() : ptx::raise_registers<kRegisters>();
@@ -944,15 +947,16 @@ struct GroupedGemm {
   struct Ring {
     Slot here, next;
     __device__ __forceinline__ explicit Ring(const Slot& first) : here(first), next(first.next()) {}
-    // When the stage's last fragments are in registers; afterwards the next stage may be read. There always is one, if only
-    // that which says that there is no further tile; but `more`, of which the compiler does not know that it is true,
-    // keeps the products of two stages apart (docs/kernels.md).
+    // When the stage's last fragments are in registers; afterwards the next stage may be read. There always is one, if
+    // only that which says that there is no further tile; but `more`, of which the compiler does not know that it is
+    // true, keeps the products of two stages apart (docs/kernels.md).
     __device__ __forceinline__ void stage_read(bool more) const {
       __syncwarp();
       if (lane() == 0) ptx::barrier_arrive(here.empty());
       if (more) ptx::barrier_wait(next.full, next.parity);
     }
-    // Does nothing. But the compiler does not know that `never` is false, and keeps what stands before and behind apart.
+    // Does nothing. But the compiler does not know that `never` is false, and keeps what stands before and behind
+    // apart.
     __device__ __forceinline__ void split(bool never) const {
       if (never) ptx::barrier_wait(here.full, here.parity);
     }

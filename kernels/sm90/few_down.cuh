@@ -35,15 +35,17 @@ struct FewDown {
   }
 
   __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
-  __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
+  __device__ __forceinline__ uint32_t empty(int32_t slot) const {
+    return ptx::shared_address(&shared.barrier[1][slot]);
+  }
   __device__ __forceinline__ uint8_t* place(int32_t slot) const { return ring + slot * args.stage_columns * m.k; }
 
   // One thread: an entry's rows of a set's columns are one copy, or one for each panel.
   __device__ __forceinline__ void copy(int32_t slot, int32_t set, int32_t entry) const {
     const int32_t column = first + set * args.stage_columns;
     ptx::barrier_arrive_expect(full(slot), static_cast<uint32_t>(columns_of(set) * m.k));
-    const int8_t* from = m.w + static_cast<int64_t>(shared.entry[entry].expert) * m.n * m.k +
-                         static_cast<int64_t>(column) * m.w_row;
+    const int8_t* from =
+        m.w + static_cast<int64_t>(shared.entry[entry].expert) * m.n * m.k + static_cast<int64_t>(column) * m.w_row;
     const auto bytes = static_cast<uint32_t>(columns_of(set) * m.w_row);
     uint32_t to = ptx::shared_address(place(slot));
 #pragma unroll 1
@@ -134,8 +136,7 @@ struct FewDown {
         uint32_t* const top = tops + row * m.blocks_k;
         num::SuperScale super{};
         const auto scale_and_store = [&](int32_t column, const uint4& raw, uint32_t most) {
-          const FewGroup group =
-              P == Promotion::block ? FewGroup::of_block(most) : FewGroup::of_hybrid(m, super, most);
+          const FewGroup group = P == Promotion::block ? FewGroup::of_block(most) : FewGroup::of_hybrid(m, super, most);
           few_unpack(raw, v);
           store(column, group.quantize(v));
           if (few_begins_block(m, column)) few_store_scale<P>(m, a, few_block_of(m, column), group, super.f);
@@ -231,12 +232,11 @@ struct FewDown {
     const int32_t block = few_block_of_row(m, first + c), number = block - few_block_of_row(m, first);
     const float v = few_multiply_blocks<P, kLanes>(
         m, works, entry, w + column * args.layout.w_row, args.layout.w_panel,
-        w_scales + (at * args.layout.blocks + number) * args.layout.w_words,
-        entry.expert * m.blocks_n + block, rows, m.k, a_scales, args.layout.a_words, terms + (threadIdx.x & ~31u),
-        [](int) { return 1.0f; });
+        w_scales + (at * args.layout.blocks + number) * args.layout.w_words, entry.expert * m.blocks_n + block, rows,
+        m.k, a_scales, args.layout.a_words, terms + (threadIdx.x & ~31u), [](int) { return 1.0f; });
     if (!works || place >= entry.count) return;
-    y[few_byte(entry.routes, place) * columns + c] = num::bf16_low(
-        num::pack_bf16(few_biased(m, static_cast<int64_t>(entry.expert) * m.n + first + c, v), 0.0f));
+    y[few_byte(entry.routes, place) * columns + c] =
+        num::bf16_low(num::pack_bf16(few_biased(m, static_cast<int64_t>(entry.expert) * m.n + first + c, v), 0.0f));
   }
 
   // In slot order (docs/schemes.md section 4).
@@ -276,19 +276,19 @@ __device__ __forceinline__ void few_down(const FewDownArgs& args) {
   const int32_t routes = args.routes.tokens * args.routes.top_k;
   const int32_t begin = static_cast<int32_t>(blockIdx.x) * args.columns;
   const FewDown<P, kLanes> d{args,
-                     m,
-                     shared,
-                     memory + kFewHeaderBytes,
-                     reinterpret_cast<int8_t*>(memory + args.layout.rows),
-                     reinterpret_cast<FewTerm*>(memory + args.layout.terms),
-                     reinterpret_cast<uint32_t*>(memory + args.layout.w),
-                     reinterpret_cast<float*>(memory + args.layout.y),
-                     reinterpret_cast<uint32_t*>(memory + args.layout.a),
-                     reinterpret_cast<uint32_t*>(memory + args.layout.top),
-                     few_lane(),
-                     few_warp(),
-                     begin,
-                     min(args.columns, m.n - begin)};
+                             m,
+                             shared,
+                             memory + kFewHeaderBytes,
+                             reinterpret_cast<int8_t*>(memory + args.layout.rows),
+                             reinterpret_cast<FewTerm*>(memory + args.layout.terms),
+                             reinterpret_cast<uint32_t*>(memory + args.layout.w),
+                             reinterpret_cast<float*>(memory + args.layout.y),
+                             reinterpret_cast<uint32_t*>(memory + args.layout.a),
+                             reinterpret_cast<uint32_t*>(memory + args.layout.top),
+                             few_lane(),
+                             few_warp(),
+                             begin,
+                             min(args.columns, m.n - begin)};
   if (threadIdx.x == 0) {
     for (int32_t i = 0; i < args.stages; ++i) {
       ptx::barrier_init(d.full(i), 1);

@@ -165,8 +165,8 @@ struct FewGateUp {
   // What is known of a result before its epilogue: sums; with sums per K-block, values without bias.
   using Value = kernels::Either<kBlocks, float, int32_t>;
 
-  // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry; value: of gate and
-  // up; scale (channel): lane j has those of pair j's rows.
+  // Lane i < `filled` finishes a result: tag = pair * kFewTogether + number of the route in its entry; value: of gate
+  // and up; scale (channel): lane j has those of pair j's rows.
   __device__ __forceinline__ void finish(int32_t filled, const Value (&value)[2], int32_t tag, int32_t first_pair,
                                          const float (&scale)[2]) const {
     const int32_t pair = tag / kFewTogether;
@@ -195,7 +195,9 @@ struct FewGateUp {
 
   // ---- the ring ----
   __device__ __forceinline__ uint32_t full(int32_t slot) const { return ptx::shared_address(&shared.barrier[0][slot]); }
-  __device__ __forceinline__ uint32_t empty(int32_t slot) const { return ptx::shared_address(&shared.barrier[1][slot]); }
+  __device__ __forceinline__ uint32_t empty(int32_t slot) const {
+    return ptx::shared_address(&shared.barrier[1][slot]);
+  }
   __device__ __forceinline__ int32_t half_bytes() const { return args.layout.stage_pairs * m.k; }
   __device__ __forceinline__ uint8_t* stage(int32_t slot) const { return ring + slot * 2 * half_bytes(); }
 
@@ -271,8 +273,9 @@ struct FewGateUp {
         const bool exists = column + 512 * j + lane * 16 < m.k;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          unit[j][half] =
-              exists ? *reinterpret_cast<const int4*>(from + j * 4 * args.layout.w_panel + half * half_bytes()) : int4{};
+          unit[j][half] = exists
+                              ? *reinterpret_cast<const int4*>(from + j * 4 * args.layout.w_panel + half * half_bytes())
+                              : int4{};
         }
       }
       from += kFewUnit / 128 * args.layout.w_panel;
@@ -293,16 +296,16 @@ struct FewGateUp {
   // others'.
   __device__ __forceinline__ float multiply_blocks(const uint8_t* from, const FewEntry& entry, const Place& p) const {
     const int32_t half = lane / 16, block = block_of(p);
-    const int32_t row = entry.expert * m.blocks_n + block - p.entry * args.layout.half_blocks + half * args.layout.half_blocks;
-    return few_multiply_blocks<P, 16>(
-        m, true, entry, from + half * half_bytes(), args.layout.w_panel,
-        w_scales + ((block - first_block) * 2 + half) * args.layout.w_words, row, rows, stride, a_scales,
-        args.layout.a_words, terms + (threadIdx.x & ~31u),
-        [&](int i) { return shared.weight[few_byte(entry.routes, i)]; });
+    const int32_t row =
+        entry.expert * m.blocks_n + block - p.entry * args.layout.half_blocks + half * args.layout.half_blocks;
+    return few_multiply_blocks<P, 16>(m, true, entry, from + half * half_bytes(), args.layout.w_panel,
+                                      w_scales + ((block - first_block) * 2 + half) * args.layout.w_words, row, rows,
+                                      stride, a_scales, args.layout.a_words, terms + (threadIdx.x & ~31u),
+                                      [&](int i) { return shared.weight[few_byte(entry.routes, i)]; });
   }
 
-  // A warp that multiplies: of the CTA's `all` pairs, the first of which is `begin`, its own. All warps follow all stages,
-  // so that a barrier's parity tells them of its turn.
+  // A warp that multiplies: of the CTA's `all` pairs, the first of which is `begin`, its own. All warps follow all
+  // stages, so that a barrier's parity tells them of its turn.
   __device__ __forceinline__ void run(int32_t begin, int32_t all) const {
     const int32_t stage_pairs = args.layout.stage_pairs;
     int32_t first_pair = begin + warp;  // that `pair` counts from

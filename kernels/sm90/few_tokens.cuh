@@ -52,10 +52,10 @@ struct FewShared {
   // channel: of quantised rows.
   float scale[kFewRoutes];
   int32_t zero[kFewRoutes];
-  uint64_t scales_full;  // gate_up, block and hybrid: the scales of its weight rows are there
+  uint64_t scales_full;                // gate_up, block and hybrid: the scales of its weight rows are there
   uint64_t barrier[2][kFewMaxStages];  // of the ring: full, empty
-  // gate_up: largest magnitudes of kFewColumns values of a row (channel; asymmetric: of the negative and of the positive
-  // ones too), or of each K-block.
+  // gate_up: largest magnitudes of kFewColumns values of a row (channel; asymmetric: of the negative and of the
+  // positive ones too), or of each K-block.
   uint32_t top[3][kFewTokens * kFewMaxHidden / kFewColumns];
 };
 static_assert(sizeof(FewShared) <= kFewHeaderBytes);
@@ -183,7 +183,9 @@ struct FewScale {
 
 // Pieces of a row; the K-block of a piece or of a column, and whether it begins there. A K-block is one or two pieces.
 __device__ __forceinline__ int32_t few_pieces(const FewMatrix& m) { return (m.k + kFewPiece - 1) / kFewPiece; }
-__device__ __forceinline__ int32_t few_block_of_piece(const FewMatrix& m, int32_t piece) { return piece >> (m.block_k >> 8); }
+__device__ __forceinline__ int32_t few_block_of_piece(const FewMatrix& m, int32_t piece) {
+  return piece >> (m.block_k >> 8);
+}
 __device__ __forceinline__ int32_t few_block_of(const FewMatrix& m, int32_t column) {
   return few_block_of_piece(m, column / kFewPiece);
 }
@@ -218,8 +220,8 @@ struct FewGroup {
   }
 };
 
-// hybrid: the scale of a super group, from the largest magnitudes of the row's K-blocks: of a row that is one, by a warp,
-// or of the one that a K-block is in.
+// hybrid: the scale of a super group, from the largest magnitudes of the row's K-blocks: of a row that is one, by a
+// warp, or of the one that a K-block is in.
 __device__ __forceinline__ num::SuperScale few_row_super(const FewMatrix& m, const uint32_t* tops) {
   uint32_t top = 0;
 #pragma unroll 1
@@ -279,7 +281,9 @@ __device__ __forceinline__ int32_t few_dot(const int4& w, const int4& a, int32_t
 __device__ __forceinline__ int32_t few_sum(int32_t v) {
   return static_cast<int32_t>(__reduce_add_sync(kFewAll, static_cast<unsigned>(v)));
 }
-__device__ __forceinline__ int32_t few_byte(uint32_t bytes, int i) { return static_cast<int32_t>(bytes >> (8 * i) & 0xffu); }
+__device__ __forceinline__ int32_t few_byte(uint32_t bytes, int i) {
+  return static_cast<int32_t>(bytes >> (8 * i) & 0xffu);
+}
 
 __device__ __forceinline__ float few_biased(const FewMatrix& m, int64_t row, float v) {
   return m.bias != nullptr ? __fadd_rn(v, m.bias[row]) : v;
@@ -341,7 +345,7 @@ __device__ __forceinline__ float few_multiply_blocks(const FewMatrix& m, bool wo
   const int32_t lane = few_lane(), place = lane % kLanes, turn = lane % 8 * 16;
   const int32_t pieces = few_pieces(m), two = m.block_k >> 8;  // whether a K-block is two pieces
   const auto load = [](const void* from) { return *static_cast<const int4*>(from); };
-  float v = -0.0f;  // of this lane's route; fma(x, p, -0) is x * p, its sign included
+  float v = -0.0f;                   // of this lane's route; fma(x, p, -0) is x * p, its sign included
   int32_t total[kFewTogether] = {};  // hybrid: this lane's of the chunk
   int32_t chunk_begin = 0;
 #pragma unroll 1

@@ -32,13 +32,13 @@ using kernels::WgmmaConfig;
 template <WgmmaConfig C>
 struct GroupedGemm {
   static constexpr int kBlockN = C.block_n, kWeightStages = C.weight_stages, kTokenStages = C.token_stages;
-  static constexpr int kRows = 128;  // weight rows of a consumer
-  static constexpr int kOutColumns = C.gated() ? 2 : 4;                         // neighbouring columns of a thread
-  static constexpr int kGroup = C.gated() ? kRows / 2 : kRows;                  // output columns of a consumer
+  static constexpr int kRows = 128;                             // weight rows of a consumer
+  static constexpr int kOutColumns = C.gated() ? 2 : 4;         // neighbouring columns of a thread
+  static constexpr int kGroup = C.gated() ? kRows / 2 : kRows;  // output columns of a consumer
   static constexpr int kBoxBytes = kRows * WgmmaConfig::kBlockK;
   static constexpr int kTokenBytes = kBlockN * WgmmaConfig::kBlockK;
   static constexpr int kTokenBoxBytes = WgmmaConfig::kTokenBox * WgmmaConfig::kBlockK;
-  static constexpr int kSums = kBlockN / 2;  // of a thread and m64 block
+  static constexpr int kSums = kBlockN / 2;          // of a thread and m64 block
   static constexpr int kUnit = C.gated() ? 16 : 32;  // output columns of a step of the tensor map's dimension w
   // 65536 registers over the multiprocessor's threads, in steps of 8.
   static constexpr int kWeightRegisters = 32, kTokenRegisters = 48, kConsumerRegisters = 216;
@@ -59,7 +59,7 @@ struct GroupedGemm {
     Table table[kTables];
     TileList list;
     Head head;
-    bool plain;               // Consumer::finish; kept here because consumers have no register for it
+    bool plain;  // Consumer::finish; kept here because consumers have no register for it
     uint64_t weights_full[C.kConsumers][kWeightStages], weights_empty[C.kConsumers][kWeightStages];
     uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
     NextTile next;
@@ -153,7 +153,7 @@ struct GroupedGemm {
 
     __device__ __forceinline__ void run(int consumer) const {
       Slot<kWeightStages> slot;
-      slot.phase = 1;  // the ring is empty
+      slot.phase = 1;                                        // the ring is empty
       int32_t ahead = kReadsEarly ? shared.head.stages : 0;  // stages of the first tile that have been asked for
       if (kReadsEarly && shared.head.misses(shared.list)) {
         for (int32_t i = 0; i < kWeightStages; ++i) {
@@ -204,8 +204,8 @@ struct GroupedGemm {
       for (int i = 0; i < C.kConsumers; ++i) {
         const int half = C.gated() ? thread / kGroup : 0, begin = t.m_tile * C.features() + i * kGroup;
         const int column = min(begin + thread % kGroup, width(args) - 1);
-        const int64_t at = args.w_scale_per_tensor ? t.expert
-                                                   : static_cast<int64_t>(t.expert) * args.n + column + half * width(args);
+        const int64_t at =
+            args.w_scale_per_tensor ? t.expert : static_cast<int64_t>(t.expert) * args.n + column + half * width(args);
         ptx::cp_async_4(ptx::shared_address(&table.w_scale[i * kRows + thread]), args.w_scale + at, true);
       }
     }
@@ -224,8 +224,8 @@ struct GroupedGemm {
       const int token = row + 16 * chunk;
       Queue queue;
       if (queue.index >= total) return;  // in all CTAs of a cluster
-      // Stages before a tile's end at which the next one is asked for, and looked up: as late as can be, so that the tile
-      // goes to who needs it first, and early enough that neither the answer nor its rows' places are waited for.
+      // Stages before a tile's end at which the next one is asked for, and looked up: as late as can be, so that the
+      // tile goes to who needs it first, and early enough that neither the answer nor its rows' places are waited for.
       constexpr int32_t kAsk = 6, kLook = 3;
       const int32_t ask_at = max(k_tiles - kAsk, 0), look_at = max(k_tiles - kLook, 0);
       Tile t = tile_at(shared, args, queue.index, m_tiles), next = t;
@@ -440,8 +440,8 @@ struct GroupedGemm {
           const float2 weights = *reinterpret_cast<const float2*>(&table.add_weight[8 * j + first]);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            add(to + (e == 0 ? rows.x : rows.y) * stride, type, out[e], e == 0 ? weights.x : weights.y, 8 * j + e < left,
-                args.out_hint);
+            add(to + (e == 0 ? rows.x : rows.y) * stride, type, out[e], e == 0 ? weights.x : weights.y,
+                8 * j + e < left, args.out_hint);
           }
         } else {
 #pragma unroll
@@ -538,9 +538,8 @@ struct GroupedGemm {
       ptx::barrier_init_fence();
     }
     const kernels::Routes* const routes = all.routes.topk_ids != nullptr ? &all.routes : nullptr;
-    wait_for_offsets<kBlockN, kReadsEarly>(all, shared.head, Queue::first(), m_tiles_of(args), [&](const Tile& t) {
-      return WeightProducer::ask_early(all, shared, t);
-    });
+    wait_for_offsets<kBlockN, kReadsEarly>(all, shared.head, Queue::first(), m_tiles_of(args),
+                                           [&](const Tile& t) { return WeightProducer::ask_early(all, shared, t); });
     kernels::build_tile_list<kBlockN * C.cluster, C.threads()>(shared.list, args, routes);
     // Before anything is sent to the other CTA, its barriers must stand.
     if constexpr (C.cluster > 1) ptx::cluster_sync();

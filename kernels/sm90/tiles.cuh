@@ -96,8 +96,8 @@ struct AddTargets {
 template <>
 struct AddTargets<0> {};
 
-// How a tensor map's coordinates lead from a stage's weights to the next one's: in panels the tensor is one of E * K/128
-// stacks of N rows of 128 columns, so that the next 128 columns are N rows further on.
+// How a tensor map's coordinates lead from a stage's weights to the next one's: in panels the tensor is one of E *
+// K/128 stacks of N rows of 128 columns, so that the next 128 columns are N rows further on.
 struct WeightSteps {
   int32_t column, unit;  // of the map's first dimension, and of that which counts units of rows
   int32_t expert;        // units from an expert to the next
@@ -136,7 +136,8 @@ struct RowCopies {
   uint32_t offset[kRows / 16];  // in units of 16 bytes
 
   // Each of the 8 lanes that copy a row knows the source of one of the 8 rows that they copy in turn.
-  __device__ __forceinline__ RowCopies(const GemmArgs& args, const Tile& t, const int32_t (&source)[kSources], int chunk)
+  __device__ __forceinline__ RowCopies(const GemmArgs& args, const Tile& t, const int32_t (&source)[kSources],
+                                       int chunk)
       : passes((t.rows + 15) / 16) {
 #pragma unroll
     for (int p = 0; p < kRows / 16; ++p) {
@@ -205,8 +206,8 @@ struct TileQueue {
   }
 };
 
-// In shared memory: the stages of a CTA's first tile whose weights were asked for before its offsets were certain, and the
-// places of that tile's expert in the list that they were to become.
+// In shared memory: the stages of a CTA's first tile whose weights were asked for before its offsets were certain, and
+// the places of that tile's expert in the list that they were to become.
 struct Head {
   int32_t stages, expert, first_tile, next_tile;
   // They are another's: the ring's first turn is for nothing, and everyone passes over it.
@@ -215,10 +216,10 @@ struct Head {
   }
 };
 
-// Launches before this one may still be writing a caller's offsets, but most often they are long there. So what they are
-// before the wait for these launches tells which weights the CTA is likely to begin with, and these are asked for
-// meanwhile: a warp finds the `index`-th tile, `ask(tile)` asks for stages of its weights and returns how many. Only the
-// tile's expert and weight tile are set.
+// Launches before this one may still be writing a caller's offsets, but most often they are long there. So what they
+// are before the wait for these launches tells which weights the CTA is likely to begin with, and these are asked for
+// meanwhile: a warp finds the `index`-th tile, `ask(tile)` asks for stages of its weights and returns how many. Only
+// the tile's expert and weight tile are set.
 template <int kBlockN, class Ask>
 __device__ __forceinline__ void read_early(Head& head, const GemmArgs& args, int32_t index, int32_t m_tiles,
                                            const Ask& ask) {

@@ -45,7 +45,7 @@ struct TokenMajor {
   static constexpr int kScales = 2;
   // 65536 registers over the multiprocessor's threads, in steps of 8.
   static constexpr int kTokenRegisters = 48, kWeightRegisters = 48, kConsumerRegisters = 208;
-  static_assert(!kFlush || kParts == 1);  // three sets of sums
+  static_assert(!kFlush || kParts == 1);                                    // three sets of sums
   static constexpr int32_t kMinusZero = static_cast<int32_t>(0x80000000u);  // fma(x, p, -0) is x * p, its sign included
 
   // ---- shared memory ----
@@ -61,7 +61,8 @@ struct TokenMajor {
     uint8_t weights[kStages][C.boxes()][kBoxBytes];
     uint8_t tokens[kStages][kBlockN / kStep][kStepBytes];
     int32_t a[kStages][kBlockN];  // block: s_a, hybrid: Q_a of the stage's K-block
-    int32_t a_shift[C.has_shifts() ? kStages : 1][C.has_shifts() ? kBlockN : 1];  // scales_by_row: where in its word Q_a is
+    // scales_by_row: where in its word Q_a is.
+    int32_t a_shift[C.has_shifts() ? kStages : 1][C.has_shifts() ? kBlockN : 1];
     // block: s_w of the scale blocks; hybrid: the words that hold Q_w, and by how much they are to be shifted.
     alignas(16) int32_t w[kStages][kFloatTotals ? kScales : 2 * kScales];
     Table table[kTables];
@@ -82,7 +83,8 @@ struct TokenMajor {
   static constexpr bool kReadsEarly = C.epilogue == kernels::Epilogue::store;
   // At a stage: the tokens' threads, the weights' boxes, the scales' lanes and what their warp writes.
   static constexpr int kArrivals = 128 + C.boxes() + 32 + 1;
-  static constexpr int kReaders = 4 + C.boxes() + 1;  // of the queue: warps of the tokens, of the weights, of the scales
+  // Of the queue: warps of the tokens, of the weights, of the scales.
+  static constexpr int kReaders = 4 + C.boxes() + 1;
 
   static __device__ __forceinline__ int width(const GemmArgs& args) { return width_of<C.gated()>(args); }
   // Each role computes these itself: handed to all of them they would need registers, or local memory, in all.
@@ -187,8 +189,9 @@ struct TokenMajor {
       }
       return stages;
     }
-    // What each thread that arrives at stages does first of all: if early weights are not the first tile's, it passes over
-    // the ring's first turn. has_arrived: at the first so many stages this thread has. no_tile: it will not wait again.
+    // What each thread that arrives at stages does first of all: if early weights are not the first tile's, it passes
+    // over the ring's first turn. has_arrived: at the first so many stages this thread has. no_tile: it will not wait
+    // again.
     __device__ __forceinline__ void pass_early(Slot<kStages>& slot, int32_t has_arrived, int arrivals,
                                                bool no_tile) const {
       if (!kReadsEarly || !shared.head.misses(shared.list)) return;
@@ -299,8 +302,8 @@ struct TokenMajor {
 #pragma unroll
       for (int token = lane(); token < kBlockN; token += 32) {
         if (args.row_factor != nullptr) {
-          ptx::cp_async_4(ptx::shared_address(&table.factor[token]), args.row_factor + t.row_begin + min(token, t.rows - 1),
-                          true);
+          ptx::cp_async_4(ptx::shared_address(&table.factor[token]),
+                          args.row_factor + t.row_begin + min(token, t.rows - 1), true);
         } else {
           table.factor[token] = 1.0f;
         }
@@ -413,7 +416,8 @@ struct TokenMajor {
         }
         ptx::wgmma_fence();
         ptx::Wgmma<128>::mma(partial, ptx::matrix_descriptor(ptx::shared_address(shared.tokens[s.index][consumer])),
-                             ptx::matrix_descriptor(ptx::shared_address(shared.weights[s.index]) + part * 128 * 128), i);
+                             ptx::matrix_descriptor(ptx::shared_address(shared.weights[s.index]) + part * 128 * 128),
+                             i);
         s.advance();
       }
       ptx::wgmma_commit();
@@ -453,8 +457,8 @@ struct TokenMajor {
       for (int i = 0; i < kSums; ++i) {
         const int32_t scale = p[scale_of(part, i)][i / 2 % 2];
         if constexpr (kFloatTotals) {
-          totals[i] = __float_as_int(
-              __fmaf_rn(__int2float_rn(partial[i]), __int_as_float(scale), __int_as_float(totals[i])));
+          totals[i] =
+              __float_as_int(__fmaf_rn(__int2float_rn(partial[i]), __int_as_float(scale), __int_as_float(totals[i])));
         } else {
           totals[i] += scale * partial[i];
         }
@@ -519,8 +523,8 @@ struct TokenMajor {
       }
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        values[i] = __float_as_int(
-            __fmaf_rn(__int2float_rn(sums[i]), p[scale_of(0, i)][i / 2 % 2], __int_as_float(values[i])));
+        values[i] =
+            __float_as_int(__fmaf_rn(__int2float_rn(sums[i]), p[scale_of(0, i)][i / 2 % 2], __int_as_float(values[i])));
         sums[i] = 0;
       }
     }
@@ -531,7 +535,10 @@ struct TokenMajor {
       constexpr int kRuns = C.features() / 32;  // runs of 8 output columns of a thread and token
       const OutType type = C.gated() || (kPlain && !C.adds()) ? OutType::bf16 : args.out_type;
       const uint64_t hint = C.quantizes() ? 0 : ptx::here(args.out_hint);  // the main loop has no register for it
-      const int size = C.quantizes() ? 1 : type == OutType::f32 ? 4 : 2, begin = t.m_tile * C.features() + 8 * (lane() & 3);
+      const int size = C.quantizes()          ? 1
+                       : type == OutType::f32 ? 4
+                                              : 2,
+                begin = t.m_tile * C.features() + 8 * (lane() & 3);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row_inside(h);
@@ -551,8 +558,8 @@ struct TokenMajor {
         }
         uint8_t* const to = static_cast<uint8_t*>(args.out) + (out_row * args.out_stride + begin) * size;
         uint32_t most = 0;  // bits of the absmax of bf16 values, in two halves
-        // Where few rows are, most warps have none. What follows the loop, with its shuffles, stands outside of branches:
-        // inside, the compiler gives up uniform registers in the main loop.
+        // Where few rows are, most warps have none. What follows the loop, with its shuffles, stands outside of
+        // branches: inside, the compiler gives up uniform registers in the main loop.
         const int runs = row - (lane() >> 2) < t.rows ? kRuns : 0;
 #pragma unroll
         for (int run = 0; run < kRuns; ++run) {
@@ -570,7 +577,9 @@ struct TokenMajor {
               if constexpr (!kPlain) {
                 if (args.bias != nullptr && exists) {
                   const int half = C.gated() ? b ^ args.up_first : 0;
-                  x = __fadd_rn(x, args.bias[static_cast<int64_t>(t.expert) * args.n + half * width(args) + begin + 32 * run + c]);
+                  x = __fadd_rn(
+                      x,
+                      args.bias[static_cast<int64_t>(t.expert) * args.n + half * width(args) + begin + 32 * run + c]);
                 }
                 if constexpr (C.gated()) {
                   x = b == 0 ? num::min_nan(x, args.limit) : num::clamp(x, -args.limit, args.limit);

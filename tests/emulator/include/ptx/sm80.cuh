@@ -14,7 +14,9 @@ inline uint32_t shared_address(const void* p) { return emulator::shared_address(
 inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
   emulator::cp_async(shared, global, 16, valid);
 }
-inline void cp_async_4(uint32_t shared, const void* global, bool valid) { emulator::cp_async(shared, global, 4, valid); }
+inline void cp_async_4(uint32_t shared, const void* global, bool valid) {
+  emulator::cp_async(shared, global, 4, valid);
+}
 inline void cp_async_16_if(bool issue, uint32_t shared, const void* global, bool valid) {
   if (issue) emulator::cp_async(shared, global, 16, valid);
 }
@@ -88,8 +90,8 @@ inline void ldmatrix_x2(uint32_t& r0, uint32_t& r1, uint32_t shared) {
   r1 = r[1];
 }
 
-// Lane 4g + q holds words q and q + 4 of rows g and g + 8 of a, of column g of b, and has sums of those rows and columns
-// 2q and 2q + 1.
+// Lane 4g + q holds words q and q + 4 of rows g and g + 8 of a, of column g of b, and has sums of those rows and
+// columns 2q and 2q + 1.
 inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulator::LaneValues* all = emulator::exchange("mma.m16n8k32", ~0u, {{a[0], a[1], a[2], a[3], b0, b1}});
   const int l = emulator::lane();

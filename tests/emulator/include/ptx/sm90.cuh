@@ -16,7 +16,8 @@ inline void prefetch_tensor_map(const kernels::TensorMap*) {}
 
 // What it fetches has to be there: a byte of each page, and the last one, are read.
 inline void prefetch_bulk(const void* global, uint32_t bytes) {
-  if ((reinterpret_cast<std::uintptr_t>(global) | bytes) % 16 != 0) throw std::runtime_error("prefetch_bulk: not aligned");
+  if ((reinterpret_cast<std::uintptr_t>(global) | bytes) % 16 != 0)
+    throw std::runtime_error("prefetch_bulk: not aligned");
   const auto* from = static_cast<const volatile uint8_t*>(global);
   for (uint32_t i = 0; i < bytes; i += 4096) static_cast<void>(from[i]);
   if (bytes > 0) static_cast<void>(from[bytes - 1]);
@@ -63,8 +64,7 @@ inline void copy_box_5d(uint32_t shared, const kernels::TensorMap* map, int32_t 
                         int32_t c4, uint32_t barrier, uint64_t) {
   emulator::copy_box(shared, map, {c0, c1, c2, c3, c4}, barrier, 1u << emulator::cluster_rank());
 }
-inline void copy_box_2d(uint32_t shared, const kernels::TensorMap* map, int32_t column, int32_t row,
-                        uint32_t barrier) {
+inline void copy_box_2d(uint32_t shared, const kernels::TensorMap* map, int32_t column, int32_t row, uint32_t barrier) {
   emulator::copy_box(shared, map, {column, row, 0, 0, 0}, barrier, 1u << emulator::cluster_rank());
 }
 inline void copy_box_5d_multicast(uint32_t shared, const kernels::TensorMap* map, int32_t c0, int32_t c1, int32_t c2,
